@@ -1,0 +1,31 @@
+"""CoLoRA for PEFT: contribution-based low-rank adaptation of image restoration networks.
+
+Importing this package makes the method known to PEFT: `peft.get_peft_model(model, CoLoRAConfig(...))` and
+`peft.PeftModel.from_pretrained(model, path)` work from then on.
+"""
+
+from importlib.metadata import version
+
+from .allocation import adapter_parameters, allocate_ranks
+from .config import CoLoRAConfig
+from .contribution import ContributionScores, faig, probe
+from .layer import CoLoRALayer, adaptable_layers, weight_matrix_shape
+from .model import CoLoRAModel
+from .registration import register_colora
+
+__version__ = version("colora-peft")
+
+__all__ = [
+    "CoLoRAConfig",
+    "CoLoRALayer",
+    "CoLoRAModel",
+    "ContributionScores",
+    "adaptable_layers",
+    "adapter_parameters",
+    "allocate_ranks",
+    "faig",
+    "probe",
+    "weight_matrix_shape",
+]
+
+register_colora(CoLoRAConfig, CoLoRAModel)

@@ -1,0 +1,169 @@
+"""How many ranks each layer gets under a budget of trained parameters (pure functions of shapes and scores).
+
+A layer i of shape (d, k) with contribution C_i is to train the share
+
+    delta_i = clip(alpha * C_i ** beta, delta_min, 1)
+
+of its d * k weights, alpha being as large as `parameter_budget` of all targeted weights allows. That ranks follow
+contribution, and a ratio of learnable parameters of each layer, are the paper's (arXiv 2408.01099); the power law,
+`beta` and `delta_min` are our choice, because the formula is not in our sources: one exponent that goes from uniform
+LoRA (beta = 0) to shares proportional to contribution (beta = 1).
+
+Ranks are whole, so a layer climbs levels: rank 1, 2, ..., the last rank whose factors cost less than the weight
+itself, then dense (written as rank min(d, k)). It reaches a level of share s when alpha = s / C_i ** beta. Sorting the
+steps of all layers by that alpha and taking the longest prefix that fits solves for alpha exactly, and makes a larger
+budget a superset of a smaller one.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class RankStep(NamedTuple):
+    """One layer's step to its next level; the order of the fields is the order in which steps are granted."""
+
+    log_alpha: float
+    """Natural logarithm of the alpha at which the level is reached; -inf for what `delta_min` guarantees."""
+    minus_score: float
+    """Where two alphas round to the same number the higher score goes first."""
+    layer_index: int
+    """Remaining ties go in network order."""
+    rank: int
+    extra_parameters: int
+    """What this level costs more than the level before."""
+
+
+def is_dense(rank: int, d: int, k: int) -> bool:
+    """Whether factors of `rank` would cost at least as much as the (d, k) weight, so that the delta is kept dense."""
+    return rank > 0 and rank * (d + k) >= d * k
+
+
+def stored_rank(rank: int, d: int, k: int) -> int:
+    """The rank as written into configs: min(d, k) where the delta is dense, else `rank` itself."""
+    return min(d, k) if is_dense(rank, d, k) else rank
+
+
+def adapter_parameters(rank: int, d: int, k: int) -> int:
+    """Number of trained parameters of a (d, k) layer at `rank`: two factors, or one dense delta if that is less."""
+    return min(rank * (d + k), d * k)
+
+
+def allocate_ranks(
+    shapes: Mapping[str, tuple[int, int]],
+    scores: Mapping[str, float] | None,
+    parameter_budget: float,
+    beta: float = 0.5,
+    delta_min: float = 0.0,
+) -> dict[str, int]:
+    """Ranks by layer name under a budget, never exceeding it; the next step in line would not fit.
+
+    Args:
+        shapes: (d, k) of each targeted layer by name, in network order.
+        scores: Contribution C_i >= 0 of exactly these layers, of any unit: only ratios matter. None is uniform.
+        parameter_budget: Trained share of the targeted weights, in (0, 1].
+        beta: Exponent >= 0; 0 gives every layer the same share. With beta > 0 a layer that scored 0 gets rank 0.
+        delta_min: Share in [0, 1] that each layer may have before scores count, as far as whole ranks allow.
+
+    Raises:
+        ValueError: Scores and shapes name different layers, a score is negative or not finite, all scores are 0,
+            or the budget does not pay for `delta_min` or for the first rank.
+    """
+    if not shapes:
+        raise ValueError("There is no layer to allocate ranks to: pass at least one shape.")
+    if scores is not None:
+        check_same_names(scores, shapes, "contributions")
+        for name, score in scores.items():
+            if not 0 <= score < math.inf:
+                raise ValueError(f"The contribution of layer {name!r} is {score}: scores must be finite and >= 0.")
+    total = sum(d * k for d, k in shapes.values())
+    # The decimal that was typed, not its binary neighbour: 0.29 of 100 weights are 29.
+    allowed = math.floor(Fraction(str(float(parameter_budget))) * total)
+    steps = _rank_steps(shapes, scores, beta, delta_min)
+    if not steps:
+        raise ValueError("All contributions are 0: measure them again, or pass beta=0 for the same share everywhere.")
+    guaranteed = sum(step.extra_parameters for step in steps if step.log_alpha == -math.inf)
+    _check_budget(allowed, total, guaranteed, steps[0].extra_parameters)
+
+    names = list(shapes)
+    ranks = dict.fromkeys(names, 0)
+    spent = 0
+    for step in steps:
+        spent += step.extra_parameters
+        if spent > allowed:
+            break
+        ranks[names[step.layer_index]] = step.rank
+    return ranks
+
+
+def check_same_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Check that `given` names every layer of `known` and no other.
+
+    Raises:
+        ValueError: Naming the first stranger with its nearest relatives, or the first layer left out.
+    """
+    given, known = list(given), list(known)
+    for name in given:
+        if name not in set(known):
+            raise ValueError(unknown_layer_message(name, known, what))
+    missing = [name for name in known if name not in set(given)]
+    if missing:
+        raise ValueError(
+            f"The targeted layer {missing[0]!r} is missing from `{what}` ({len(missing)} of {len(known)} are): "
+            f"add it, or exclude it with `exclude_modules`."
+        )
+
+
+def unknown_layer_message(name: str, known: Iterable[str], what: str) -> str:
+    """One sentence that says `what` names a layer which is not there, with up to three close matches."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "use the names of model.named_modules()."
+    return f"`{what}` names {name!r}, which is not a layer that can be adapted here: {hint}"
+
+
+def _rank_steps(
+    shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, float] | None, beta: float, delta_min: float
+) -> list[RankStep]:
+    """All steps of all layers in the order in which a growing alpha takes them."""
+    uniform = scores is None or beta == 0
+    highest = 1.0 if uniform else max(scores.values())
+    steps = []
+    for index, (name, (d, k)) in enumerate(shapes.items()):
+        score = 1.0 if uniform else scores[name]
+        # Logarithms: C ** beta overflows or vanishes for scores that are far apart. Ratios: the unit cancels.
+        log_weight = beta * (math.log(score) - math.log(highest)) if score > 0 else -math.inf
+        cost = 0
+        for rank in [*range(1, (d * k - 1) // (d + k) + 1), min(d, k)]:
+            extra = adapter_parameters(rank, d, k) - cost
+            cost += extra
+            share = cost / (d * k)
+            log_alpha = -math.inf if share <= delta_min else math.log(share) - log_weight
+            if log_alpha < math.inf:
+                steps.append(RankStep(log_alpha, -score, index, rank, extra))
+    return sorted(steps)
+
+
+def _check_budget(allowed: int, total: int, guaranteed: int, first_step: int) -> None:
+    """Check that `allowed` parameters pay for what `delta_min` guarantees and for the first step.
+
+    Raises:
+        ValueError: They do not; says how many are needed and the smallest budget that works.
+    """
+    if guaranteed > allowed:
+        raise ValueError(
+            f"delta_min alone takes {guaranteed} parameters but the budget allows {allowed} of {total}: "
+            f"lower delta_min or set parameter_budget to at least {_budget_for(guaranteed, total)}."
+        )
+    if first_step > allowed:
+        raise ValueError(
+            f"The budget allows {allowed} of {total} parameters but the first rank takes {first_step}: "
+            f"set parameter_budget to at least {_budget_for(first_step, total)}."
+        )
+
+
+def _budget_for(parameters: int, total: int) -> float:
+    """The smallest budget of at most six decimals that pays for `parameters` of `total` weights."""
+    digits = 6 if total < 10**6 else 9
+    return math.ceil(Fraction(parameters * 10**digits, total)) / 10**digits

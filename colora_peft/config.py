@@ -1,0 +1,119 @@
+"""The configuration of a CoLoRA adapter, saved as adapter_config.json beside its weights."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from .registration import COLORA, SAVES_BIASES
+
+BIAS_MODES = ("none", "all", "colora_only")
+
+
+@dataclass
+class CoLoRAConfig(PeftConfig):
+    """Which layers get an adapter, of which rank, after "Contribution-based Low-Rank Adaptation with Pre-training
+    Model for Real Image Restoration" (Park, Kim, Chun; ECCV 2024; arXiv 2408.01099).
+
+    The weight of layer i becomes W_i = W0_i + scaling * B_i A_i with a rank of its own. As everywhere in PEFT, A is
+    the down factor (r x k) and B the up factor (d x r, zero at start); the paper's figure calls them the other way
+    round.
+
+    Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions` (uniformly without);
+    what was allocated is written into `ranks`, so that loading needs this configuration alone.
+
+    Args:
+        target_modules: As in PEFT: full names or suffixes of them, a regular expression of full names, or
+            "all-linear". None: every layer that can be adapted, or the layers in `ranks`.
+        exclude_modules: Layers to leave alone, matched as `target_modules`.
+        ranks: One rank for all layers, or the rank of each targeted layer by its full module name; 0 leaves a layer
+            alone. Where factors of a rank cost as much as the weight, its delta is dense and the rank min(d, k).
+        contributions: Score C_i >= 0 of each layer by its full module name, of any unit.
+        parameter_budget: Trained share of the targeted weights, in (0, 1]. Used where `ranks` is not given.
+        beta: Exponent >= 0 from contribution to share; 0 is uniform.
+        delta_min: Share in [0, 1] that each layer may have before contributions count.
+        colora_alpha: Gain of the delta; see `colora_peft.layer.adapter_scaling`.
+        bias: Which biases are trained: "none", "all", or "colora_only", those of the adapted layers.
+        modules_to_save: Modules besides the adapter that are trained whole and saved with it.
+        layers_to_transform: Indices of the blocks to adapt, for layers inside an nn.ModuleList or nn.Sequential.
+        layers_pattern: Name of that list; PEFT needs it where the list is a direct child of the network.
+        init_weights: False draws B at random, so that a new adapter is not the identity: for tests.
+
+    Raises:
+        ValueError: A field is out of its range, or two fields contradict each other.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    ranks: int | dict[str, int] | None = None
+    contributions: dict[str, float] | None = None
+    parameter_budget: float = 0.07
+    beta: float = 0.5
+    delta_min: float = 0.0
+    colora_alpha: float = 3.0
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init_weights: bool = True
+    # PEFT's matching looks for this field; single parameters cannot be targeted.
+    target_parameters: None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = COLORA
+        # PEFT compares names with sets, and writes sets as lists.
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_numbers()
+        self._check_ranks_and_contributions()
+        self._check_layer_selection()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; sets as sorted lists, so that equal configurations give equal files."""
+        fields = {name: value for name, value in super().to_dict().items() if name != "target_parameters"}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+    def _check_numbers(self) -> None:
+        if not 0 < self.parameter_budget <= 1:  # also refuses NaN, here and below
+            raise ValueError(
+                f"parameter_budget is {self.parameter_budget}: it is the trained share of the targeted weights, "
+                "choose it in (0, 1], for example 0.07."
+            )
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta}: choose it >= 0; 0 is uniform, 1 proportional to contribution.")
+        if not 0 <= self.delta_min <= 1:
+            raise ValueError(
+                f"delta_min is {self.delta_min}: it is a share of a layer's weights, choose it in [0, 1]."
+            )
+        if not 0 < self.colora_alpha < math.inf:
+            raise ValueError(f"colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 3.0.")
+
+    def _check_ranks_and_contributions(self) -> None:
+        named_ranks = self.ranks if isinstance(self.ranks, dict) else {"every layer": self.ranks}
+        for name, rank in named_ranks.items():
+            if rank is None and not isinstance(self.ranks, dict):
+                continue
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+                raise ValueError(f"The rank of {name!r} is {rank!r}: ranks are whole numbers >= 0.")
+        for name, score in (self.contributions or {}).items():
+            if not 0 <= score < math.inf:
+                raise ValueError(f"The contribution of layer {name!r} is {score}: scores must be finite and >= 0.")
+
+    def _check_layer_selection(self) -> None:
+        if self.bias not in BIAS_MODES:
+            raise ValueError(f"bias is {self.bias!r}: choose one of {', '.join(BIAS_MODES)}.")
+        if self.bias != "none" and not SAVES_BIASES:
+            raise ValueError(
+                f"bias is {self.bias!r} but this PEFT does not save trained biases: run `pip install 'peft>=0.21'`."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform has no effect on a regular expression in target_modules: "
+                "write the indices into the expression, or pass a list of names."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform: pass the indices of the blocks to adapt.")

@@ -1,0 +1,40 @@
+"""PSNR and SSIM of a network over whole pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .metrics import psnr, ssim
+from .pairs import PairSource
+from .training import reconstruct
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, description: str) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of whole restored pictures, `psnr` and `ssim`, and of the inputs, `*_input`.
+
+    Per picture in RGB on [0, 1] after rounding to 8 bits, then averaged over the pictures.
+    """
+    model.eval()
+    rows = []
+    for index in tqdm(range(len(pairs)), desc=description, unit="picture", leave=False):
+        degraded, target = (image.to(device)[None] for image in pairs[index])
+        restored = reconstruct(model, degraded).float()
+        rows.append([psnr(restored, target), ssim(restored, target), psnr(degraded, target), ssim(degraded, target)])
+    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    return dict(zip(("psnr", "ssim", "psnr_input", "ssim_input"), means, strict=True))
+
+
+@torch.inference_mode()
+def restore_some(model: nn.Module, pairs: PairSource, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(input, restored, target), each (3, H, W) in [0, 1] on the CPU, of `count` pairs spread over the set."""
+    model.eval()
+    device = next(model.parameters()).device
+    rows = []
+    for index in torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().int().tolist():
+        degraded, target = pairs[index]
+        restored = reconstruct(model, degraded[None].to(device))[0].float().clamp(0, 1).cpu()
+        rows.append((degraded, restored, target))
+    return rows

@@ -1,0 +1,267 @@
+"""Pictures of a run: contribution and rank of each layer (as a table: report.py), and pictures before and after.
+
+Matplotlib is imported inside the functions (it is an extra), through its object interface: no window, no global state.
+"""
+
+import io
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .allocation import is_dense, stored_rank
+from .metrics import psnr
+from .report import budget_line, check_layers, format_allocation_table, trained_fraction
+
+__all__ = ["format_allocation_table", "plot_contributions", "save_before_after"]
+
+# Shares below this look alike in the figure: the colour scale is logarithmic, as shares span decades.
+_SMALLEST_FRACTION = 0.01
+_SCORE_DECADES_SHOWN = 8
+_MAX_GROUPS = 28
+
+_CELL_WIDTH_PIXELS = 400
+_GAP_PIXELS = 6
+_CAPTION_PIXELS = 26
+_PIXELS_PER_INCH = 100
+_FILE_BYTES_MAX = 1_400_000
+
+
+def plot_contributions(
+    scores: Mapping[str, float] | None,
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Draw score and rank of each layer in network order, coloured by its trained share delta, to an image file.
+
+    As in the overview figure of CoLoRA (arXiv 2408.01099). Scores and ranks are on log scales; a cross stands for a
+    score of 0 and for rank 0 (score in grey), a diamond for a dense delta.
+
+    Args:
+        scores: layer name -> contribution score; None draws the ranks alone.
+        ranks: layer name -> rank, 0 for a layer that is left alone.
+        shapes: layer name -> (d, k) of the weight as a matrix, in network order.
+        path: file to write; its ending chooses the format (.png, .pdf, .svg).
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: names that do not agree (see `colora_peft.report.check_layers`).
+    """
+    check_layers(scores, ranks, shapes)
+    figure, colormap, norm = _new_contribution_figure(len(shapes), num_panels=1 if scores is None else 2)
+    axes = list(figure.axes)
+    fractions = [trained_fraction(ranks[layer], shape) for layer, shape in shapes.items()]
+    colors = [colormap(norm(fraction)) if fraction else "0.72" for fraction in fractions]
+    if scores is not None:
+        _draw_scores(axes[0], [scores[layer] for layer in shapes], colors)
+    _draw_ranks(axes[-1], ranks, shapes, colors)
+    _mark_groups(axes, list(shapes))
+    axes[0].set_title(budget_line(ranks, shapes), fontsize=11, loc="left")
+    _add_colorbar(figure, axes, colormap, norm)
+    figure.savefig(path, dpi=150)
+
+
+def _figure_class() -> Any:
+    """matplotlib's Figure; made without pyplot it draws on the Agg canvas and registers nowhere."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install colora-peft[examples]") from error
+    return Figure
+
+
+def _new_contribution_figure(num_layers: int, num_panels: int) -> tuple[Any, Any, Any]:
+    """A figure with `num_panels` stacked axes sharing x, the colour map of delta and its log scale."""
+    figure_class = _figure_class()
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    width = min(max(8.0, 3.0 + 0.1 * num_layers), 18.0)
+    figure = figure_class(figsize=(width, 1.4 + 2.3 * num_panels), layout="constrained")
+    figure.subplots(num_panels, 1, sharex=True)
+    return figure, colormaps["viridis_r"], LogNorm(_SMALLEST_FRACTION, 1.0, clip=True)
+
+
+def _draw_scores(axes: Any, scores: Sequence[float], colors: Sequence[Any]) -> None:
+    positive = [score for score in scores if score > 0]
+    top = max(positive, default=1.0)
+    # Bars of a log scale have no natural foot: half a decade below the smallest, unless that lies out of sight anyway.
+    bottom = max(min(positive, default=0.1) / 3, top * 10.0**-_SCORE_DECADES_SHOWN)
+    heights = [max(score, bottom) - bottom for score in scores]
+    axes.set_yscale("log")
+    axes.bar(range(len(scores)), heights, bottom=bottom, color=colors, width=0.85)
+    _mark_zeros(axes, [index for index, score in enumerate(scores) if score == 0], bottom * 1.3, "score 0")
+    axes.set_ylim(bottom, top * 2)
+    axes.set_ylabel("contribution\n(mean per weight)")
+
+
+def _draw_ranks(
+    axes: Any, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], colors: Sequence[Any]
+) -> None:
+    """Ranks on a log2 scale; a dense layer is drawn at its full rank, min(d, k)."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    dense = [index for index, (layer, shape) in enumerate(shapes.items()) if is_dense(ranks[layer], *shape)]
+    heights = [stored_rank(ranks[layer], *shape) for layer, shape in shapes.items()]
+    bottom, top = 0.5, 3.2 * max(1, *heights)
+    axes.set_yscale("log", base=2)
+    bars = [max(height - bottom, 0) for height in heights]
+    axes.bar(range(len(heights)), bars, bottom=bottom, color=colors, width=0.85)
+    _mark_zeros(axes, [index for index, height in enumerate(heights) if height == 0], bottom * 1.25, "rank 0")
+    if dense:
+        axes.scatter(dense, [heights[i] * 1.45 for i in dense], marker="D", s=16, color="black", label="dense delta")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right", fontsize=8, ncols=2, framealpha=0.9)
+    axes.set_ylim(bottom, top)
+    axes.yaxis.set_major_locator(LogLocator(base=2, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 1 else ""))
+    axes.set_ylabel("rank")
+
+
+def _mark_zeros(axes: Any, positions: Sequence[int], height: float, meaning: str) -> None:
+    """A grey cross at the foot of each layer that has nothing."""
+    if positions:
+        heights = [height] * len(positions)
+        axes.scatter(positions, heights, marker="x", s=14, linewidths=1, color="0.45", zorder=3, label=meaning)
+
+
+def _mark_groups(axes: Sequence[Any], layers: Sequence[str]) -> None:
+    """Name the stages of the network below the last panel and shade every other one."""
+    groups = _layer_groups(layers)
+    for number, (_, first, count) in enumerate(groups):
+        for panel in axes:
+            if number % 2:
+                panel.axvspan(first - 0.5, first + count - 0.5, color="0.93", zorder=-2, linewidth=0)
+    for panel in axes:
+        panel.grid(axis="y", color="0.85", linewidth=0.6, zorder=-1)
+        panel.set_axisbelow(True)
+        panel.set_xlim(-0.7, len(layers) - 0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="x", length=0)
+    axes[-1].set_xticks([first + (count - 1) / 2 for _, first, count in groups])
+    axes[-1].set_xticklabels([name for name, _, _ in groups], rotation=90, fontsize=8)
+
+
+def _layer_groups(layers: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(stage, first position, number of layers) of each run of layers of one stage.
+
+    The stage is the name up to its first number ("encoders.2"), or up to the part before ("encoders") if that makes
+    too many stages to read, and for stages of one layer ("ups.0", "ups.1"). A prefix common to all layers is left out.
+    """
+    parts = [layer.split(".") for layer in layers]
+    common = len(os.path.commonprefix([part[:-1] for part in parts]))
+    parts = [part[common:] for part in parts]
+
+    def stage(part: list[str], with_number: bool) -> str:
+        number = next((index for index, piece in enumerate(part) if piece.isdigit()), None)
+        end = 1 if number is None else number + with_number
+        return ".".join(part[: max(end, 1)])
+
+    sizes = Counter(stage(part, True) for part in parts)
+    for with_number in (True, False):
+        names = [stage(part, with_number and sizes[stage(part, True)] > 1) for part in parts]
+        groups, first = [], 0
+        for name, run in groupby(names):
+            count = len(list(run))
+            groups.append((name, first, count))
+            first += count
+        if len(groups) <= _MAX_GROUPS:
+            return groups
+    # Still too many to read: name some of them, at even distances.
+    step = math.ceil(len(groups) / _MAX_GROUPS)
+    return [(name if index % step == 0 else "", *rest) for index, (name, *rest) in enumerate(groups)]
+
+
+def _add_colorbar(figure: Any, axes: Sequence[Any], colormap: Any, norm: Any) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    bar = figure.colorbar(ScalarMappable(norm, colormap), ax=list(axes), pad=0.01, aspect=30)
+    bar.set_ticks(ticks, labels=["≤ 1%", *(f"{tick:.0%}" for tick in ticks[1:-1]), "dense"])
+    bar.ax.minorticks_off()
+    bar.set_label("delta: share of the layer's weights trained", fontsize=9)
+
+
+def save_before_after(rows: Sequence[tuple[Tensor, Tensor, Tensor]], path: str | os.PathLike[str]) -> None:
+    """Save input | restored | target for some pictures, with the PSNR of the first two, as one image file below 1.5
+    MB.
+
+    Args:
+        rows: (input, restored, target), each (C, H, W) float in [0, 1] with C 1 or 3; sizes may differ between rows.
+        path: file to write; .png or .jpg.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no rows, or a row whose three pictures differ in size (numbered).
+    """
+    if not rows:
+        raise ValueError("there is no picture to show: `rows` is empty")
+    captions = []
+    for number, (degraded, restored, target) in enumerate(rows):
+        try:
+            before, after = (psnr(picture[None], target[None]).item() for picture in (degraded, restored))
+        except ValueError as error:
+            raise ValueError(f"row {number} of the before/after picture: {error}") from error
+        captions.append((f"{before:.2f} dB", f"{after:.2f} dB  ({after - before:+.2f})", ""))
+    path = Path(path)
+    file_format = path.suffix.lstrip(".").lower() or "png"
+    cell_width = min(_CELL_WIDTH_PIXELS, max(target.shape[-1] for _, _, target in rows))
+    # Photos compress to no size known beforehand: draw smaller until the file fits.
+    while True:
+        content = _drawn_rows(rows, captions, cell_width, file_format)
+        if len(content) <= _FILE_BYTES_MAX or cell_width <= 64:
+            break
+        cell_width = max(64, int(cell_width * min(0.95, math.sqrt(_FILE_BYTES_MAX / len(content)))))
+    path.write_bytes(content)
+
+
+def _drawn_rows(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]],
+    captions: Sequence[tuple[str, str, str]],
+    cell_width: int,
+    file_format: str,
+) -> bytes:
+    """The image file; every picture is resized to whole pixels first, so that none is resampled twice."""
+    heights = [max(1, round(cell_width * target.shape[-2] / target.shape[-1])) for _, _, target in rows]
+    width = 3 * cell_width + 4 * _GAP_PIXELS
+    height = _CAPTION_PIXELS + sum(heights) + len(rows) * _CAPTION_PIXELS
+    inches = (width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH)
+    figure = _figure_class()(figsize=inches, dpi=_PIXELS_PER_INCH, facecolor="white")
+    lefts = [_GAP_PIXELS + column * (cell_width + _GAP_PIXELS) for column in range(3)]
+
+    def write(text: str, left: int, top: int, **style: Any) -> None:
+        x, y = (left + cell_width / 2) / width, 1 - (top + _CAPTION_PIXELS / 2) / height
+        figure.text(x, y, text, ha="center", va="center", **style)
+
+    for left, title in zip(lefts, ("input", "restored", "target"), strict=True):
+        write(title, left, 0, fontsize=11, fontweight="bold")
+    top = _CAPTION_PIXELS
+    for row, row_captions, row_height in zip(rows, captions, heights, strict=True):
+        for left, picture, caption in zip(lefts, row, row_captions, strict=True):
+            box = (left / width, 1 - (top + row_height) / height, cell_width / width, row_height / height)
+            axes = figure.add_axes(box)
+            axes.imshow(_pixels(picture, cell_width, row_height), interpolation="none", aspect="auto")
+            axes.set_axis_off()
+            write(caption, left, top + row_height, fontsize=10)
+        top += row_height + _CAPTION_PIXELS
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=file_format, dpi=_PIXELS_PER_INCH)
+    return buffer.getvalue()
+
+
+def _pixels(picture: Tensor, width: int, height: int) -> np.ndarray:
+    """(C, H, W) in [0, 1] to (height, width, 3) uint8."""
+    levels = picture.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+    if levels.shape[0] == 1:
+        levels = levels.expand(3, -1, -1)
+    image = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))

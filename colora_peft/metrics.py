@@ -1,0 +1,96 @@
+"""PSNR and SSIM as the project reports them: per picture, in RGB on [0, 1], after rounding to 8 bits.
+
+Rounding first makes the figures those of the saved picture. Average over pictures afterwards, not over pooled pixels.
+SSIM: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", IEEE
+TIP 13(4), 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["PSNR_CAP_DB", "psnr", "ssim"]
+
+PSNR_CAP_DB = 100.0
+
+_WINDOW_SIZE = 11
+_WINDOW_SIGMA = 1.5
+_C1 = 0.01**2
+_C2 = 0.03**2
+
+
+@torch.no_grad()
+def psnr(restored: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture, (B,), in dB.
+
+    Capped at 100 dB, which identical pictures get: an infinite value would swallow every mean and has no place in
+    JSON. (One level of one channel of one pixel wrong in a picture of 512 x 512 is 107 dB: nothing worth telling
+    apart is lost.) NaN stays NaN.
+
+    Args:
+        restored: (B, C, H, W) float; clamped to [0, 1] and rounded to 8 bits, as `target`.
+        target: the same shape.
+
+    Raises:
+        ValueError: shapes differ, not 4-D, empty, or not floating point.
+    """
+    restored, target = _eight_bit(restored, target)
+    mean_squared_error = (restored - target).square().flatten(1).mean(dim=1)
+    return (-10.0 * torch.log10(mean_squared_error)).clamp(max=PSNR_CAP_DB)
+
+
+@torch.no_grad()
+def ssim(restored: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of each picture, (B,), at most 1 (Wang et al. 2004, equation 13).
+
+    Variances with the window's own weights (biased), mean over the channels and over the positions where the window
+    lies inside the picture. Equals scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=1).
+
+    Args:
+        restored: (B, C, H, W) float, H and W at least 11; clamped to [0, 1] and rounded to 8 bits, as `target`.
+        target: the same shape.
+
+    Raises:
+        ValueError: as `psnr`, or a picture smaller than the window.
+    """
+    restored, target = _eight_bit(restored, target)
+    height, width = target.shape[-2:]
+    if min(height, width) < _WINDOW_SIZE:
+        raise ValueError(f"SSIM needs pictures of at least 11 x 11 pixels, its window, got {height} x {width}")
+    if target.device.type != "mps":  # which has no float64; in float32 flat areas are off by 1e-4
+        restored, target = restored.double(), target.double()
+    mean_x, mean_y = _windowed(restored), _windowed(target)
+    variance_x = _windowed(restored.square()) - mean_x.square()
+    variance_y = _windowed(target.square()) - mean_y.square()
+    covariance = _windowed(restored * target) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x.square() + mean_y.square() + _C1)
+    contrast_structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
+    return (luminance * contrast_structure).flatten(1).mean(dim=1).float()
+
+
+def _eight_bit(restored: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both pictures in float32 on the 256 levels k / 255."""
+    if restored.shape != target.shape:
+        raise ValueError(f"restored has shape {tuple(restored.shape)}, target {tuple(target.shape)}: make them equal")
+    if target.ndim != 4 or target.numel() == 0:
+        raise ValueError(f"pictures must be (B, C, H, W) and not empty, got shape {tuple(target.shape)}")
+    for name, picture in (("restored", restored), ("target", target)):
+        if not picture.is_floating_point():
+            raise ValueError(f"{name} is {picture.dtype}: pass floats in [0, 1] (divide 8-bit pictures by 255)")
+    restored, target = restored.detach().float(), target.detach().to(restored.device, torch.float32)
+    return tuple(picture.clamp(0, 1).mul(255).round().div(255) for picture in (restored, target))
+
+
+def _windowed(x: Tensor) -> Tensor:
+    """Gaussian-weighted mean around each position where the window fits: (B, C, H, W) to (B, C, H - 10, W - 10).
+
+    Shifted sums rather than a convolution: on a GPU that may run in TF32, and under autocast in half precision;
+    either is too coarse for a variance that is a small difference of squares.
+    """
+    offsets = range(-(_WINDOW_SIZE // 2), _WINDOW_SIZE // 2 + 1)
+    exponents = torch.tensor([-0.5 * (offset / _WINDOW_SIGMA) ** 2 for offset in offsets], dtype=torch.float64)
+    weights = exponents.softmax(0).tolist()
+    for dim in (-2, -1):
+        length = x.shape[dim] - _WINDOW_SIZE + 1
+        x = sum(weight * x.narrow(dim, index, length) for index, weight in enumerate(weights))
+    return x

@@ -1,0 +1,154 @@
+"""The tuner: decides which layers get which rank, then lets PEFT's BaseTuner do the wrapping.
+
+PEFT matches target names by suffix; ranks are by exact name. So targets are matched once, before anything is
+changed, and from then on `config.ranks` alone says what is wrapped.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from .allocation import allocate_ranks, check_same_names, stored_rank, unknown_layer_message
+from .config import CoLoRAConfig
+from .layer import SUPPORTED_LAYERS, CoLoRALayer, adaptable_layers, weight_matrix_shape, why_not_adaptable
+
+
+class CoLoRAModel(BaseTuner):
+    """A network whose targeted layers carry CoLoRA adapters; made by `peft.get_peft_model`."""
+
+    prefix: str = "colora_"
+    tuner_layer_cls = CoLoRALayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: CoLoRAConfig, model_config: dict[str, Any]) -> CoLoRAConfig:
+        # PEFT would look up defaults by architecture; here None means every layer, which _prepare_model resolves.
+        return peft_config
+
+    def _prepare_model(self, peft_config: CoLoRAConfig, model: nn.Module) -> None:
+        # Before the first layer is wrapped, so that a refused configuration leaves the network as it was.
+        peft_config.ranks = resolve_ranks(peft_config, model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: CoLoRAConfig, key: str) -> Any:
+        if peft_config.ranks.get(key, 0) > 0:
+            return True
+        # Not wrapped; PEFT still wants to hear whether that is because of exclude_modules.
+        return _match(peft_config, set(), key)
+
+    def _create_and_replace(
+        self,
+        peft_config: CoLoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,  # parameter_name, which single targeted parameters would need
+    ) -> None:
+        rank = peft_config.ranks.get(current_key, 0)
+        if rank == 0:  # reached only when layers are injected after a state dict
+            raise ValueError(f"The state dict has weights for layer {current_key!r} but its rank in `ranks` is 0.")
+        layer = target if isinstance(target, CoLoRALayer) else CoLoRALayer(target)
+        layer.update_layer(adapter_name, rank, peft_config.colora_alpha, peft_config.init_weights)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+
+def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
+    """Rank of every targeted layer by full name, in network order, 0 included: given, or allocated under the budget.
+
+    Raises:
+        TypeError: A targeted layer cannot be adapted.
+        ValueError: Nothing is targeted, every rank is 0, or `ranks` or `contributions` name an unknown layer or lack
+            a targeted one.
+    """
+    layers = adaptable_layers(model)
+    targets = _targeted_layers(config, model, layers)
+    shapes = {name: weight_matrix_shape(layer) for name, layer in targets.items()}
+    if isinstance(config.ranks, dict):
+        check_same_names(config.ranks, shapes, "ranks")
+        ranks = {name: config.ranks[name] for name in shapes}
+    elif config.ranks is not None:
+        ranks = dict.fromkeys(shapes, config.ranks)
+    else:
+        scores = config.contributions
+        if scores is not None:
+            _check_known(scores, layers, "contributions")
+            # Scores are measured once for the whole network and serve any choice of targets.
+            scores = {name: score for name, score in scores.items() if name in shapes}
+        return allocate_ranks(shapes, scores, config.parameter_budget, config.beta, config.delta_min)
+    if not any(ranks.values()):
+        raise ValueError("All ranks are 0, so nothing would be trained: give at least one layer a rank of 1.")
+    return {name: stored_rank(rank, *shapes[name]) for name, rank in ranks.items()}
+
+
+def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that `target_modules`, `exclude_modules` and `layers_to_transform` choose, in network order."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        chosen = {name: layers[name] for name in layers if name in linear and _match(config, linear, name)}
+    elif config.target_modules is not None:
+        chosen = _matched_layers(config, model, layers)
+    elif isinstance(config.ranks, dict):
+        _check_known(config.ranks, layers, "ranks")
+        named = set(config.ranks)
+        chosen = {name: layer for name, layer in layers.items() if name in named and _match(config, named, name)}
+    else:
+        # Suffixes, not full names: PEFT applies layers_to_transform to suffixes only.
+        suffixes = {name.rpartition(".")[2] for name in layers}
+        chosen = {name: layer for name, layer in layers.items() if _match(config, suffixes, name)}
+        if config.layers_to_transform is not None:
+            chosen = {name: layer for name, layer in chosen.items() if "." in name}
+    if not chosen:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} and "
+            f"layers_to_transform={config.layers_to_transform!r} matches no layer of {type(model).__name__}; "
+            f"layers that can be adapted: {', '.join(list(layers)[:5]) or 'none'}{', ...' if len(layers) > 5 else ''}."
+        )
+    return chosen
+
+
+def _matched_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that `target_modules` matches by PEFT's rules.
+
+    Raises:
+        TypeError: It matches a module that cannot be adapted.
+    """
+    chosen = {}
+    wrapped: str | None = None  # prefix of the last adapted layer, whose inside is no target
+    for name, module in model.named_modules():
+        if not name or (wrapped is not None and name.startswith(wrapped)):
+            continue
+        if isinstance(module, CoLoRALayer):
+            wrapped = f"{name}."
+        if not _match(config, config.target_modules, name):
+            continue
+        if name not in layers:
+            reason = why_not_adaptable(module) or "the module around it reads its weight without calling it"
+            raise TypeError(
+                f"The targeted layer {name!r} is a {type(module).__name__} and cannot be adapted ({reason}): "
+                f"CoLoRA adapts {SUPPORTED_LAYERS}; narrow target_modules or name it in exclude_modules."
+            )
+        chosen[name] = layers[name]
+    return chosen
+
+
+def _match(config: CoLoRAConfig, target_modules: set[str] | str, name: str) -> Any:
+    """PEFT's own rule on whether `name` is targeted, with `target_modules` in place of those of `config`."""
+    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters")
+    view = SimpleNamespace(**{field: getattr(config, field) for field in fields}, target_modules=target_modules)
+    return check_target_module_exists(view, name)
+
+
+def _check_known(names: dict[str, Any], layers: dict[str, nn.Module], what: str) -> None:
+    """Check that each of `names` is a layer that can be adapted.
+
+    Raises:
+        ValueError: One is not; names it and its nearest relatives.
+    """
+    for name in names:
+        if name not in layers:
+            raise ValueError(unknown_layer_message(name, layers, what))

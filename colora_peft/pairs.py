@@ -1,0 +1,213 @@
+"""Where pictures come from: folders of clean ones, folders and Hugging Face datasets of degraded/clean pairs.
+
+Pictures are float32 RGB (3, H, W) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .images import from_pil, list_images, read_image
+
+Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
+
+
+class PictureSource(Protocol):
+    """Clean pictures by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor: ...
+
+
+class PairSource(Protocol):
+    """Degraded and clean pictures of the same scene and size, by index; `names` tells users which is which."""
+
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+
+class ImageFiles:
+    """Pictures by index, kept decoded as 8 bits in memory while they fit into `cache_bytes`."""
+
+    def __init__(self, paths: Sequence[Path], cache_bytes: int = 2**30) -> None:
+        self.paths = list(paths)
+        self._cache: dict[int, Tensor] = {}
+        self._free_bytes = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        cached = self._cache.get(index)
+        if cached is not None:
+            return _to_float(cached)
+        image = read_image(self.paths[index])
+        stored = _to_bytes(image)
+        if stored is not None and stored.nbytes <= self._free_bytes:
+            self._cache[index] = stored
+            self._free_bytes -= stored.nbytes
+        return image
+
+    def check(self, resolution: int) -> None:
+        """Open every file and look at its size, without decoding it.
+
+        Raises:
+            ValueError: if some are unreadable or smaller than the patch; it lists them.
+        """
+        culprits = []
+        for path in self.paths:
+            try:
+                with Image.open(path) as image:
+                    if min(image.size) < resolution:
+                        culprits.append(f"{path.name} ({image.size[0]}x{image.size[1]} pixels)")
+            except (OSError, SyntaxError):
+                culprits.append(f"{path.name} (unreadable)")
+        if culprits:
+            raise ValueError(
+                f"{len(culprits)} pictures in {self.paths[0].parent} are unreadable or smaller than the patch of "
+                f"{resolution} pixels: {_some(culprits)}. Lower --resolution or remove them."
+            )
+
+
+def _some(names: Sequence[str], limit: int = 20, separator: str = ", ") -> str:
+    listed = separator.join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+
+
+def _to_float(stored: Tensor) -> Tensor:
+    return stored.float().div_(255)
+
+
+def _to_bytes(image: Tensor) -> Tensor | None:
+    """The picture as 8 bits, or None if that would lose something: a 16-bit picture is not cached."""
+    stored = image.mul(255).round().byte()
+    return stored if torch.equal(_to_float(stored), image) else None
+
+
+class PairedImageFolder:
+    """`input/` and `target/` under one folder, paired by equal file names (the suffix may differ).
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: if a folder is empty, a name has no partner (all are listed) or two files share a name.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        inputs, targets = (_by_stem(Path(folder) / side) for side in ("input", "target"))
+        orphans = sorted(inputs.keys() ^ targets.keys())
+        if orphans:
+            sides = [f"{name} (only in {'input' if name in inputs else 'target'})" for name in orphans]
+            raise ValueError(f"{folder}: these pictures have no partner of the same name: {_some(sides)}.")
+        self.names = sorted(inputs)
+        self._inputs = ImageFiles([inputs[name] for name in self.names])
+        self._targets = ImageFiles([targets[name] for name in self.names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Pair:
+        return check_pair(self.names[index], self._inputs[index], self._targets[index])
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    by_stem: dict[str, Path] = {}
+    for path in list_images(folder):
+        if path.stem in by_stem:
+            raise ValueError(f"{folder} holds {by_stem[path.stem].name} and {path.name}: keep one of each name.")
+        by_stem[path.stem] = path
+    return by_stem
+
+
+class PairedHubDataset:
+    """A Hugging Face dataset split with the image columns `input` and `target`.
+
+    Raises:
+        ValueError: if a column is missing or the split is empty.
+    """
+
+    def __init__(self, split: Any) -> None:
+        missing = {"input", "target"} - set(split.column_names)
+        if missing:
+            raise ValueError(
+                f"The dataset has the columns {split.column_names}; rename yours to `input` and `target` "
+                f"(missing: {', '.join(sorted(missing))})."
+            )
+        if len(split) == 0:
+            raise ValueError("The dataset split is empty.")
+        self._split = split
+        self.names = [f"row {index}" for index in range(len(split))]
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> Pair:
+        row = self._split[index]
+        return check_pair(self.names[index], from_pil(row["input"]), from_pil(row["target"]))
+
+
+def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
+    if degraded.shape != target.shape:
+        raise ValueError(
+            f"Pair {name}: the input is {degraded.shape[2]}x{degraded.shape[1]} pixels but the target "
+            f"{target.shape[2]}x{target.shape[1]}; both must have the same size."
+        )
+    return degraded, target
+
+
+def check_pairs(pairs: PairSource, resolution: int) -> None:
+    """Read every pair once, before a run begins.
+
+    Raises:
+        ValueError: if pairs are unreadable, differ in size or are smaller than the patch; it lists them.
+    """
+    culprits = []
+    for index, name in enumerate(pairs.names):
+        try:
+            target = pairs[index][1]
+        except ValueError as error:
+            culprits.append(str(error))
+            continue
+        if min(target.shape[-2:]) < resolution:
+            culprits.append(
+                f"Pair {name} is {target.shape[2]}x{target.shape[1]} pixels, smaller than the patch of {resolution}; "
+                "lower --resolution or remove it."
+            )
+    if culprits:
+        raise ValueError(_some(culprits, 5, " "))
+
+
+class PairSubset:
+    """Some of the pairs of another source, by index."""
+
+    def __init__(self, pairs: PairSource, indices: Sequence[int]) -> None:
+        self.names = [pairs.names[index] for index in indices]
+        self._pairs = pairs
+        self._indices = list(indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._pairs[self._indices[index]]
+
+
+def draw_pairs(pairs: PairSource, count: int, seed: int) -> tuple[PairSubset, PairSubset]:
+    """`count` pairs drawn by the seed (never the first ones: names sort by camera or scene), and the others.
+
+    Raises:
+        ValueError: if there are fewer than `count`, or `count` is less than 1.
+    """
+    if not 0 < count <= len(pairs):
+        raise ValueError(f"Asked for {count} training pairs, but there are {len(pairs)}.")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    return PairSubset(pairs, sorted(order[:count])), PairSubset(pairs, sorted(order[count:]))

@@ -1,0 +1,298 @@
+"""The five synthetic degradations of PROD (arXiv 2408.01099): blur, noise, rain, JPEG and motion blur.
+
+Each is a frozen dataclass with three things kept apart: its *ranges* (the fields), `draw(generator)`, which picks
+parameters within them, and `apply(image, **parameters)`, which is deterministic: noise and rain carry the seed of
+their random field among the parameters. So the parameters that were drawn are a recipe that can be stored as JSON and
+replayed.
+
+Pictures are float32 RGB (3, H, W) in [0, 1], and stay in that range: each step ends as a camera would, clipped.
+The paper names the five but not their ranges. All ranges here are our choice, from barely visible to clearly worse
+than the photos our users bring; each field says why.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+Range = tuple[float, float]
+Parameters = dict[str, float | int | bool]
+
+
+class Degradation(Protocol):
+    """What a degradation must offer to take part in PROD."""
+
+    name: ClassVar[str]
+
+    def draw(self, generator: torch.Generator) -> Parameters: ...
+
+    def apply(self, image: Tensor, **parameters: float | int | bool) -> Tensor: ...
+
+
+def uniform(bounds: Range, generator: torch.Generator) -> float:
+    """One number, uniform in `bounds`."""
+    low, high = bounds
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def log_uniform(bounds: Range, generator: torch.Generator) -> float:
+    """One number whose logarithm is uniform in that of `bounds`: as many weak draws as strong ones."""
+    return math.exp(uniform((math.log(bounds[0]), math.log(bounds[1])), generator))
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=generator))
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """(3, H, W) tensor to the contiguous (H, W, 3) array that OpenCV wants."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def to_image(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) array back to a contiguous (3, H, W) tensor, clipped to [0, 1]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).clamp(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Blur by a Gaussian, round or stretched: defocus and resampling.
+
+    sigma_px: standard deviation along each axis in pixels. 0.3 does not show; at 3 no texture is left.
+    isotropic_probability: how often both axes share one sigma. Half: lenses do both.
+    """
+
+    name: ClassVar[str] = "blur"
+    sigma_px: Range = (0.3, 3.0)
+    isotropic_probability: float = 0.5
+
+    def draw(self, generator: torch.Generator) -> Parameters:
+        sigma_x = uniform(self.sigma_px, generator)
+        sigma_y = uniform(self.sigma_px, generator)
+        angle = uniform((0.0, 180.0), generator)
+        if uniform((0.0, 1.0), generator) < self.isotropic_probability:
+            sigma_y, angle = sigma_x, 0.0
+        return {"sigma_x_px": sigma_x, "sigma_y_px": sigma_y, "angle_deg": angle}
+
+    def apply(self, image: Tensor, sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> Tensor:
+        """Convolve with a Gaussian whose first axis is turned by `angle_deg`; sigma 0 leaves that axis alone."""
+        if max(sigma_x_px, sigma_y_px) == 0:
+            return image
+        kernel = gaussian_kernel(sigma_x_px, sigma_y_px, angle_deg)
+        return to_image(cv2.filter2D(to_pixels(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
+
+
+def gaussian_kernel(sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> np.ndarray:
+    """Normalised (K, K) float32 Gaussian, K = 2 * ceil(3 * the larger sigma) + 1."""
+    radius = math.ceil(3 * max(sigma_x_px, sigma_y_px))
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float32)
+    cos, sin = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
+    # A sigma far below a pixel is a line of single pixels; the floor keeps exp() away from 0 / 0.
+    along = (cos * x + sin * y) / max(sigma_x_px, 0.05)
+    across = (cos * y - sin * x) / max(sigma_y_px, 0.05)
+    kernel = np.exp(-0.5 * (along**2 + across**2))
+    return kernel / kernel.sum()
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Sensor noise: Gaussian, signal-dependent and correlated between the colours, in calibrated proportions.
+
+    The variance at intensity x is std^2 * ((1 - shot) + 2 * shot * x): `shot` is the share that grows with the light
+    as photon noise does, and std is met exactly at mid-grey whatever the share. The correlation coefficient between
+    two colours is `correlation`, as demosaicing leaves behind.
+
+    std_255: standard deviation at mid-grey in 8-bit steps, drawn log-uniformly. 1 is invisible, 50 the usual hardest
+        setting of denoising papers.
+    shot_share, colour_correlation: over all mixtures that sensors and raw converters produce.
+    """
+
+    name: ClassVar[str] = "noise"
+    std_255: Range = (1.0, 50.0)
+    shot_share: Range = (0.0, 1.0)
+    colour_correlation: Range = (0.0, 0.8)
+
+    def draw(self, generator: torch.Generator) -> Parameters:
+        return {
+            "std_255": log_uniform(self.std_255, generator),
+            "shot_share": uniform(self.shot_share, generator),
+            "colour_correlation": uniform(self.colour_correlation, generator),
+            "seed": draw_seed(generator),
+        }
+
+    def apply(self, image: Tensor, std_255: float, shot_share: float, colour_correlation: float, seed: int) -> Tensor:
+        """Add the noise field of `seed`."""
+        generator = torch.Generator().manual_seed(seed)
+        fields = torch.randn((4, *image.shape[1:]), generator=generator)
+        # Three fields of their own and one in common have unit variance and the wanted correlation by construction.
+        field = math.sqrt(1 - colour_correlation) * fields[:3] + math.sqrt(colour_correlation) * fields[3]
+        relative_variance = (1 - shot_share) + 2 * shot_share * image
+        return (image + std_255 / 255 * relative_variance.sqrt() * field).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Rain:
+    """Streaks of rain in depth layers, some out of focus, veiling the picture like thin grey glass.
+
+    length_px, angle_deg (0 is vertical): short drizzle to long streaks, wind from either side.
+    density: share of pixels in which a streak of a layer starts.
+    opacity: how much of the background the brightest streak hides.
+    brightness: grey level of the water; it scatters the sky, hence bright.
+    layers: 1 to this many, each farther one shorter, fainter and softer than the one before.
+    """
+
+    name: ClassVar[str] = "rain"
+    length_px: Range = (6.0, 30.0)
+    angle_deg: Range = (-40.0, 40.0)
+    density: Range = (0.001, 0.02)
+    opacity: Range = (0.2, 0.9)
+    brightness: Range = (0.7, 1.0)
+    layers: int = 3
+
+    def draw(self, generator: torch.Generator) -> Parameters:
+        return {
+            "length_px": uniform(self.length_px, generator),
+            "angle_deg": uniform(self.angle_deg, generator),
+            "density": log_uniform(self.density, generator),
+            "opacity": uniform(self.opacity, generator),
+            "brightness": uniform(self.brightness, generator),
+            "layers": 1 + int(torch.randint(self.layers, (), generator=generator)),
+            "seed": draw_seed(generator),
+        }
+
+    def apply(
+        self,
+        image: Tensor,
+        length_px: float,
+        angle_deg: float,
+        density: float,
+        opacity: float,
+        brightness: float,
+        layers: int,
+        seed: int,
+    ) -> Tensor:
+        """Blend towards `brightness` by the streak field of `seed`."""
+        generator = torch.Generator().manual_seed(seed)
+        veil = np.zeros(tuple(image.shape[1:]), np.float32)
+        for layer in range(layers):
+            distance = 1.0 + layer
+            streaks = rain_layer(veil.shape, length_px / distance, angle_deg, density, generator)
+            focus_blur_px = 0.4 * distance
+            veil += cv2.GaussianBlur(streaks, (0, 0), focus_blur_px) / distance
+        alpha = opacity * torch.from_numpy(np.clip(veil, 0, 1))
+        return (image + alpha * (brightness - image)).clamp(0, 1)
+
+
+def rain_layer(
+    shape: tuple[int, ...], length_px: float, angle_deg: float, density: float, generator: torch.Generator
+) -> np.ndarray:
+    """Streaks of one depth, (H, W) float32 in [0, 1]: random drops drawn out along the wind."""
+    drops = torch.rand(shape, generator=generator) < density
+    strength = torch.rand(shape, generator=generator).mul_(0.5).add_(0.5)
+    # The streaks of drops above the picture reach into it: the periodic border supplies them.
+    kernel = line_kernel(length_px, angle_deg)
+    pixels = (drops * strength).numpy()
+    pad = kernel.shape[0] // 2
+    padded = cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_WRAP)
+    streaks = cv2.filter2D(padded, -1, kernel / kernel.max())[pad:-pad, pad:-pad]
+    return np.clip(streaks, 0, 1)
+
+
+def line_kernel(length_px: float, angle_deg: float) -> np.ndarray:
+    """Normalised (K, K) kernel of a straight line through the centre; 0 degrees is vertical."""
+    steps = np.linspace(-0.5, 0.5, max(2, math.ceil(2 * length_px))) * length_px
+    angle = math.radians(angle_deg)
+    return path_kernel(steps * math.sin(angle), steps * math.cos(angle))
+
+
+def path_kernel(x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
+    """Normalised (K, K) float32 kernel of a point that spends equal time at each (x, y), spread bilinearly."""
+    radius = max(1, math.ceil(max(np.abs(x_px).max(), np.abs(y_px).max())))
+    size = 2 * radius + 1
+    left, top = np.floor(x_px).astype(int), np.floor(y_px).astype(int)
+    right_share, bottom_share = x_px - left, y_px - top
+    kernel = np.zeros((size + 1, size + 1))
+    for row, column, weight in (
+        (top, left, (1 - bottom_share) * (1 - right_share)),
+        (top, left + 1, (1 - bottom_share) * right_share),
+        (top + 1, left, bottom_share * (1 - right_share)),
+        (top + 1, left + 1, bottom_share * right_share),
+    ):
+        np.add.at(kernel, (row + radius, column + radius), weight)
+    kernel = kernel[:size, :size].astype(np.float32)
+    return kernel / kernel.sum()
+
+
+@dataclass(frozen=True)
+class JPEG:
+    """A real JPEG round trip (libjpeg through OpenCV), with or without chroma subsampling.
+
+    quality: 10 is blocks, 95 hardly shows. subsampling_probability: how often chroma is halved (4:2:0).
+    """
+
+    name: ClassVar[str] = "jpeg"
+    quality: tuple[int, int] = (10, 95)
+    subsampling_probability: float = 0.75
+
+    def draw(self, generator: torch.Generator) -> Parameters:
+        low, high = self.quality
+        return {
+            "quality": int(torch.randint(low, high + 1, (), generator=generator)),
+            "subsample_chroma": uniform((0.0, 1.0), generator) < self.subsampling_probability,
+        }
+
+    def apply(self, image: Tensor, quality: int, subsample_chroma: bool) -> Tensor:
+        """Round to 8 bits, encode at `quality` (1 to 100), decode."""
+        sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420 if subsample_chroma else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
+        pixels = cv2.cvtColor((to_pixels(image) * 255).round().astype(np.uint8), cv2.COLOR_RGB2BGR)
+        options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
+        _, encoded = cv2.imencode(".jpg", pixels, options)
+        decoded = cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        return to_image(decoded.astype(np.float32) / 255)
+
+
+@dataclass(frozen=True)
+class MotionBlur:
+    """Blur along the path of a shaking camera or a moving subject.
+
+    The path is a walk with inertia: each step turns the heading by a normal angle of `shake_deg` / sqrt(steps), so 0
+    is a straight line and 90 a curl.
+
+    length_px: length of the path. 2 hardly shows; 25 is a strong hand shake at full resolution.
+    """
+
+    name: ClassVar[str] = "motion"
+    length_px: Range = (2.0, 25.0)
+    shake_deg: Range = (0.0, 90.0)
+
+    def draw(self, generator: torch.Generator) -> Parameters:
+        return {
+            "length_px": uniform(self.length_px, generator),
+            "angle_deg": uniform((0.0, 180.0), generator),
+            "shake_deg": uniform(self.shake_deg, generator),
+            "seed": draw_seed(generator),
+        }
+
+    def apply(self, image: Tensor, length_px: float, angle_deg: float, shake_deg: float, seed: int) -> Tensor:
+        """Average the picture along the path of `seed`; length 0 leaves it alone."""
+        if length_px == 0:
+            return image
+        kernel = motion_kernel(length_px, angle_deg, shake_deg, seed)
+        return to_image(cv2.filter2D(to_pixels(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
+
+
+def motion_kernel(length_px: float, angle_deg: float, shake_deg: float, seed: int) -> np.ndarray:
+    """Normalised kernel of a walk of `length_px` in half-pixel steps, centred on its mean position."""
+    steps = max(2, math.ceil(2 * length_px))
+    turns = torch.randn(steps, generator=torch.Generator().manual_seed(seed)).numpy()
+    heading = np.radians(angle_deg) + np.cumsum(turns) * np.radians(shake_deg) / math.sqrt(steps)
+    x_px = np.cumsum(np.cos(heading)) * length_px / steps
+    y_px = np.cumsum(np.sin(heading)) * length_px / steps
+    # Centred, the blurred picture stays registered with its clean target.
+    return path_kernel(x_px - x_px.mean(), y_px - y_px.mean())

@@ -1,0 +1,76 @@
+"""The ways to adapt a pre-trained network that `examples/finetune.py` compares: CoLoRA and its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from .config import CoLoRAConfig
+from .layer import adaptable_layers
+
+Method = Literal["colora", "lora", "full", "decoder", "bias"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+# Peak learning rates, each chosen by examples/search_learning_rates.py on training pairs only.
+LEARNING_RATES: Mapping[str, float] = {"colora": 3e-3, "lora": 3e-3, "full": 5e-4, "decoder": 1e-3, "bias": 5e-3}
+
+
+def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -> nn.Module:
+    """Make exactly those parameters of `model` trainable that the method trains.
+
+    Args:
+        model: The pre-trained network.
+        method: "colora" adapters by contribution; "lora" adapters under the same budget, the same share of every
+            layer; "full" everything; "decoder" the modules that the network's class lists in `decoder_modules`;
+            "bias" every bias.
+        config: Budget, and for "colora" the contributions. The other methods ignore it.
+
+    Returns:
+        A `PeftModel` for the adapter methods, else the network itself.
+
+    Raises:
+        ValueError: if the method is unknown, or the network has no such parameters.
+    """
+    if method == "colora":
+        return get_peft_model(model, config)
+    if method == "lora":
+        return get_peft_model(model, CoLoRAConfig(parameter_budget=config.parameter_budget))
+    if method == "full":
+        return _train_only(model, method, lambda name: True)
+    if method == "bias":
+        return _train_only(model, method, lambda name: name.rpartition(".")[2] == "bias")
+    if method == "decoder":
+        decoder = tuple(f"{module}." for module in getattr(model, "decoder_modules", ()))
+        if not decoder:
+            raise ValueError(
+                f"{type(model).__name__} does not say which of its modules are the decoder; give its class the "
+                "attribute `decoder_modules` or choose another --method."
+            )
+        return _train_only(model, method, lambda name: name.startswith(decoder))
+    raise ValueError(f"The method is {method!r}; choose one of {', '.join(METHODS)}.")
+
+
+def _train_only(model: nn.Module, method: str, is_trained: Callable[[str], bool]) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters that --method {method} trains.")
+    return model
+
+
+def trained_parameters(model: nn.Module) -> dict[str, float]:
+    """How much of a network is trained: `trainable_parameters`, their ratio to the weights of all layers that can be
+    adapted (`trainable_ratio`, what a budget limits), and to all its parameters (`trainable_ratio_of_model`)."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = sum(layer.weight.numel() for layer in adaptable_layers(network).values())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapters = trained if isinstance(model, PeftModel) else 0
+    everything = sum(parameter.numel() for parameter in model.parameters()) - adapters
+    return {
+        "trainable_parameters": trained,
+        "trainable_ratio": trained / weights,
+        "trainable_ratio_of_model": trained / everything,
+    }

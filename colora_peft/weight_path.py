@@ -1,0 +1,144 @@
+"""Walking a network through weight space and bringing it back: what every contribution estimator stands on.
+
+The moving parameters are all of floating point, frozen or not; they are named as `named_parameters` names them (a tied
+parameter once, under its first name).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "checked_end_weights",
+    "load_path_point",
+    "load_weights",
+    "moving_parameters",
+    "restored_afterwards",
+    "rng_states",
+    "set_rng_states",
+    "sum_dtype",
+]
+
+RngStates = tuple[Tensor, list[Tensor]]
+
+
+def moving_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that have a path, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+
+def sum_dtype(value: Tensor) -> torch.dtype:
+    """The type to sum and interpolate in: float32 at least, also for weights in half precision."""
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into the model's own parameter tensors, which keep their identity."""
+    for name, parameter in moving_parameters(model).items():
+        parameter.copy_(weights[name])
+
+
+@torch.no_grad()
+def load_path_point(model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], t: float) -> None:
+    """Set the model's weights to start + t (end - start)."""
+    for name, parameter in moving_parameters(model).items():
+        first = start[name].to(sum_dtype(parameter))
+        parameter.copy_(first.lerp(end[name].to(first), t))
+
+
+@contextmanager
+def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A model free to move: in eval mode, all moving parameters trainable, `.grad` empty; on exit as it was, bit for
+    bit.
+
+    Restored, also after an exception: weights, buffers, `requires_grad`, `.grad`, training mode of each module,
+    torch's RNG on the CPU and all GPUs in use. Yields copies of the moving parameters by name: theta0.
+    """
+    states = rng_states()
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    parameters = moving_parameters(model)
+    flags = {name: (parameter.requires_grad, parameter.grad) for name, parameter in parameters.items()}
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        model.eval()
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        with torch.enable_grad():
+            yield start
+    finally:
+        load_weights(model, start)
+        for name, (required_grad, grad) in flags.items():
+            parameters[name].grad = grad
+            parameters[name].requires_grad_(required_grad)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, was_training, own_buffers in modules:
+            module.training = was_training
+            module._buffers.update(own_buffers)
+        torch.clear_autocast_cache()
+        set_rng_states(states)
+
+
+def rng_states() -> RngStates:
+    """Torch's RNG state on the CPU and on every GPU in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def set_rng_states(states: RngStates) -> None:
+    """Go back to what `rng_states` gave."""
+    cpu_state, gpu_states = states
+    torch.set_rng_state(cpu_state)
+    if gpu_states:
+        torch.cuda.set_rng_state_all(gpu_states)
+
+
+def checked_end_weights(model: nn.Module, end_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `end_state` for the moving parameters, held against the model's current weights.
+
+    Raises:
+        ValueError: an entry missing, unexpected, of another shape, or not finite (named); or no weight differs from
+        the model's.
+    """
+    parameters = moving_parameters(model)
+    missing = [name for name in parameters if name not in end_state]
+    known = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
+    unexpected = [name for name in end_state if name not in known]
+    if missing or unexpected:
+        raise ValueError(
+            f"the end weights do not fit the model (missing: {_some(missing)}; unexpected: {_some(unexpected)}): pass "
+            "the state_dict() of the same network after tuning"
+        )
+    in_use = {parameter.data_ptr() for parameter in parameters.values()}
+    end, has_moved = {}, False
+    for name, parameter in parameters.items():
+        value = end_state[name].detach()
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"end weight '{name}' has shape {tuple(value.shape)}, the model's has {tuple(parameter.shape)}: pass "
+                "the state_dict() of the same network after tuning"
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"end weight '{name}' holds NaN or Inf: the tuning diverged, lower its learning rate")
+        # An end weight that is the model's own tensor would move along with the walk.
+        end[name] = value.clone() if value.data_ptr() in in_use else value
+        has_moved = has_moved or not torch.equal(value.to(parameter), parameter)
+    if not has_moved:
+        raise ValueError(
+            "the end weights equal the model's current weights, so nothing moved and every score would be 0: load the "
+            "pre-trained weights into the model and pass the tuned ones as end_state"
+        )
+    return end
+
+
+def _some(names: list[str], at_most: int = 5) -> str:
+    """A few of the names, for an error message."""
+    if not names:
+        return "none"
+    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(f"'{name}'" for name in names[:at_most]) + rest

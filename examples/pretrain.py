@@ -1,0 +1,111 @@
+"""Pre-train a restoration network on clean pictures with PROD (random order degradations).
+
+    accelerate launch examples/pretrain.py --train_dir path/to/clean/photos --output_dir outputs/nafnet-small-prod
+
+The output folder then is what `AutoModelForImageToImage.from_pretrained` takes (after `import colora_peft.models`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
+
+import colora_peft.models  # noqa: F401 - registers the backbones
+from colora_peft.cards import RunFacts, backbone_card, hardware_name
+from colora_peft.images import list_images
+from colora_peft.pairs import ImageFiles
+from colora_peft.patches import DegradedPatches
+from colora_peft.prod import RandomOrderDegradation
+from colora_peft.training import TrainArguments, TrainingDiverged, prepare_output_dir, train, use_all_cores
+
+SMALL_NAFNET = Path(__file__).parent / "checkpoints" / "nafnet-small-prod"
+
+
+@dataclass
+class PretrainArguments(TrainArguments):
+    """Flags of the pre-training."""
+
+    output_dir: str = field(default="outputs/pretrain", metadata={"help": "Folder for checkpoints and the result."})
+    max_train_steps: int = field(default=40_000, metadata={"help": "Optimiser steps of the whole run."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches a step on each process."})
+    resolution: int = field(default=64, metadata={"help": "Side of the square training patches in pixels."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; decays to zero."})
+    lr_warmup_steps: int = field(default=500, metadata={"help": "Steps over which the learning rate rises."})
+    checkpointing_steps: int = field(default=2_000, metadata={"help": "Steps between checkpoints."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of clean pictures (required)."})
+    mode: Literal["prod", "single", "fixed"] = field(
+        default="prod",
+        metadata={"help": "prod: random subsets in random order; single: one at a time; fixed: all, in one order."},
+    )
+    config_name: str = field(
+        default=str(SMALL_NAFNET), metadata={"help": "Folder or Hub id with the network's config.json; new weights."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Go on from these weights instead of new ones (then --config_name is unused)."}
+    )
+    half_precision_weights: bool = field(
+        default=False, metadata={"help": "Store the result's weights as float16, half the size; it loads as float32."}
+    )
+    data_card: str = field(
+        default="unknown", metadata={"help": "What the pictures are and their licence, for the model card."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_dir is None:
+            raise ValueError("--train_dir is missing: name a folder of clean pictures.")
+
+
+def build_model(args: PretrainArguments) -> torch.nn.Module:
+    if args.model_name_or_path is not None:
+        return AutoModelForImageToImage.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    return AutoModelForImageToImage.from_config(AutoConfig.from_pretrained(args.config_name))
+
+
+def main(args: PretrainArguments) -> None:
+    accelerator = Accelerator()
+    use_all_cores(accelerator)
+    set_seed(args.seed)
+    pictures = ImageFiles(list_images(args.train_dir))
+    pictures.check(args.resolution)
+    patches = DegradedPatches(pictures, RandomOrderDegradation(mode=args.mode), args.resolution, args.seed)
+    model = build_model(args)
+    checkpoint = prepare_output_dir(args, accelerator)
+    model, seconds = train(model, patches, args, accelerator, checkpoint)
+    if accelerator.is_main_process:
+        facts = RunFacts(args.data_card, hardware_name(accelerator.device), seconds, accelerator.num_processes)
+        save(model, args, facts, len(pictures))
+
+
+def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, num_pictures: int) -> None:
+    """Write the network and its card into the output folder."""
+    dtype = torch.float16 if args.half_precision_weights else torch.float32
+    # The model itself stays float32, so its config says float32 and that is how it loads.
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(args.output_dir, state_dict=weights)
+    batch = args.per_device_train_batch_size * facts.processes
+    method = (
+        f"Pre-trained to undo synthetic degradations (blur, noise, rain, JPEG, motion; mode `{args.mode}`, see "
+        f"arXiv 2408.01099) on {num_pictures} clean pictures: {args.max_train_steps} steps of {batch} patches of "
+        f"{args.resolution}x{args.resolution}, seed {args.seed}."
+    )
+    card = backbone_card(model, Path(args.output_dir).name, method, facts)
+    (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    print(f"\nSaved in {args.output_dir}. Load it with:\n")
+    print("import colora_peft.models\nfrom transformers import AutoModelForImageToImage")
+    print(f'model = AutoModelForImageToImage.from_pretrained("{args.output_dir}")')
+
+
+if __name__ == "__main__":
+    try:
+        (parsed,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
+        main(parsed)
+    except (ValueError, FileNotFoundError, TrainingDiverged) as error:
+        sys.exit(f"pretrain.py: {error}")

@@ -1,0 +1,88 @@
+"""CoLoRAConfig: what it refuses, and that it survives its file."""
+
+import json
+import math
+
+import pytest
+from peft import PeftConfig, PeftType
+
+from colora_peft import CoLoRAConfig
+from colora_peft.registration import SAVES_BIASES
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parameter_budget": 0}, r"parameter_budget is 0.*\(0, 1\]"),
+        ({"parameter_budget": 1.01}, "parameter_budget is 1.01"),
+        ({"parameter_budget": math.nan}, "parameter_budget is nan"),
+        ({"beta": -0.5}, "beta is -0.5"),
+        ({"beta": math.inf}, "beta is inf"),
+        ({"delta_min": 1.5}, "delta_min is 1.5"),
+        ({"colora_alpha": 0}, "colora_alpha is 0"),
+        ({"ranks": -1}, "rank of 'every layer' is -1"),
+        ({"ranks": 2.0}, "rank of 'every layer' is 2.0"),
+        ({"ranks": True}, "is True"),
+        ({"ranks": {"conv": 2, "body": None}}, "rank of 'body' is None"),
+        ({"contributions": {"conv": -1.0}}, "'conv' is -1.0"),
+        ({"contributions": {"conv": math.nan}}, "'conv' is nan"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'.*colora_only"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_pattern": "blocks"}, "layers_pattern needs"),
+    ],
+)
+def test_out_of_range_is_one_sentence_that_names_the_culprit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CoLoRAConfig(**settings)
+
+
+def test_bias_is_refused_where_peft_would_lose_it(monkeypatch):
+    monkeypatch.setattr("colora_peft.config.SAVES_BIASES", False)
+    with pytest.raises(ValueError, match="bias is 'all'.*peft>=0.21"):
+        CoLoRAConfig(bias="all")
+    CoLoRAConfig(bias="none")
+
+
+@pytest.mark.parametrize("settings", [{"parameter_budget": 1}, {"ranks": 0}, {"ranks": {}}, {"beta": 0}])
+def test_borders_of_the_ranges_are_allowed(settings):
+    CoLoRAConfig(**settings)
+
+
+def test_file_round_trip_through_the_general_class(tmp_path):
+    config = CoLoRAConfig(
+        target_modules=["intro", "ending", "body"],
+        exclude_modules=["norm"],
+        ranks={"intro": 3, "ending": 0},
+        contributions={"intro": 0.125, "ending": 1e-9},
+        parameter_budget=0.02,
+        beta=0.25,
+        delta_min=0.001,
+        colora_alpha=2.0,
+        bias="colora_only" if SAVES_BIASES else "none",
+        modules_to_save=["head"],
+        layers_to_transform=[1, 2],
+        layers_pattern="blocks",
+        init_weights=False,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is CoLoRAConfig and loaded == config
+    assert loaded.peft_type is PeftType.COLORA
+    assert isinstance(loaded.ranks["intro"], int)
+
+
+def test_equal_configurations_give_equal_files(tmp_path):
+    names = [f"layer{i}" for i in range(30)]
+    for folder, order in (("one", names), ("two", names[::-1])):
+        CoLoRAConfig(target_modules=order).save_pretrained(tmp_path / folder)
+    one, two = ((tmp_path / folder / "adapter_config.json").read_text() for folder in ("one", "two"))
+    assert one == two
+    assert json.loads(one)["target_modules"] == sorted(names)
+
+
+def test_field_of_a_newer_version_is_dropped_with_a_warning(tmp_path):
+    CoLoRAConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert PeftConfig.from_pretrained(tmp_path) == CoLoRAConfig()

@@ -1,0 +1,290 @@
+"""Laws of one adapted layer: for every kind of layer and both storages, factors and dense."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from colora_peft.layer import (
+    CoLoRALayer,
+    adaptable_layers,
+    adapter_scaling,
+    run_with_weight,
+    weight_matrix_shape,
+    why_not_adaptable,
+)
+
+
+class ScaledConv(nn.Conv2d):
+    """A subclass with a forward pass of its own, which must not be lost."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+CASES = {
+    "linear": (lambda: nn.Linear(10, 6), (2, 5, 10)),
+    "linear_no_bias": (lambda: nn.Linear(10, 6, bias=False), (2, 10)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 9, 8)),
+    "conv2d_1x1": (lambda: nn.Conv2d(8, 6, 1, bias=False), (2, 8, 5, 4)),
+    "conv2d_grouped": (lambda: nn.Conv2d(8, 6, 3, groups=2, padding=1), (2, 8, 7, 6)),
+    "conv2d_depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (2, 6, 7, 6)),
+    "conv2d_strided": (lambda: nn.Conv2d(4, 6, 3, stride=2), (2, 4, 9, 8)),
+    "conv2d_dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2), (2, 4, 9, 8)),
+    "conv2d_same": (lambda: nn.Conv2d(4, 6, 4, padding="same"), (2, 4, 9, 8)),
+    "conv2d_reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 8)),
+    "conv2d_circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9, 8)),
+    "conv2d_subclass": (lambda: ScaledConv(4, 6, 3), (2, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 5, 3, padding=1), (2, 3, 5, 4, 6)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(6, 4, 2, stride=2), (2, 6, 5, 4)),
+    "conv_transpose2d_grouped": (
+        lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=1),
+        (2, 6, 5, 4),
+    ),
+}
+STORAGES = {"factors": 1, "dense": 1000}
+
+
+@pytest.fixture(params=[(case, storage) for case in CASES for storage in STORAGES], ids="-".join)
+def case(request):
+    """(bare layer, the same layer adapted and active, input); the adapter is the identity."""
+    name, storage = request.param
+    make, shape = CASES[name]
+    torch.manual_seed(0)
+    bare = make().requires_grad_(False)
+    layer = adapted(bare, rank=STORAGES[storage])
+    assert len(layer.colora_dense) == (storage == "dense")
+    return bare, layer, torch.randn(shape)
+
+
+def adapted(bare, rank=1, name="default", **settings):
+    layer = CoLoRALayer(copy.deepcopy(bare))
+    layer.update_layer(name, rank, colora_alpha=3.0, **settings)
+    layer.set_adapter(name)
+    return layer
+
+
+def shake(layer, seed=1):
+    """Give every adapter parameter another random value, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.startswith("colora_"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_new_adapter_is_bitwise_the_identity(case):
+    bare, layer, x = case
+    assert torch.equal(layer(x), bare(x))
+    assert torch.equal(layer.eval()(x), bare(x))
+
+
+def test_output_is_that_of_a_plain_layer_with_the_delta_in_its_weight(case):
+    bare, layer, x = case
+    shake(layer)
+    matrix = weight_matrix_shape(bare)
+    if layer.colora_dense:
+        delta = layer.scaling["default"] * layer.colora_dense["default"]
+    else:
+        factors = torch.einsum("dr,rk->dk", layer.colora_B["default"], layer.colora_A["default"])
+        delta = layer.scaling["default"] * factors
+        assert delta.shape == matrix
+    expected = copy.deepcopy(bare)
+    expected.weight.data += delta.detach().reshape(bare.weight.shape)
+    torch.testing.assert_close(layer(x), expected(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(x), bare(x), atol=1e-3)
+
+
+def test_merged_equals_unmerged_and_unmerge_restores(case):
+    bare, layer, x = case
+    shake(layer)
+    unmerged = layer(x)
+    layer.merge(safe_merge=True)
+    assert layer.merged
+    torch.testing.assert_close(layer(x), unmerged, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.base_layer(x), unmerged, rtol=0, atol=1e-5)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, bare.weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer(x), unmerged, rtol=0, atol=1e-5)
+
+
+def test_gradient_reaches_the_adapter_and_nothing_else(case):
+    bare, layer, x = case
+    shake(layer)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == name.startswith("colora_"), name
+
+
+def test_disabled_is_exactly_the_base_also_when_merged(case):
+    bare, layer, x = case
+    shake(layer)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), bare(x))
+    layer.enable_adapters(True)
+    layer.merge()
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), bare(x), rtol=0, atol=1e-5)
+    assert not layer.merged
+
+
+def test_state_dict_saves_and_reloads_under_another_seed(case):
+    bare, layer, x = case
+    shake(layer)
+    torch.manual_seed(99)
+    other = adapted(bare, rank=layer.rank["default"])
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("output_size", [(9, 7), (10, 8), (9, 8)])
+def test_transposed_convolution_honours_output_size(output_size):
+    bare = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1).requires_grad_(False)
+    layer, x = adapted(bare), torch.randn(1, 4, 5, 4)
+    output = layer(x, output_size=list(output_size))
+    assert output.shape[2:] == output_size
+    assert torch.equal(output, bare(x, list(output_size)))
+
+
+def test_active_adapters_add():
+    bare = nn.Conv2d(4, 6, 3)
+    layer = adapted(bare, name="one", init_weights=False)
+    layer.update_layer("two", 1000, 3.0, init_weights=False)
+    x, delta = torch.randn(1, 4, 6, 6), {}
+    for name in ("one", "two"):
+        delta[name] = layer.get_delta_weight(name)
+    layer.set_adapter(["one", "two"])
+    both = run_with_weight(bare, bare.weight + delta["one"] + delta["two"], x)
+    torch.testing.assert_close(layer(x), both, rtol=0, atol=1e-6)
+    layer.merge()
+    torch.testing.assert_close(layer(x), both, rtol=0, atol=1e-6)
+
+
+def test_hooks_on_the_base_layer_still_run():
+    bare = nn.Conv2d(4, 6, 3).requires_grad_(False)
+    seen = []
+    bare.register_forward_hook(lambda module, args, output: seen.append(output))
+    layer = CoLoRALayer(bare)
+    layer.update_layer("default", 1, 3.0, init_weights=False)
+    layer.set_adapter("default")
+    output = layer(torch.randn(1, 4, 6, 6))
+    assert len(seen) == 1 and torch.equal(seen[0], output)
+
+
+def test_safe_merge_refuses_nan_and_leaves_the_weight():
+    layer = adapted(nn.Linear(6, 6))
+    before = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.colora_B["default"][0, 0] = math.nan
+    with pytest.raises(ValueError, match="'default'"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged and torch.equal(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 1000])
+def test_first_adam_step_moves_the_weight_alike_at_every_rank(rank):
+    """The scaling rule: entries of W move by colora_alpha * lr / sqrt(k), root mean square over the weight."""
+    torch.manual_seed(0)
+    learning_rate, alpha, layer = 1e-3, 3.0, adapted(nn.Conv2d(64, 64, 3).requires_grad_(False), rank=rank)
+    optimizer = torch.optim.Adam((p for p in layer.parameters() if p.requires_grad), lr=learning_rate)
+    layer(torch.randn(2, 64, 8, 8)).square().sum().backward()
+    optimizer.step()
+    moved = layer.get_delta_weight("default").square().mean().sqrt().item()
+    assert moved == pytest.approx(alpha * learning_rate / math.sqrt(64 * 9), rel=0.25)
+
+
+def test_scaling_of_factors_and_dense():
+    assert adapter_scaling(4, 100, 100, 3.0) == pytest.approx(3.0 / 2)
+    assert adapter_scaling(50, 100, 100, 3.0) == pytest.approx(3.0 / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_with_float32_adapter(dtype):
+    bare = nn.Conv2d(4, 6, 3, padding=1).to(dtype).requires_grad_(False)
+    layer, x = adapted(bare), torch.randn(1, 4, 6, 6).to(dtype)
+    assert torch.equal(layer(x), bare(x))
+    layer.float()
+    layer.base_layer.to(dtype)  # as PEFT's autocast_adapter_dtype leaves it
+    shake(layer)
+    unmerged = layer(x)
+    assert unmerged.dtype == dtype and layer.colora_A["default"].dtype == torch.float32
+    layer.merge()
+    assert torch.equal(layer(x), unmerged)
+
+
+def test_autocast_builds_the_delta_in_full_precision():
+    layer = adapted(nn.Conv2d(4, 6, 3))
+    shake(layer)
+    outside = layer.get_delta_weight("default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.get_delta_weight("default"), outside)
+        assert layer(torch.randn(1, 4, 6, 6)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rank", STORAGES.values(), ids=STORAGES)
+def test_channels_last_keeps_the_layout_of_the_weight_and_the_output(rank):
+    bare = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    layer = adapted(bare, rank=rank)
+    shake(layer)
+    x = torch.randn(2, 4, 6, 6)
+    expected = layer(x)
+    layer.to(memory_format=torch.channels_last)
+    assert layer.effective_weight().is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+
+
+# --- which layers -----------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 4)
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), ScaledConv(4, 4, 1))
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+        self.lazy = nn.LazyLinear(3)
+        self.embedding = nn.Embedding(3, 4)
+        self.up = nn.ConvTranspose2d(4, 4, 2)
+
+
+def test_adaptable_layers_in_network_order_without_those_whose_weight_is_read_elsewhere():
+    model = Mixed()
+    layers = adaptable_layers(model)
+    assert list(layers) == ["last", "first.0", "first.2", "up"]
+    assert layers["first.0"] is model.first[0]
+    assert "weight_norm" in why_not_adaptable(model.normed)
+    assert "once" in why_not_adaptable(model.lazy)
+    assert "Conv2d" in why_not_adaptable(model.embedding)
+
+
+def test_adaptable_layers_names_an_adapted_layer_as_before():
+    model = Mixed()
+    bare = model.first[0]
+    model.first[0] = CoLoRALayer(bare)
+    assert list(adaptable_layers(model)) == ["last", "first.0", "first.2", "up"]
+    assert adaptable_layers(model)["first.0"] is bare
+    assert list(adaptable_layers(model.first[0])) == [""]
+
+
+def test_weight_matrix_shape_follows_the_stored_layout():
+    assert weight_matrix_shape(nn.Linear(10, 6)) == (6, 10)
+    assert weight_matrix_shape(nn.Conv2d(8, 6, 3, groups=2)) == (6, 36)
+    assert weight_matrix_shape(nn.ConvTranspose2d(8, 6, 2, groups=2)) == (8, 12)
+
+
+@pytest.mark.parametrize("rank", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("kind", ["linear", "conv2d_reflect", "conv_transpose2d"])
+def test_compiles_without_a_graph_break(kind, rank):
+    torch._dynamo.reset()
+    make, shape = CASES[kind]
+    layer, x = adapted(make(), rank=rank, init_weights=False), torch.randn(shape)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)
+    layer.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)

@@ -1,0 +1,120 @@
+"""Which layers an adapter goes on and which ranks they get."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_networks import network
+from torch import nn
+
+from colora_peft import CoLoRAConfig, CoLoRALayer
+
+EVERY_LAYER = [
+    "conv",
+    "blocks.0.conv",
+    "blocks.0.mix",
+    "blocks.1.conv",
+    "blocks.1.mix",
+    "down",
+    "up",
+    "gate",
+    "head",
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, EVERY_LAYER),
+        ({"target_modules": ["conv"]}, ["conv", "blocks.0.conv", "blocks.1.conv"]),
+        ({"target_modules": r"blocks\.\d+\.mix"}, ["blocks.0.mix", "blocks.1.mix"]),
+        ({"target_modules": "all-linear"}, ["gate"]),
+        ({"target_modules": ["conv", "mix"], "exclude_modules": ["1.conv"]}, [*EVERY_LAYER[:3], EVERY_LAYER[4]]),
+        ({"exclude_modules": r"blocks.*|.*own"}, ["conv", "up", "gate", "head"]),
+        ({"modules_to_save": ["head"]}, EVERY_LAYER[:-1]),
+    ],
+)
+@pytest.mark.parametrize("explicit", [False, True], ids=["first", "from_its_own_ranks"])
+def test_targets_follow_pefts_rules(settings, expected, explicit):
+    bare, x = network()
+    config = CoLoRAConfig(ranks=1, **settings)
+    model = get_peft_model(bare, config)
+    if explicit:  # as loading does: the configuration that injection has left behind
+        model = get_peft_model(network()[0], copy.deepcopy(config))
+    assert list(config.ranks) == expected
+    wrapped = [name for name, module in model.get_base_model().named_modules() if isinstance(module, CoLoRALayer)]
+    assert wrapped == expected
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_modules": ["mix"], "layers_to_transform": [1]}, ["body.blocks.1.mix"]),
+        ({"layers_to_transform": 0, "layers_pattern": "blocks"}, ["body.blocks.0.conv", "body.blocks.0.mix"]),
+    ],
+)
+def test_blocks_are_chosen_by_index(settings, expected):
+    """Inside `body`, because up to PEFT 0.20 a list of blocks at the top of a network is not found."""
+    config = CoLoRAConfig(ranks=1, **settings)
+    get_peft_model(nn.Sequential(OrderedDict(body=network()[0])), config)
+    assert list(config.ranks) == expected
+
+
+def test_ranks_by_name_match_whole_names_only():
+    model = get_peft_model(network()[0], CoLoRAConfig(ranks={"conv": 1}))
+    assert [n for n, m in model.get_base_model().named_modules() if isinstance(m, CoLoRALayer)] == ["conv"]
+
+
+def test_rank_zero_leaves_the_layer_alone():
+    model = get_peft_model(network()[0], CoLoRAConfig(ranks={"conv": 1, "head": 0})).get_base_model()
+    assert type(model.head) is nn.Conv2d and not model.head.weight.requires_grad
+
+
+def test_contributions_decide_and_cover_more_than_the_targets():
+    scores = {name: 2.0**-i for i, name in enumerate(EVERY_LAYER)}
+    config = CoLoRAConfig(contributions=scores, parameter_budget=0.2, beta=2, target_modules=["mix", "gate", "up"])
+    get_peft_model(network()[0], config)
+    # 89 of 448 parameters: the first dense 8 x 8 costs 64, then one rank 16; alpha is 16 and 64, for `up` 640.
+    assert list(config.ranks.items()) == [("blocks.0.mix", 8), ("blocks.1.mix", 1), ("up", 0), ("gate", 0)]
+
+
+def test_ranks_survive_more_targets_than_peft_lists():
+    """From 20 targets on PEFT shortens target_modules to suffixes; ranks must not depend on them."""
+
+    def deep():
+        return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(30)])
+
+    names = [f"{i}.0" for i in range(25)]
+    config = CoLoRAConfig(target_modules=names, ranks={name: 1 for name in names})
+    get_peft_model(deep(), config)
+    again = get_peft_model(deep(), CoLoRAConfig(ranks=config.ranks, target_modules=config.target_modules))
+    assert sum(isinstance(module, CoLoRALayer) for module in again.modules()) == 25
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"ranks": {"conv": 1, "heads": 1}}, ValueError, "'heads'.*did you mean 'head'"),
+        ({"ranks": {"conv": 1, "blocks.0.norm": 1}}, ValueError, "'blocks.0.norm'"),
+        ({"ranks": {"conv": 1}, "target_modules": ["conv"]}, ValueError, "'blocks.0.conv' is missing from `ranks`"),
+        ({"ranks": {"conv": 1}, "exclude_modules": ["conv"]}, ValueError, "matches no layer of Restorer"),
+        ({"ranks": 0}, ValueError, "All ranks are 0"),
+        ({"ranks": {"conv": 0}}, ValueError, "All ranks are 0"),
+        ({"contributions": {**dict.fromkeys(EVERY_LAYER, 1.0), "hed": 1.0}}, ValueError, "'hed'.*did you mean 'head'"),
+        ({"contributions": {"conv": 1.0}}, ValueError, "'blocks.0.conv' is missing from `contributions`"),
+        ({"target_modules": ["nothing"]}, ValueError, "'nothing'.* matches no layer of Restorer"),
+        ({"parameter_budget": 1e-6}, ValueError, "set parameter_budget to at least 0"),
+        ({"target_modules": ["norm"]}, TypeError, "'blocks.0.norm' is a GroupNorm.*ConvTranspose2d"),
+        ({"target_modules": ["blocks.1"]}, TypeError, "'blocks.1' is a Block"),
+    ],
+)
+def test_bad_choice_of_layers_is_one_clear_sentence(settings, error, message):
+    bare, x = network()
+    expected = bare(x)
+    with pytest.raises(error, match=message):
+        get_peft_model(bare, CoLoRAConfig(**settings))
+    assert not any(isinstance(module, CoLoRALayer) for module in bare.modules())
+    assert torch.equal(bare(x), expected)
