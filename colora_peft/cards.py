@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,5 +73,53 @@ import colora_peft.models
 from transformers import AutoModelForImageToImage
 
 model = AutoModelForImageToImage.from_pretrained("{name}")
+```
+"""
+
+
+def adapted_card(title: str, base: str, snippet: str, metrics: Mapping[str, object], facts: RunFacts) -> str:
+    """Markdown card of a fine-tuned network or adapter: what came out, and the code that loads it.
+
+    Args:
+        title: Heading.
+        base: Folder or Hub id of the pre-trained network.
+        snippet: Python that loads the result.
+        metrics: What `examples/finetune.py` writes as metrics.json.
+        facts: Data, hardware, seconds.
+    """
+    base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
+    return f"""---
+library_name: peft
+pipeline_tag: image-to-image
+{base_line}tags: [image-restoration, colora, base_model:adapter]
+---
+
+# {title}
+
+`{base}` adapted with the method `{metrics["method"]}`: {metrics["trainable_parameters"]:,} parameters trained,
+{metrics["trainable_ratio"]:.2%} of the weights of its layers.
+
+| {metrics["eval_pairs"]} held-out pairs | PSNR (dB) | SSIM |
+|---|---|---|
+| input | {metrics["psnr_input"]:.2f} | {metrics["ssim_input"]:.3f} |
+| before | {metrics["psnr_before"]:.2f} | {metrics["ssim_before"]:.3f} |
+| **after** | **{metrics["psnr_after"]:.2f}** | **{metrics["ssim_after"]:.3f}** |
+
+In RGB on [0, 1] after rounding to 8 bits, per picture, then averaged.
+
+![input, restored, target](before_after.png)
+
+| | |
+|---|---|
+| Data | {facts.data} |
+| Training | {facts.seconds:.0f} seconds on {facts.processes} x {facts.hardware}, seed {metrics["seed"]} |
+| Software | torch {torch.__version__}, Python {platform.python_version()} |
+
+```
+{command_line()}
+```
+
+```python
+{snippet}
 ```
 """

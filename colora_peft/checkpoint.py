@@ -25,8 +25,11 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -37,8 +40,8 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints in `output_dir`, oldest first."""
-    found = [path for path in Path(output_dir).glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
+    found = [path for path in Path(output_dir).glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdecimal()]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[len(_PREFIX) :]))
 
 
 def save_checkpoint(
@@ -50,21 +53,37 @@ def save_checkpoint(
 ) -> Path:
     """Save `output_dir/checkpoint-<step>` and remove the oldest beyond `limit` (None keeps all).
 
-    `state` is JSON and must hold `step`. The new checkpoint is complete before an old one goes.
+    `state` is JSON and must hold `step`. The new checkpoint is complete before an old one goes; if it cannot be
+    written (a full disk), the old ones are left as they were and the error is raised.
     """
-    final = Path(output_dir) / f"{_PREFIX}{state['step']}"
+    output_dir = Path(output_dir)
+    final = output_dir / f"{_PREFIX}{state['step']}"
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in output_dir.glob(f".{_PREFIX}*.partial"):  # of runs that were killed while they saved
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
-    save_file(_contiguous(trained_tensors(model)), partial / _WEIGHTS)
-    save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
-    write_json(partial / _STATE, state)
-    shutil.rmtree(final, ignore_errors=True)
+    try:
+        save_file(_contiguous(trained_tensors(model)), partial / _WEIGHTS)
+        save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
+        write_json(partial / _STATE, state)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    hidden = _hide(final) if final.exists() else None
     os.replace(partial, final)
+    if hidden is not None:
+        shutil.rmtree(hidden)
     if limit is not None:
-        for old in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
+        # The one just written stays, even where a run went back and later steps lie beside it.
+        others = [path for path in list_checkpoints(output_dir) if path != final]
+        for old in others[: max(0, len(others) - limit + 1)]:
+            shutil.rmtree(_hide(old))
     return final
+
+
+def _hide(checkpoint: Path) -> Path:
+    """Rename a checkpoint that is to go, so that a run killed meanwhile leaves no visible half of it."""
+    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old.partial"))
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -80,25 +99,34 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no readable checkpoint ({error}); resume from another one.") from error
     own = trained_tensors(model)
-    wrong = sorted(name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name))
+    wrong = [name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name)]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wrong += [key for key, value in moments.items() if not _is_moment(key, value, trained)]
     if wrong:
         raise ValueError(
             f"{path} belongs to another model or method: {len(wrong)} tensors are missing, unexpected or of another "
-            f"shape, {', '.join(wrong[:5])} among them."
+            f"shape, {', '.join(sorted(wrong)[:5])} among them."
         )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    _load_optimizer_tensors(model, optimizer, moments)
+    _load_optimizer_tensors(trained, optimizer, moments)
     return state
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint; ValueError if there is none."""
+    """The JSON state of a checkpoint.
+
+    Raises:
+        ValueError: if there is none, or it does not say which step it is of.
+    """
     try:
-        return json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable checkpoint ({error}); resume from another one.") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError(f"{path} is no readable checkpoint ({_STATE} has no step); resume from another one.")
+    return state
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
@@ -119,14 +147,19 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    by_parameter: dict[str, dict[str, Tensor]] = {}
+def _is_moment(key: str, value: Tensor, trained: dict[str, Tensor]) -> bool:
+    """Whether `value` can be Adam's state of a trained parameter: its step count or a tensor of its shape."""
+    name, _, moment = key.rpartition("/")
+    return name in trained and value.shape == (torch.Size() if moment == "step" else trained[name].shape)
+
+
+def _load_optimizer_tensors(
+    trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
+) -> None:
+    optimizer.state.clear()
     for key, value in moments.items():
-        name, moment = key.rsplit("/", 1)
-        by_parameter.setdefault(name, {})[moment] = value
-    for name, parameter in model.named_parameters():
-        for moment, value in by_parameter.get(name, {}).items():
-            # `step` stays on the CPU, as Adam keeps it; the moments take the layout of their parameter.
-            if value.shape == parameter.shape and moment != "step":
-                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            optimizer.state[parameter][moment] = value
+        name, _, moment = key.rpartition("/")
+        parameter = trained[name]
+        # `step` stays on the CPU, as Adam keeps it; the moments take the layout of their parameter.
+        own = value.clone() if moment == "step" else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][moment] = own.detach()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -11,18 +14,33 @@ from .pairs import PairSource
 from .training import reconstruct
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it was in, also those that were frozen alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # parents first: `train` sets the children too, who then get their own
+            if module.training != training:
+                module.train(training)
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, description: str) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of whole restored pictures, `psnr` and `ssim`, and of the inputs, `*_input`.
 
-    Per picture in RGB on [0, 1] after rounding to 8 bits, then averaged over the pictures.
+    Per picture in RGB on [0, 1] after rounding to 8 bits, then averaged over the pictures. The network is in
+    evaluation mode meanwhile and as before afterwards.
     """
-    model.eval()
     rows = []
-    for index in tqdm(range(len(pairs)), desc=description, unit="picture", leave=False):
-        degraded, target = (image.to(device)[None] for image in pairs[index])
-        restored = reconstruct(model, degraded).float()
-        rows.append([psnr(restored, target), ssim(restored, target), psnr(degraded, target), ssim(degraded, target)])
+    with evaluation_mode(model):
+        for index in tqdm(range(len(pairs)), desc=description, unit="picture", leave=False):
+            degraded, target = (image.to(device)[None] for image in pairs[index])
+            restored = reconstruct(model, degraded).float()
+            figures = psnr(restored, target), ssim(restored, target), psnr(degraded, target), ssim(degraded, target)
+            rows.append([figure.item() for figure in figures])
     means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
     return dict(zip(("psnr", "ssim", "psnr_input", "ssim_input"), means, strict=True))
 
@@ -30,11 +48,11 @@ def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, descript
 @torch.inference_mode()
 def restore_some(model: nn.Module, pairs: PairSource, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(input, restored, target), each (3, H, W) in [0, 1] on the CPU, of `count` pairs spread over the set."""
-    model.eval()
     device = next(model.parameters()).device
     rows = []
-    for index in torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().int().tolist():
-        degraded, target = pairs[index]
-        restored = reconstruct(model, degraded[None].to(device))[0].float().clamp(0, 1).cpu()
-        rows.append((degraded, restored, target))
+    with evaluation_mode(model):
+        for index in torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().int().tolist():
+            degraded, target = pairs[index]
+            restored = reconstruct(model, degraded[None].to(device))[0].float().clamp(0, 1).cpu()
+            rows.append((degraded, restored, target))
     return rows

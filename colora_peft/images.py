@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import cv2
@@ -12,9 +13,13 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 
+# TIFF and EXIF tags, and values of the photometric interpretation.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLES_PER_PIXEL, _PLANAR_CONFIGURATION = 258, 262, 274, 277, 284
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The pictures in `folder` (not below it), sorted by name.
+    """The pictures in `folder` (not below it, hidden files left out), sorted by name.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -23,75 +28,107 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if _looks_like_an_image(path))
     if not paths:
         raise ValueError(f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return paths
 
 
+def _looks_like_an_image(path: Path) -> bool:
+    # A Mac leaves a hidden "._photo.jpg" beside each photo on a foreign disk.
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+
+
 def read_image(path: str | Path) -> Tensor:
-    """Read a picture as float32 RGB (3, H, W) in [0, 1].
+    """Read a picture as float32 RGB (3, H, W) in [0, 1]; see `decode_image`.
+
+    Raises:
+        ValueError: if the file is missing, not a picture or damaged; it names the file.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check that the file is there.") from error
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Tensor:
+    """The bytes of an image file as float32 RGB (3, H, W) in [0, 1].
 
     The EXIF orientation is applied, grey becomes RGB, transparency is laid on white, palettes and CMYK are converted,
     and the 16 bits of PNG and TIFF files are kept.
 
     Raises:
-        ValueError: if the file is not a picture or is damaged; it names the file.
+        ValueError: if they are not a picture or damaged; it calls the picture by `name`.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            if not _has_16_bits(opened):
-                return from_pil(opened)
-            orientation = opened.getexif().get(0x0112, 1)
-        return _read_16_bits(path, orientation)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); replace or remove it.") from error
+            return _decode_16_bits(opened, data) if _has_16_bits(opened, data) else from_pil(opened)
+    except UnidentifiedImageError as error:  # its message shows a buffer's address
+        raise ValueError(f"{name} cannot be read as a picture (unknown format); replace or remove it.") from error
+    # On damaged data the decoders raise nearly anything: OSError, SyntaxError, struct.error, zlib.error...
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read as a picture ({error}); replace or remove it.") from error
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """An 8-bit Pillow picture of any mode to float32 RGB (3, H, W) in [0, 1], EXIF orientation applied."""
+    """A Pillow picture to float32 RGB (3, H, W) in [0, 1], EXIF orientation applied, transparency laid on white.
+
+    Raises:
+        ValueError: if its values have no agreed white (32-bit integers, floating point).
+    """
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not sixteen_bits:
+        raise ValueError("32-bit pictures have no agreed white; save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
+    if sixteen_bits:
+        grey = torch.from_numpy(np.array(image).astype(np.float32) / 65535)
+        return grey.expand(3, -1, -1).contiguous()
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def _has_16_bits(image: Image.Image) -> bool:
-    # Pillow halves 16-bit colour silently; only the raw mode of its decoder tells, e.g. "RGB;16B".
-    if image.mode.startswith("I"):
-        return True
+def _has_16_bits(image: Image.Image, data: bytes) -> bool:
+    # Pillow halves 16-bit colour silently, so its mode does not tell.
     if image.format == "TIFF":
-        return 16 in tuple(image.tag_v2.get(258, ()))
-    return image.format == "PNG" and _png_bit_depth(image.filename) == 16
+        return 16 in np.ravel(image.tag_v2.get(_BITS_PER_SAMPLE, ()))
+    return image.format == "PNG" and data[24] == 16  # the ninth byte of the IHDR chunk, which is always first
 
 
-def _png_bit_depth(path: str) -> int:
-    with open(path, "rb") as file:
-        return file.read(25)[24]  # the ninth byte of the IHDR chunk, which is always first
-
-
-def _read_16_bits(path: str | Path, orientation: int) -> Tensor:
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+def _decode_16_bits(image: Image.Image, data: bytes) -> Tensor:
+    if image.format == "TIFF":
+        _check_layout(image)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
-        raise OSError("its 16-bit data could not be decoded")
+        raise ValueError("its 16-bit data could not be decoded")
+    if image.format == "PNG":  # OpenCV has oriented a TIFF, but not a PNG
+        pixels = _oriented(pixels, image.getexif().get(_ORIENTATION, 1))
+    elif image.tag_v2[_PHOTOMETRIC] == _WHITE_IS_ZERO:
+        pixels = 65535 - pixels
     pixels = pixels.astype(np.float32) / 65535
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     elif pixels.shape[2] == 4:
         pixels = pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
-        pixels = pixels[..., ::-1]
-    else:
-        pixels = pixels[..., ::-1]
-    return torch.from_numpy(_oriented(pixels, orientation)).permute(2, 0, 1).contiguous()
+    # OpenCV's channels are blue, green, red.
+    return torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).permute(2, 0, 1).contiguous()
+
+
+def _check_layout(image: Image.Image) -> None:
+    """Refuse the 16-bit TIFFs that OpenCV decodes wrongly without a word."""
+    planes_apart = image.tag_v2.get(_PLANAR_CONFIGURATION, 1) == 2 and image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) > 1
+    if image.tag_v2.get(_PHOTOMETRIC) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) or planes_apart:
+        raise ValueError("a 16-bit TIFF must be grey or RGB with the colours interleaved; save it so, or as PNG")
 
 
 def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo the eight EXIF orientations on an (H, W, 3) array."""
+    """Apply any of the eight EXIF orientations to an (H, W) or (H, W, C) array."""
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):

@@ -5,6 +5,7 @@ Pictures are float32 RGB (3, H, W) in [0, 1].
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .images import from_pil, list_images, read_image
+from .images import decode_image, list_images, read_image
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 
@@ -62,7 +63,7 @@ class ImageFiles:
         """Open every file and look at its size, without decoding it.
 
         Raises:
-            ValueError: if some are unreadable or smaller than the patch; it lists them.
+            ValueError: if some are unreadable or smaller than the patch; it lists them (the first 20).
         """
         culprits = []
         for path in self.paths:
@@ -70,7 +71,7 @@ class ImageFiles:
                 with Image.open(path) as image:
                     if min(image.size) < resolution:
                         culprits.append(f"{path.name} ({image.size[0]}x{image.size[1]} pixels)")
-            except (OSError, SyntaxError):
+            except Exception:  # Pillow raises nearly anything on damaged data
                 culprits.append(f"{path.name} (unreadable)")
         if culprits:
             raise ValueError(
@@ -99,7 +100,7 @@ class PairedImageFolder:
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if a folder is empty, a name has no partner (all are listed) or two files share a name.
+        ValueError: if a folder is empty, a name has no partner (the first 20 are listed) or two files share a name.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -132,7 +133,7 @@ class PairedHubDataset:
     """A Hugging Face dataset split with the image columns `input` and `target`.
 
     Raises:
-        ValueError: if a column is missing or the split is empty.
+        ValueError: if a column is missing or does not hold images, or the split is empty.
     """
 
     def __init__(self, split: Any) -> None:
@@ -144,15 +145,34 @@ class PairedHubDataset:
             )
         if len(split) == 0:
             raise ValueError("The dataset split is empty.")
-        self._split = split
+        self._split = split.with_format(None)
+        for column in ("input", "target"):
+            feature = split.features[column]
+            if type(feature).__name__ != "Image":
+                raise ValueError(
+                    f"The dataset's column `{column}` holds {feature}, not images; "
+                    f'cast it with `cast_column("{column}", datasets.Image())`.'
+                )
+            # Decoded here and not there: 16-bit colour and the orientation are then treated as in files.
+            self._split = self._split.cast_column(column, dataclasses.replace(feature, decode=False))
         self.names = [f"row {index}" for index in range(len(split))]
 
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, index: int) -> Pair:
-        row = self._split[index]
-        return check_pair(self.names[index], from_pil(row["input"]), from_pil(row["target"]))
+        row, name = self._split[index], self.names[index]
+        degraded, target = (_decode_cell(row[side], f"{name}, {side}") for side in ("input", "target"))
+        return check_pair(name, degraded, target)
+
+
+def _decode_cell(cell: dict[str, Any] | None, name: str) -> Tensor:
+    """A cell of an image column that is kept undecoded: the file's bytes, or the path to it."""
+    if cell is None:
+        raise ValueError(f"The picture of {name} is missing; remove that row.")
+    if cell["bytes"] is None:
+        return read_image(cell["path"])
+    return decode_image(cell["bytes"], f"The picture of {name}")
 
 
 def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
@@ -165,7 +185,7 @@ def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
 
 
 def check_pairs(pairs: PairSource, resolution: int) -> None:
-    """Read every pair once, before a run begins.
+    """Read every pair once, before a run begins; the first 20 culprits are listed.
 
     Raises:
         ValueError: if pairs are unreadable, differ in size or are smaller than the patch; it lists them.
@@ -183,7 +203,7 @@ def check_pairs(pairs: PairSource, resolution: int) -> None:
                 "lower --resolution or remove it."
             )
     if culprits:
-        raise ValueError(_some(culprits, 5, " "))
+        raise ValueError(_some(culprits, separator=" "))
 
 
 class PairSubset:

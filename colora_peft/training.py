@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint, write_json
+from .checkpoint import load_checkpoint, read_state, save_checkpoint
 from .patches import StepSampler, sample_generator
+from .run_folder import prepare_output_dir
+from .train_arguments import TrainArguments
 
-_RUN_FILE, _LOG_FILE = "run.json", "train_log.jsonl"
+__all__ = [
+    "TrainArguments",
+    "TrainingDiverged",
+    "prepare_output_dir",
+    "reconstruct",
+    "restoration_loss",
+    "train",
+    "use_all_cores",
+]
+
+_LOG_FILE = "train_log.jsonl"
 _LOG_EVERY_STEPS = 20
 
 
@@ -37,109 +48,12 @@ class TrainingDiverged(RuntimeError):
     """The loss or its gradient became NaN or infinite."""
 
 
-@dataclass
-class TrainArguments:
-    """Flags that every training script has. Names follow the scripts of diffusers."""
-
-    output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the result."})
-    max_train_steps: int = field(metadata={"help": "Optimiser steps of the whole run."})
-    per_device_train_batch_size: int = field(metadata={"help": "Patches a step on each process."})
-    resolution: int = field(metadata={"help": "Side of the square training patches in pixels."})
-    learning_rate: float = field(metadata={"help": "Peak learning rate of AdamW; it decays to zero along a cosine."})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from zero."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything random; the same seed, the same result."})
-    checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
-    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones go."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest' or the folder of a checkpoint: go on from there."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in --output_dir."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that prepare patches; 0 prepares them in the training process."}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("max_train_steps", "per_device_train_batch_size", "resolution", "checkpointing_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"--learning_rate must be a positive number, got {self.learning_rate}.")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError("--checkpoints_total_limit must be at least 1; leave it out to keep all.")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine that reaches zero after the last step."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-# --------------------------------------------------------------------------------------------------- output folder
-
-
-def prepare_output_dir(args: TrainArguments, accelerator: Accelerator) -> Path | None:
-    """Create the output folder or refuse it; return the checkpoint to resume from, if any.
-
-    Raises:
-        ValueError: if the folder already holds a run and neither resuming nor overwriting was asked for, if it holds
-            other files, if there is nothing to resume from, or if the run to resume had other settings.
-    """
-    output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        checkpoint = _find_checkpoint(args, output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        return checkpoint
-    if accelerator.is_main_process:
-        _create_output_dir(args, output_dir)
-    accelerator.wait_for_everyone()
-    return None
-
-
-def _create_output_dir(args: TrainArguments, output_dir: Path) -> None:
-    occupied = output_dir.is_dir() and any(output_dir.iterdir())
-    if occupied and not (output_dir / _RUN_FILE).is_file():
-        raise ValueError(f"--output_dir {output_dir} holds files that are not of a run; choose another folder.")
-    if occupied and not args.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {output_dir} already holds a run; add --overwrite_output_dir to delete it or "
-            "--resume_from_checkpoint latest to go on with it."
-        )
-    if occupied:
-        shutil.rmtree(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / _RUN_FILE, asdict(args))
-
-
-def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path:
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        if not checkpoints:
-            raise ValueError(f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}.")
-        path = checkpoints[-1]
-    else:
-        path = Path(args.resume_from_checkpoint)
-    saved = read_state(path)["arguments"]
-    # What may differ without changing the result.
-    free = {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"}
-    free |= {"overwrite_output_dir", "dataloader_num_workers", "per_device_train_batch_size"}
-    changed = [
-        f"--{key} was {saved[key]!r}" for key, now in asdict(args).items() if key not in free and saved[key] != now
-    ]
-    if changed:
-        raise ValueError(f"{path} is from a run with other settings ({'; '.join(changed)}); use the same ones.")
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------ the loop
-
-
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """The restored pictures (B, C, H, W) of any network that returns them as a tensor or under `reconstruction`.
 
     Raises:
         TypeError: if the network returns something else.
+        ValueError: if the restored pictures are not of the shape of the input.
     """
     output = model(pixel_values)
     reconstruction = output if isinstance(output, Tensor) else getattr(output, "reconstruction", None)
@@ -147,6 +61,11 @@ def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
         raise TypeError(
             f"{type(model).__name__} returned {type(output).__name__}; a restoration network must return the restored "
             "pictures as a tensor or as an output with the field `reconstruction`."
+        )
+    if reconstruction.shape != pixel_values.shape:
+        raise ValueError(
+            f"{type(model).__name__} returned pictures of shape {tuple(reconstruction.shape)} for inputs of shape "
+            f"{tuple(pixel_values.shape)}; a restoration network must keep the shape."
         )
     return reconstruction
 
@@ -175,8 +94,7 @@ def train(
         TrainingDiverged: if loss or gradient is not finite. The state before that step was saved as a checkpoint.
         ValueError: if the checkpoint belongs to another model, or the global batch has changed.
     """
-    # Convolutions and channel-wise norms are faster with the channels last, on CPU and GPU.
-    model = model.to(accelerator.device, memory_format=torch.channels_last).train()
+    model = _to_device(model, accelerator.device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
     run = _Run(args, accelerator)
@@ -189,24 +107,64 @@ def train(
             group["lr"] = args.learning_rate_at(step)
         # Dropout and the like draw from the global generator: seeded by step, a resumed run draws the same.
         torch.manual_seed(sample_generator(args.seed, step, accelerator.process_index).initial_seed())
-        reconstruction = reconstruct(prepared, batch["pixel_values"])
-        loss = F.l1_loss(reconstruction, batch["labels"])
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        # Under fp16 an infinite norm is the scaler's business: it skips the step and lowers its scale.
-        if not torch.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        figures = _backward(prepared, batch, parameters, args.max_grad_norm, accelerator)
+        if not figures.finite:
+            for buffer, before in buffers:  # running statistics have seen the bad batch already
+                buffer.copy_(before)
             run.save(model, optimizer, step)
             raise TrainingDiverged(
-                f"The loss became {loss.item():g} at step {step} (gradient norm {norm.item():g}). Training stopped; "
-                f"the state before it is saved in {args.output_dir}. Lower --learning_rate {args.learning_rate:g}."
+                f"The loss became {figures.loss:g} at step {step} (gradient norm {figures.norm:g}). Training stopped; "
+                f"the state before it is saved in {args.output_dir}. Look for broken pictures, or start again with a "
+                f"lower --learning_rate than {args.learning_rate:g}."
             )
         optimizer.step()
         optimizer.zero_grad()
-        run.log(step, loss, reconstruction, batch["labels"])
+        run.log(step, figures)
         done = step + 1
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
             run.save(model, optimizer, done)
     return accelerator.unwrap_model(prepared, keep_fp32_wrapper=False), run.seconds
+
+
+def _to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    # Convolutions and channel-wise norms are faster with the channels last, on CPU and GPU. PyTorch refuses that
+    # layout for the five dimensions of Conv3d.
+    if any(tensor.ndim == 5 for tensor in (*model.parameters(), *model.buffers())):
+        return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class _StepFigures:
+    """What a step gave over all processes: mean loss, mean PSNR (dB), norm of the gradient before clipping."""
+
+    loss: float
+    psnr: float
+    norm: float
+    finite: bool
+
+
+def _backward(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    parameters: list[nn.Parameter],
+    max_grad_norm: float,
+    accelerator: Accelerator,
+) -> _StepFigures:
+    """Forward and backward of one batch; leaves clipped gradients. Every process gets the same figures."""
+    reconstruction = reconstruct(model, batch["pixel_values"])
+    loss = F.l1_loss(reconstruction, batch["labels"])
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+    error = (reconstruction.detach().float().clamp(0, 1) - batch["labels"]).square().mean(dim=(1, 2, 3))
+    psnr = -10 * error.clamp_min(1e-10).log10().mean()
+    # The mean over the processes: a loss that is NaN on one of them (its gradient need not be) stops them all.
+    local = torch.stack([loss.detach().float(), psnr, norm.detach().float()])
+    mean_loss, mean_psnr, mean_norm = accelerator.reduce(local, reduction="mean").tolist()
+    # Under fp16 an infinite norm is the scaler's business: it skips the step and lowers its scale.
+    finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(mean_norm))
+    return _StepFigures(mean_loss, mean_psnr, mean_norm, finite)
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -269,17 +227,16 @@ class _Run:
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> int:
         if checkpoint is None:
             return 0
-        state = load_checkpoint(checkpoint, model, optimizer)
-        if state["global_batch_size"] != self.global_batch_size:
+        batch_size = read_state(checkpoint).get("global_batch_size")
+        if batch_size != self.global_batch_size:
             raise ValueError(
-                f"{checkpoint} was trained with {state['global_batch_size']} patches a step over all processes, this "
-                f"run has {self.global_batch_size}; set --per_device_train_batch_size so that they are equal."
+                f"{checkpoint} was trained with {batch_size} patches a step over all processes, this run has "
+                f"{self.global_batch_size}; set --per_device_train_batch_size so that they are equal."
             )
-        self.earlier_seconds = state["seconds"]
+        state = load_checkpoint(checkpoint, model, optimizer)
+        self.earlier_seconds = state.get("seconds", 0.0)
         if self.accelerator.is_main_process and self.log_path.is_file():
-            lines = self.log_path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-            self.log_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            _cut_log(self.log_path, state["step"])
         return state["step"]
 
     def progress(self, batches: Iterable[Any], first_step: int) -> Iterable[Any]:
@@ -293,10 +250,9 @@ class _Run:
         )
         return self.bar
 
-    def log(self, step: int, loss: Tensor, reconstruction: Tensor, labels: Tensor) -> None:
+    def log(self, step: int, figures: _StepFigures) -> None:
         """Remember loss and PSNR of the step; every so often show and write their mean."""
-        error = (reconstruction.detach().clamp(0, 1) - labels).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-        self.recent.append((loss.item(), -10 * error.log10().mean().item()))
+        self.recent.append((figures.loss, figures.psnr))
         if (step + 1) % _LOG_EVERY_STEPS and step + 1 < self.args.max_train_steps:
             return
         mean_loss, mean_psnr = (sum(column) / len(column) for column in zip(*self.recent, strict=True))
@@ -313,13 +269,29 @@ class _Run:
         return self.earlier_seconds + time.perf_counter() - self.started
 
     def save(self, model: nn.Module, optimizer: Any, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "step": step,
-            "seconds": self.seconds,
-            "global_batch_size": self.global_batch_size,
-            "arguments": asdict(self.args),
-        }
-        inner = getattr(optimizer, "optimizer", optimizer)
-        save_checkpoint(self.args.output_dir, model, inner, state, self.args.checkpoints_total_limit)
+        if self.accelerator.is_main_process:
+            state = {
+                "step": step,
+                "seconds": self.seconds,
+                "global_batch_size": self.global_batch_size,
+                "arguments": asdict(self.args),
+            }
+            inner = getattr(optimizer, "optimizer", optimizer)
+            save_checkpoint(self.args.output_dir, model, inner, state, self.args.checkpoints_total_limit)
+        # A process that ended earlier would have the launcher kill the one that writes.
+        self.accelerator.wait_for_everyone()
+
+
+def _cut_log(path: Path, last_step: int) -> None:
+    """Drop the rows after `last_step`, and a last row that a killed run left half-written."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > last_step:
+                break
+        except json.JSONDecodeError:
+            break
+        kept.append(f"{line}\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 from peft import PeftModel, get_peft_model
@@ -17,6 +18,9 @@ METHODS: tuple[str, ...] = get_args(Method)
 # Peak learning rates, each chosen by examples/search_learning_rates.py on training pairs only.
 LEARNING_RATES: Mapping[str, float] = {"colora": 3e-3, "lora": 3e-3, "full": 5e-4, "decoder": 1e-3, "bias": 5e-3}
 
+# nn.MultiheadAttention calls one of its biases by the second name.
+_BIASES = ("bias", "in_proj_bias")
+
 
 def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -> nn.Module:
     """Make exactly those parameters of `model` trainable that the method trains.
@@ -26,7 +30,8 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
         method: "colora" adapters by contribution; "lora" adapters under the same budget, the same share of every
             layer; "full" everything; "decoder" the modules that the network's class lists in `decoder_modules`;
             "bias" every bias.
-        config: Budget, and for "colora" the contributions. The other methods ignore it.
+        config: Budget and contributions of "colora"; "lora" takes it without the contributions, the others ignore
+            it. It is not changed.
 
     Returns:
         A `PeftModel` for the adapter methods, else the network itself.
@@ -35,13 +40,13 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
         ValueError: if the method is unknown, or the network has no such parameters.
     """
     if method == "colora":
-        return get_peft_model(model, config)
+        return get_peft_model(model, replace(config))  # PEFT writes into the configuration it is given
     if method == "lora":
-        return get_peft_model(model, CoLoRAConfig(parameter_budget=config.parameter_budget))
+        return get_peft_model(model, replace(config, contributions=None, ranks=None))
     if method == "full":
         return _train_only(model, method, lambda name: True)
     if method == "bias":
-        return _train_only(model, method, lambda name: name.rpartition(".")[2] == "bias")
+        return _train_only(model, method, lambda name: name.rpartition(".")[2] in _BIASES)
     if method == "decoder":
         decoder = tuple(f"{module}." for module in getattr(model, "decoder_modules", ()))
         if not decoder:
@@ -54,10 +59,11 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
 
 
 def _train_only(model: nn.Module, method: str, is_trained: Callable[[str], bool]) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = {name for name, _ in model.named_parameters() if is_trained(name)}
+    if not trained:
         raise ValueError(f"{type(model).__name__} has no parameters that --method {method} trains.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
     return model
 
 
@@ -67,10 +73,14 @@ def trained_parameters(model: nn.Module) -> dict[str, float]:
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = sum(layer.weight.numel() for layer in adaptable_layers(network).values())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapters = trained if isinstance(model, PeftModel) else 0
-    everything = sum(parameter.numel() for parameter in model.parameters()) - adapters
+    everything = sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_added(name))
     return {
         "trainable_parameters": trained,
         "trainable_ratio": trained / weights,
         "trainable_ratio_of_model": trained / everything,
     }
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter is not one of the bare network: an adapter's, or PEFT's copy of a module it trains whole."""
+    return any(part.startswith("colora_") or part == "modules_to_save" for part in name.split("."))

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import CoLoRAConfig, ContributionScores, adaptable_layers, probe, weight_matrix_shape
-from colora_peft.cards import hardware_name
+from colora_peft.cards import RunFacts, adapted_card, hardware_name
 from colora_peft.checkpoint import write_json
 from colora_peft.evaluation import evaluate, restore_some
 from colora_peft.figures import plot_contributions, save_before_after
@@ -159,15 +159,20 @@ def measure_contributions(
 
 
 def contributions_of(
-    model: torch.nn.Module, patches: PairedPatches, args: FinetuneArguments, accelerator: Accelerator, resumed: bool
-) -> ContributionScores:
+    model: torch.nn.Module,
+    patches: PairedPatches,
+    args: FinetuneArguments,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+) -> ContributionScores | None:
     """Measured on every process alike (same patches, same seed), or read back when a run goes on."""
-    path = Path(args.output_dir) / CONTRIBUTIONS_FILE
-    if resumed:
-        return ContributionScores.load(path)
+    if args.method != "colora":
+        return None
+    if checkpoint is not None:
+        return ContributionScores.load(checkpoint.parent / CONTRIBUTIONS_FILE)
     contributions = measure_contributions(model, patches, args, accelerator)
     if accelerator.is_main_process:
-        contributions.save(path)
+        contributions.save(Path(args.output_dir) / CONTRIBUTIONS_FILE)
     return contributions
 
 
@@ -184,28 +189,24 @@ def main(args: FinetuneArguments) -> None:
     model = AutoModelForImageToImage.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     model.to(accelerator.device, memory_format=torch.channels_last)
     checkpoint = prepare_output_dir(args, accelerator)
-    if accelerator.is_main_process:
-        print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {args.method}.")
+    accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {args.method}.")
     before = evaluate(model, eval_pairs, accelerator.device, "before")
-    print_quality(accelerator, "input", before["psnr_input"], before["ssim_input"])
-    print_quality(accelerator, "before", before["psnr"], before["ssim"])
+    accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))
+    accelerator.print(quality_line("before", before["psnr"], before["ssim"]))
 
-    contributions = None
-    if args.method == "colora":
-        contributions = contributions_of(model, patches, args, accelerator, checkpoint is not None)
-    shapes = {name: weight_matrix_shape(layer) for name, layer in adaptable_layers(model).items()}
-    config = args.adapter_config(contributions.scores if contributions else None)
-    model = prepare_for_tuning(model, args.method, config)
+    contributions = contributions_of(model, patches, args, accelerator, checkpoint)
+    model = prepare_for_tuning(model, args.method, args.adapter_config(contributions and contributions.scores))
     sizes = trained_parameters(model)
-    if accelerator.is_main_process:
-        print(
-            f"{sizes['trainable_parameters']:,} parameters are trained, {sizes['trainable_ratio']:.2%} of the weights."
-        )
+    trained, ratio = sizes["trainable_parameters"], sizes["trainable_ratio"]
+    if accelerator.is_main_process and isinstance(model, PeftModel):
+        report_allocation(model, contributions, Path(args.output_dir))
+    accelerator.print(f"{trained:,} parameters are trained, {ratio:.2%} of the weights of the layers.")
 
     model, seconds = train(model, patches, args, accelerator, checkpoint)
     after = evaluate(model, eval_pairs, accelerator.device, "after")
-    print_quality(accelerator, "after", after["psnr"], after["ssim"])
+    accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
     if accelerator.is_main_process:
+        facts = RunFacts(data_description(args), hardware_name(accelerator.device), seconds, accelerator.num_processes)
         metrics = {
             "method": args.method,
             "seed": args.seed,
@@ -222,42 +223,62 @@ def main(args: FinetuneArguments) -> None:
             "eval_pairs": len(eval_pairs),
             "learning_rate": args.learning_rate,
             "max_train_steps": args.max_train_steps,
-            "hardware": hardware_name(accelerator.device),
+            "hardware": facts.hardware,
             "torch": torch.__version__,
         }
-        save(model, eval_pairs, contributions, shapes, metrics, args)
+        save(model, eval_pairs, metrics, facts, args)
 
 
-def print_quality(accelerator: Accelerator, name: str, psnr_db: float, ssim: float) -> None:
-    if accelerator.is_main_process:
-        print(f"{name:>8}: PSNR {psnr_db:.2f} dB, SSIM {ssim:.3f}")
+def quality_line(name: str, psnr_db: float, ssim: float) -> str:
+    return f"{name:>8}: PSNR {psnr_db:.2f} dB, SSIM {ssim:.3f}"
+
+
+def report_allocation(model: PeftModel, contributions: ContributionScores | None, output_dir: Path) -> None:
+    """Print and draw which layer got which rank."""
+    layers = adaptable_layers(model.get_base_model())
+    shapes = {name: weight_matrix_shape(layer) for name, layer in layers.items()}
+    scores = contributions.scores if contributions else None
+    ranks = model.peft_config["default"].ranks
+    print(f"\n{format_allocation_table(scores, ranks, shapes)}\n")
+    plot_contributions(scores, ranks, shapes, output_dir / "contribution.png")
 
 
 def save(
     model: torch.nn.Module,
     eval_pairs: PairSource,
-    contributions: ContributionScores | None,
-    shapes: dict[str, tuple[int, int]],
     metrics: dict[str, object],
+    facts: RunFacts,
     args: FinetuneArguments,
 ) -> None:
-    """Write the result, the figures and last the metrics, and say how to load it."""
+    """Write the result, its pictures, its card and last the metrics, and say how to load it."""
     output_dir = Path(args.output_dir)
     model.save_pretrained(output_dir)
-    is_adapter = isinstance(model, PeftModel)
-    if is_adapter:
-        ranks = model.peft_config["default"].ranks
-        scores = contributions.scores if contributions else None
-        print(f"\n{format_allocation_table(scores, ranks, shapes)}\n")
-        plot_contributions(scores, ranks, shapes, output_dir / "contribution.png")
     save_before_after(restore_some(model, eval_pairs, count=4), output_dir / "before_after.png")
+    snippet = loading_code(args, isinstance(model, PeftModel))
+    card = adapted_card(output_dir.name, args.model_name_or_path, snippet, metrics, facts)
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
     write_json(output_dir / "metrics.json", metrics)
-    print(f"Saved in {output_dir}: the result, metrics.json and before_after.png. Load it with:\n")
-    print("import colora_peft.models, peft, transformers")
+    print(f"Saved in {output_dir}: the result, its card, metrics.json and pictures. Load it with:\n\n{snippet}")
+
+
+def loading_code(args: FinetuneArguments, is_adapter: bool) -> str:
+    """The three lines of Python that load the result."""
     base = args.model_name_or_path if is_adapter else args.output_dir
-    print(f'model = transformers.AutoModelForImageToImage.from_pretrained("{base}")')
+    lines = [
+        "import colora_peft.models, peft, transformers" if is_adapter else "import colora_peft.models, transformers",
+        f'model = transformers.AutoModelForImageToImage.from_pretrained("{base}")',
+    ]
     if is_adapter:
-        print(f'model = peft.PeftModel.from_pretrained(model, "{output_dir}")')
+        lines.append(f'model = peft.PeftModel.from_pretrained(model, "{args.output_dir}")')
+    return "\n".join(lines)
+
+
+def data_description(args: FinetuneArguments) -> str:
+    if args.dataset_name is not None:
+        return f"the dataset {args.dataset_name}"
+    if args.train_dir is not None:
+        return f"the folder {Path(args.train_dir).name}"
+    return "underwater photos of LSUI from the U-shape Transformer repository (MIT)"
 
 
 if __name__ == "__main__":

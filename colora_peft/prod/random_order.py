@@ -66,7 +66,7 @@ class RandomOrderDegradation:
         """
         by_name = {degradation.name: degradation for degradation in self.degradations}
         for step in recipe:
-            name = step["degradation"]
+            name = step.get("degradation")
             if name not in by_name:
                 raise ValueError(f"The recipe asks for {name!r}, but the degradations here are {sorted(by_name)}.")
             image = by_name[name].apply(image, **{key: value for key, value in step.items() if key != "degradation"})

@@ -43,7 +43,10 @@ class NAFNetConfig(PretrainedConfig):
                 "give both the same number."
             )
         if min([*encoder_blocks, *decoder_blocks, middle_blocks], default=0) < 0:
-            raise ValueError("encoder_blocks, middle_blocks and decoder_blocks must not be negative.")
+            raise ValueError(
+                f"encoder_blocks {list(encoder_blocks)}, middle_blocks {middle_blocks} and decoder_blocks "
+                f"{list(decoder_blocks)} must not be negative."
+            )
         self.num_channels = num_channels
         self.width = width
         self.encoder_blocks = list(encoder_blocks)

@@ -103,21 +103,20 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
         super().__init__(config)
         channels = config.width
         self.intro = nn.Conv2d(config.num_channels, channels, kernel_size=3, padding=1)
-        self.ending = nn.Conv2d(channels, config.num_channels, kernel_size=3, padding=1)
-        self.encoders = nn.ModuleList()
-        self.decoders = nn.ModuleList()
-        self.ups = nn.ModuleList()
-        self.downs = nn.ModuleList()
+        # Registered in the order in which they run: tables and figures list layers in this order.
+        self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
         for num_blocks in config.encoder_blocks:
             self.encoders.append(stage(channels, num_blocks))
             self.downs.append(nn.Conv2d(channels, 2 * channels, kernel_size=2, stride=2))
             channels *= 2
         self.middle_blks = stage(channels, config.middle_blocks)
+        self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
         for num_blocks in config.decoder_blocks:
             expand = nn.Conv2d(channels, 2 * channels, kernel_size=1, bias=False)
             self.ups.append(nn.Sequential(expand, nn.PixelShuffle(2)))
             channels //= 2
             self.decoders.append(stage(channels, num_blocks))
+        self.ending = nn.Conv2d(channels, config.num_channels, kernel_size=3, padding=1)
         self.post_init()
 
     def forward(

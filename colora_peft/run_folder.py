@@ -1,0 +1,95 @@
+"""The output folder of a training run: made, refused, or gone on with."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from .checkpoint import list_checkpoints, read_state, write_json
+from .train_arguments import TrainArguments
+
+_RUN_FILE = "run.json"
+# What may change on resume without changing the result. The batch size may because processes may: their product,
+# the global batch, is checked when training starts.
+_FREE = frozenset(
+    {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
+    | {"dataloader_num_workers", "per_device_train_batch_size"}
+)
+
+
+def prepare_output_dir(args: TrainArguments, accelerator: Accelerator) -> Path | None:
+    """Create the output folder or refuse it; return the checkpoint to resume from, if any.
+
+    Every process checks, so that all of them stop where one must; the main process alone writes.
+
+    Raises:
+        ValueError: if the folder already holds a run and neither resuming nor overwriting was asked for, if it holds
+            other files, if there is nothing to resume from, or if the run to resume had other settings. Nothing was
+            created or deleted then.
+    """
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint is not None:
+        checkpoint = _find_checkpoint(args, output_dir)
+        _check_same_settings(args, checkpoint)
+        return checkpoint
+    _check_free(args, output_dir)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if output_dir.is_dir() and any(output_dir.iterdir()):
+            shutil.rmtree(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / _RUN_FILE, asdict(args))
+    accelerator.wait_for_everyone()
+    return None
+
+
+def _check_free(args: TrainArguments, output_dir: Path) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; choose a folder.")
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    if not (output_dir / _RUN_FILE).is_file():
+        raise ValueError(f"--output_dir {output_dir} holds files that are not of a run; choose another folder.")
+    if not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {output_dir} already holds a run; add --overwrite_output_dir to delete it or "
+            "--resume_from_checkpoint latest to go on with it."
+        )
+
+
+def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path:
+    if args.overwrite_output_dir:
+        raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other; give one.")
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            raise ValueError(
+                f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}; leave it out to start anew."
+            )
+        return checkpoints[-1]
+    path = Path(args.resume_from_checkpoint)
+    if not path.exists():
+        path = output_dir / path  # the bare name, as the scripts of diffusers take it
+    if path.resolve().parent != output_dir.resolve():
+        raise ValueError(
+            f"--resume_from_checkpoint {path} is not in --output_dir {output_dir}: a run goes on in its own folder, "
+            f"add --output_dir {path.parent}."
+        )
+    return path
+
+
+def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
+    saved = read_state(checkpoint).get("arguments")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{checkpoint} is no checkpoint of a training run; resume from another one.")
+    # A flag that is newer than the checkpoint cannot have been set.
+    changed = [
+        f"--{key} was {saved[key]!r}, now {now!r}"
+        for key, now in asdict(args).items()
+        if key not in _FREE and key in saved and saved[key] != now
+    ]
+    if changed:
+        raise ValueError(f"{checkpoint} is from a run with other settings ({'; '.join(changed)}); use the same ones.")

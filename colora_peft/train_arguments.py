@@ -1,0 +1,54 @@
+"""The settings of a training run, as every training script takes them on its command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainArguments:
+    """Flags that every training script has. Names follow the scripts of diffusers."""
+
+    output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the result."})
+    max_train_steps: int = field(metadata={"help": "Optimiser steps of the whole run."})
+    per_device_train_batch_size: int = field(metadata={"help": "Patches a step on each process."})
+    resolution: int = field(metadata={"help": "Side of the square training patches in pixels."})
+    learning_rate: float = field(metadata={"help": "Peak learning rate of AdamW; it decays to zero along a cosine."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from zero."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random; the same seed, the same result."})
+    checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
+    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones go."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'latest' or a checkpoint in --output_dir: go on from there."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in --output_dir."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that prepare patches; 0 prepares them in the training process."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "per_device_train_batch_size", "resolution", "checkpointing_steps"):
+            self._check_at_least(name, 1)
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed"):
+            self._check_at_least(name, 0)
+        if self.checkpoints_total_limit is not None:
+            self._check_at_least("checkpoints_total_limit", 1)
+        if self.seed >= 2**32:  # NumPy's limit
+            raise ValueError(f"--seed must be below 2**32, got {self.seed}.")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"--{name} must be a positive number, got {value}.")
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine that reaches zero after the last step."""
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

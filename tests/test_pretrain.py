@@ -1,0 +1,95 @@
+"""examples/pretrain.py, launched and in one process."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES, load_example
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageToImage, HfArgumentParser
+
+pretrain = load_example("pretrain")
+
+QUICK = ["--max_train_steps", "4", "--per_device_train_batch_size", "2", "--resolution", "32"]
+
+
+def run(*flags: object) -> Path:
+    (args,) = HfArgumentParser(pretrain.PretrainArguments).parse_args_into_dataclasses([str(flag) for flag in flags])
+    pretrain.main(args)
+    return Path(args.output_dir)
+
+
+@pytest.fixture
+def flags(train_dir, tiny_nafnet, tmp_path):
+    folders = ["--train_dir", train_dir / "input", "--config_name", tiny_nafnet, "--output_dir", tmp_path / "out"]
+    return [*folders, *QUICK]
+
+
+def test_launched_run_gives_a_loadable_network_with_a_card(flags, tmp_path):
+    command = ["accelerate", "launch", str(EXAMPLES / "pretrain.py"), *map(str, flags), "--half_precision_weights"]
+    done = subprocess.run([*command, "--data_card", "noise of a test"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    output_dir = tmp_path / "out"
+    model = AutoModelForImageToImage.from_pretrained(output_dir)
+    assert model.dtype == torch.float32
+    stored = load_file(output_dir / "model.safetensors")
+    trained = load_file(output_dir / "checkpoint-4" / "model.safetensors")
+    assert all(tensor.dtype == torch.float16 for tensor in stored.values())
+    assert all(torch.equal(trained[name].half(), tensor) for name, tensor in stored.items())
+    card = (output_dir / "README.md").read_text()
+    assert "noise of a test" in card and "mode `prod`" in card and "4 steps of 2 patches of 32x32" in card
+
+
+def test_modes_differ_and_a_seed_repeats_itself(flags, tmp_path):
+    weights = {}
+    for name, extra in {
+        "prod": [],
+        "again": [],
+        "single": ["--mode", "single"],
+        "fixed": ["--mode", "fixed"],
+        "workers": ["--dataloader_num_workers", 2],
+    }.items():
+        output_dir = run(*flags, *extra, "--output_dir", tmp_path / name)
+        weights[name] = load_file(output_dir / "model.safetensors")["ending.weight"]
+    assert torch.equal(weights["prod"], weights["again"])
+    assert torch.equal(weights["prod"], weights["workers"])
+    assert len({tuple(weights[mode].flatten().tolist()) for mode in ("prod", "single", "fixed")}) == 3
+
+
+def test_given_weights_are_the_start(flags, tiny_nafnet, tmp_path):
+    """With a vanishing learning rate the result is the network it began with."""
+    output_dir = run(*flags, "--model_name_or_path", tiny_nafnet, "--learning_rate", 1e-12)
+    begun = load_file(tiny_nafnet / "model.safetensors")
+    ended = load_file(output_dir / "model.safetensors")
+    assert all(torch.allclose(ended[name], tensor, atol=1e-6) for name, tensor in begun.items())
+
+
+def test_the_run_is_logged(flags):
+    output_dir = run(*flags)
+    rows = [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4 and {"loss", "psnr", "learning_rate", "seconds"} <= rows[-1].keys()
+
+
+@pytest.mark.parametrize(
+    ("size", "content", "culprit"), [((20, 60), None, "small.png.*20x60"), (None, b"no picture", "small.png")]
+)
+def test_bad_pictures_are_named_and_nothing_is_left_behind(flags, tmp_path, size, content, culprit):
+    folder = tmp_path / "clean"
+    folder.mkdir()
+    if content is None:
+        Image.new("RGB", size).save(folder / "small.png")
+    else:
+        (folder / "small.png").write_bytes(content)
+    with pytest.raises(ValueError, match=culprit):
+        run(*flags, "--train_dir", folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_train_dir_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="--train_dir"):
+        run("--output_dir", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run("--train_dir", tmp_path / "nowhere", "--output_dir", tmp_path / "out")
