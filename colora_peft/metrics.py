@@ -12,7 +12,7 @@ __all__ = ["PSNR_CAP_DB", "psnr", "ssim"]
 
 PSNR_CAP_DB = 100.0
 
-_WINDOW_SIZE = 11
+SSIM_WINDOW_PX = 11
 _WINDOW_SIGMA = 1.5
 _C1 = 0.01**2
 _C2 = 0.03**2
@@ -55,7 +55,7 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
     """
     restored, target = _eight_bit(restored, target)
     height, width = target.shape[-2:]
-    if min(height, width) < _WINDOW_SIZE:
+    if min(height, width) < SSIM_WINDOW_PX:
         raise ValueError(f"SSIM needs pictures of at least 11 x 11 pixels, its window, got {height} x {width}")
     if target.device.type != "mps":  # which has no float64; in float32 flat areas are off by 1e-4
         restored, target = restored.double(), target.double()
@@ -87,10 +87,10 @@ def _windowed(x: Tensor) -> Tensor:
     Shifted sums rather than a convolution: on a GPU that may run in TF32, and under autocast in half precision;
     either is too coarse for a variance that is a small difference of squares.
     """
-    offsets = range(-(_WINDOW_SIZE // 2), _WINDOW_SIZE // 2 + 1)
+    offsets = range(-(SSIM_WINDOW_PX // 2), SSIM_WINDOW_PX // 2 + 1)
     exponents = torch.tensor([-0.5 * (offset / _WINDOW_SIGMA) ** 2 for offset in offsets], dtype=torch.float64)
     weights = exponents.softmax(0).tolist()
     for dim in (-2, -1):
-        length = x.shape[dim] - _WINDOW_SIZE + 1
+        length = x.shape[dim] - SSIM_WINDOW_PX + 1
         x = sum(weight * x.narrow(dim, index, length) for index, weight in enumerate(weights))
     return x

@@ -184,24 +184,26 @@ def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
     return degraded, target
 
 
-def check_pairs(pairs: PairSource, resolution: int) -> None:
+def check_pairs(pairs: PairSource, smallest_px: int, reason: str) -> None:
     """Read every pair once, before a run begins; the first 20 culprits are listed.
 
+    Args:
+        pairs: The pairs to check.
+        smallest_px: Both sides of every picture must have at least this many pixels.
+        reason: Why, for the message, e.g. "the training patch (--resolution)".
+
     Raises:
-        ValueError: if pairs are unreadable, differ in size or are smaller than the patch; it lists them.
+        ValueError: if pairs are unreadable, differ in size or are too small; it lists them.
     """
     culprits = []
     for index, name in enumerate(pairs.names):
         try:
-            target = pairs[index][1]
+            height, width = pairs[index][1].shape[-2:]
         except ValueError as error:
             culprits.append(str(error))
             continue
-        if min(target.shape[-2:]) < resolution:
-            culprits.append(
-                f"Pair {name} is {target.shape[2]}x{target.shape[1]} pixels, smaller than the patch of {resolution}; "
-                "lower --resolution or remove it."
-            )
+        if min(height, width) < smallest_px:
+            culprits.append(f"Pair {name} is {width}x{height} pixels, smaller than the {smallest_px} of {reason}.")
     if culprits:
         raise ValueError(_some(culprits, separator=" "))
 

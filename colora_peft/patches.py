@@ -19,7 +19,10 @@ from .prod import RandomOrderDegradation
 
 
 def sample_generator(*key: int) -> torch.Generator:
-    """A generator that depends on all numbers of the key, e.g. (seed, epoch, index), and on nothing else."""
+    """A generator that depends on all numbers of the key, e.g. (seed, epoch, index), and on nothing else.
+
+    Keys that differ only by zeros at their end share a generator.
+    """
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 

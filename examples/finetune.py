@@ -27,6 +27,7 @@ from colora_peft.cards import RunFacts, adapted_card, hardware_name
 from colora_peft.checkpoint import write_json
 from colora_peft.evaluation import evaluate, restore_some
 from colora_peft.figures import plot_contributions, save_before_after
+from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.pairs import PairedHubDataset, PairedImageFolder, PairSource, check_pairs, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.report import format_allocation_table
@@ -126,8 +127,8 @@ def load_pairs(args: FinetuneArguments) -> tuple[PairSource, PairSource]:
         print(f"No evaluation pairs were given: {len(eval_pairs)} are held out ({', '.join(eval_pairs.names)}).")
     if args.max_train_samples is not None:
         train_pairs, _ = draw_pairs(train_pairs, args.max_train_samples, args.seed)
-    check_pairs(train_pairs, args.resolution)
-    check_pairs(eval_pairs, 1)
+    check_pairs(train_pairs, args.resolution, "the training patch: lower --resolution or remove the pair")
+    check_pairs(eval_pairs, SSIM_WINDOW_PX, "SSIM's window: remove the pair")
     return train_pairs, eval_pairs
 
 

@@ -120,7 +120,8 @@ def run_cell(
             beta=args.beta,
             colora_alpha=args.colora_alpha,
         )
-        model = prepare_for_tuning(model, method, config)
+        # `lora` allocates by the budget; given ranks are an adapter like any other.
+        model = prepare_for_tuning(model, "colora" if args.uniform_rank else method, config)
         sizes = trained_parameters(model)
         try:
             model, seconds = train(model, patches, run, accelerator)

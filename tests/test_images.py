@@ -207,18 +207,23 @@ def write_truncated(path, pixels):
     path.write_bytes(data[: len(data) * 2 // 3])
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((f"a.{suffix}", np.uint8) for suffix in ("png", "jpg", "tif", "webp")),
+        ("a.png", np.uint16),
+        ("a.tif", np.uint16),
+    ],
+)
 def test_a_truncated_file_is_refused_by_name(tmp_path, name, dtype):
-    if dtype == np.uint16 and name in ("a.jpg", "a.webp"):
-        pytest.skip("8 bits only")
     pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (64, 64, 3), dtype=dtype)
     write_truncated(tmp_path / name, pixels)
     with pytest.raises(ValueError, match=rf"{name} cannot be read as a picture.*replace or remove it"):
         read_image(tmp_path / name)
 
 
-def test_damaged_bytes_give_a_picture_or_a_value_error_and_nothing_else(tmp_path):
+def test_damaged_bytes_give_a_picture_or_a_value_error_and_nothing_else():
+    refused = 0
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for suffix, image in (
@@ -237,7 +242,9 @@ def test_damaged_bytes_give_a_picture_or_a_value_error_and_nothing_else(tmp_path
                     warnings.simplefilter("ignore")
                     check_is_image(decode_image(bad.tobytes(), "row 8"))
             except ValueError as error:
-                assert str(error).startswith("row 8 cannot be read")  # noqa: PT017
+                refused += 1
+                assert str(error).startswith("row 8 cannot be read")
+    assert 20 < refused < 220
 
 
 @pytest.mark.parametrize(

@@ -179,10 +179,13 @@ def gradients(model, x, labels):
     return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_gradient_checkpointing_changes_no_number(monkeypatch):
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # the name that 4.57 has, too
+def test_gradient_checkpointing_changes_no_number():
     model, x, labels = tiny().train(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
-    calls, forward = [], NAFBlock.forward
-    monkeypatch.setattr(NAFBlock, "forward", lambda block, x: calls.append(1) or forward(block, x))
+    calls = []
+    for module in model.modules():
+        if isinstance(module, NAFBlock):
+            module.conv3.register_forward_hook(lambda *_: calls.append(1))
     expected_loss, expected = gradients(model, x, labels)
     assert len(calls) == 5
     model.gradient_checkpointing_enable()
@@ -251,13 +254,15 @@ def test_saved_network_loads_through_the_auto_classes(auto, tmp_path):
     torch.manual_seed(1)
     loaded = auto.from_pretrained(tmp_path)
     assert isinstance(loaded, NAFNetForImageRestoration)
-    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    weights = model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    torch.testing.assert_close(loaded(x).reconstruction, model(x).reconstruction, rtol=0, atol=1e-6)
 
 
 def test_half_precision_weights_load_as_the_float32_their_config_says(tmp_path):
     model = tiny()
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path, state_dict=half)
+    model.save_pretrained(tmp_path, state_dict=dict(half))  # which it empties
     loaded = AutoModelForImageToImage.from_pretrained(tmp_path)
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == torch.float32

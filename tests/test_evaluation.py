@@ -1,0 +1,93 @@
+"""PSNR over whole pictures, and the pictures that are shown."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from colora_peft.evaluation import evaluate, restore_some
+
+
+class Shift(nn.Module):
+    """Adds a constant, and noise in training mode: a network that forgot to leave it would show."""
+
+    def __init__(self, amount):
+        super().__init__()
+        self.amount = nn.Parameter(torch.tensor(amount))
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm2d(3).eval()
+
+    def forward(self, x):
+        return self.dropout(x + self.amount)
+
+
+class Pairs:
+    """Grey pictures of 12 x 16; input and target differ by `gaps[index]`."""
+
+    def __init__(self, gaps, level=0.2):
+        self.gaps = gaps
+        self.level = level
+        self.names = [str(index) for index in range(len(gaps))]
+
+    def __len__(self):
+        return len(self.gaps)
+
+    def __getitem__(self, index):
+        degraded = torch.full((3, 12, 16), self.level)
+        return degraded, degraded + self.gaps[index]
+
+
+def run(model, pairs):
+    return evaluate(model, pairs, torch.device("cpu"), "test")
+
+
+def test_psnr_is_the_mean_over_the_pictures():
+    # Levels of 8 bits, so that rounding changes nothing: the input is 51, the targets 102 and 153, the output 76.
+    scores = run(Shift(25 / 255), Pairs([51 / 255, 102 / 255]))
+    psnr, of_input = ([20 * math.log10(255 / gap) for gap in gaps] for gaps in ((26, 77), (51, 102)))
+    assert scores["psnr"] == pytest.approx(sum(psnr) / 2, abs=1e-3)
+    assert scores["psnr_input"] == pytest.approx(sum(of_input) / 2, abs=1e-3)
+
+
+def test_perfect_network_scores_highest():
+    scores = run(Shift(51 / 255), Pairs([51 / 255]))
+    assert scores.keys() == {"psnr", "ssim", "psnr_input", "ssim_input"}
+    assert scores["psnr"] == 100
+    assert scores["ssim"] == pytest.approx(1)
+    assert scores["ssim_input"] < 0.9
+
+
+@pytest.mark.parametrize("use", [run, lambda model, pairs: restore_some(model, pairs, 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_network_keeps_its_modes_and_weights(use, training):
+    model = Shift(0.1).train(training)
+    model.frozen.eval()
+    use(model, Pairs([0.1]))
+    assert (model.training, model.dropout.training, model.frozen.training) == (training, training, False)
+    assert model.amount.grad is None
+    assert model.amount.item() == pytest.approx(0.1)
+
+
+def test_modes_come_back_after_an_error():
+    model = Shift(0.1).train()
+    with pytest.raises(IndexError):
+        run(model, type("Broken", (Pairs,), {"__len__": lambda pairs: 2})([0.1]))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "shown"), [(9, 3, [0, 4, 8]), (5, 5, [0, 1, 2, 3, 4]), (2, 4, [0, 1]), (4, 1, [0])]
+)
+def test_shown_pictures_are_spread_over_the_set(length, count, shown):
+    rows = restore_some(Shift(0.1), Pairs([index / 100 for index in range(length)]), count)
+    gaps = [(target - degraded).mean().item() * 100 for degraded, _, target in rows]
+    assert gaps == pytest.approx(shown, abs=1e-3)
+
+
+def test_shown_pictures_are_restored_and_in_range():
+    ((degraded, restored, target),) = restore_some(Shift(0.9), Pairs([0.5]), 1)
+    assert degraded.shape == restored.shape == target.shape == (3, 12, 16)
+    assert torch.equal(restored, torch.ones(3, 12, 16))  # 0.2 + 0.9, clamped
+    ((_, restored, _),) = restore_some(Shift(0.3), Pairs([0.5]), 1)
+    torch.testing.assert_close(restored, torch.full((3, 12, 16), 0.5))

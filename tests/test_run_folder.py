@@ -1,0 +1,118 @@
+"""The output folder: what is refused, what is created, and where a resumed run goes on."""
+
+import json
+from dataclasses import asdict, dataclass
+
+import pytest
+from accelerate import Accelerator
+
+from colora_peft.run_folder import prepare_output_dir
+from colora_peft.training import TrainArguments
+
+
+@dataclass
+class NewerArguments(TrainArguments):
+    invented_later: int = 3
+
+
+def arguments(folder, kind=TrainArguments, **settings):
+    sizes = {"max_train_steps": 9, "per_device_train_batch_size": 2, "resolution": 8, "learning_rate": 0.1}
+    return kind(output_dir=str(folder), **(sizes | settings))
+
+
+def prepare(folder, **settings):
+    return prepare_output_dir(arguments(folder, **settings), Accelerator(cpu=True))
+
+
+def checkpoint(folder, step, **settings):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    state = {"step": step, "arguments": asdict(arguments(folder, **settings))}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    return path
+
+
+def listing(folder):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def assert_refused(tmp_path, folder, match, **settings):
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        prepare(folder, **settings)
+    assert listing(tmp_path) == before
+
+
+def test_new_folder_holds_the_settings_of_the_run(tmp_path):
+    assert prepare(tmp_path / "a" / "b", seed=5) is None
+    (written,) = (tmp_path / "a" / "b").iterdir()
+    assert json.loads(written.read_text()) == asdict(arguments(tmp_path / "a" / "b", seed=5))
+
+
+def test_empty_folder_is_taken(tmp_path):
+    assert prepare(tmp_path) is None
+    assert (tmp_path / "run.json").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_folder_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    assert_refused(tmp_path, tmp_path, "not of a run", overwrite_output_dir=overwrite)
+    assert_refused(tmp_path, tmp_path / "thesis.tex", "is a file", overwrite_output_dir=overwrite)
+
+
+def test_existing_run_is_refused_or_overwritten(tmp_path):
+    prepare(tmp_path)
+    checkpoint(tmp_path, 3)
+    assert_refused(tmp_path, tmp_path, "--overwrite_output_dir.*--resume_from_checkpoint latest")
+    assert prepare(tmp_path, overwrite_output_dir=True, seed=8) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 8
+
+
+def test_resume_finds_the_latest_or_the_named_checkpoint(tmp_path):
+    prepare(tmp_path)
+    nine, ten = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    assert prepare(tmp_path, resume_from_checkpoint="latest") == ten
+    assert prepare(tmp_path, resume_from_checkpoint=str(nine)) == nine
+    assert prepare(tmp_path, resume_from_checkpoint="checkpoint-9") == nine
+
+
+def test_resume_without_a_checkpoint_creates_nothing(tmp_path):
+    assert_refused(tmp_path, tmp_path / "none", "no checkpoint in", resume_from_checkpoint="latest")
+    assert_refused(tmp_path, tmp_path / "none", "no readable checkpoint", resume_from_checkpoint="checkpoint-7")
+
+
+def test_run_goes_on_in_its_own_folder(tmp_path):
+    path = checkpoint(tmp_path, 3)
+    remedy = f"--output_dir {tmp_path}"
+    assert_refused(tmp_path, tmp_path / "other", remedy, resume_from_checkpoint=str(path))
+    flags = {"resume_from_checkpoint": "latest", "overwrite_output_dir": True}
+    assert_refused(tmp_path, tmp_path, "exclude each other", **flags)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"seed": 1}, {"learning_rate": 0.2}, {"max_train_steps": 10}, {"resolution": 16}, {"max_grad_norm": 2.0}],
+)
+def test_resume_with_other_settings_names_the_flag(tmp_path, changed):
+    checkpoint(tmp_path, 3)
+    (flag,) = changed
+    assert_refused(tmp_path, tmp_path, f"--{flag} was", resume_from_checkpoint="latest", **changed)
+
+
+def test_resume_may_change_what_does_not_change_the_result(tmp_path):
+    path = checkpoint(tmp_path, 3)
+    free = {"checkpointing_steps": 7, "checkpoints_total_limit": None, "dataloader_num_workers": 1}
+    assert prepare(tmp_path, resume_from_checkpoint="latest", per_device_train_batch_size=1, **free) == path
+
+
+def test_checkpoint_older_than_a_flag_can_be_resumed(tmp_path):
+    path = checkpoint(tmp_path, 3)
+    assert prepare(tmp_path, kind=NewerArguments, resume_from_checkpoint="latest") == path
+
+
+def test_checkpoint_of_something_else_is_refused(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"step": 3}')
+    assert_refused(tmp_path, tmp_path, "no checkpoint of a training run", resume_from_checkpoint="latest")

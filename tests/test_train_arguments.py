@@ -1,0 +1,69 @@
+"""The settings of a run: command line, ranges, learning rate."""
+
+import pytest
+from transformers import HfArgumentParser
+
+from colora_peft.train_arguments import TrainArguments
+
+REQUIRED = {
+    "output_dir": "out",
+    "max_train_steps": 10,
+    "per_device_train_batch_size": 2,
+    "resolution": 8,
+    "learning_rate": 0.5,
+}
+
+
+def parse(*flags):
+    line = [f"--{name}={value}" for name, value in REQUIRED.items()]
+    (parsed,) = HfArgumentParser(TrainArguments).parse_args_into_dataclasses([*line, *flags])
+    return parsed
+
+
+def test_command_line_gives_the_same_settings_as_python():
+    assert parse() == TrainArguments(**REQUIRED)
+    assert parse("--overwrite_output_dir").overwrite_output_dir is True
+    assert parse("--checkpoints_total_limit", "5").checkpoints_total_limit == 5
+    assert parse("--resume_from_checkpoint", "latest").resume_from_checkpoint == "latest"
+
+
+def test_every_flag_is_explained():
+    parser = HfArgumentParser(TrainArguments)
+    assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_train_steps", 0),
+        ("per_device_train_batch_size", 0),
+        ("resolution", -1),
+        ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("max_grad_norm", 0.0),
+        ("lr_warmup_steps", -1),
+        ("dataloader_num_workers", -1),
+        ("seed", -1),
+        ("seed", 2**32),
+    ],
+)
+def test_value_out_of_range_is_refused_by_flag_and_value(name, value):
+    with pytest.raises(ValueError, match=f"--{name} must .*{value}"):
+        TrainArguments(**{**REQUIRED, name: value})
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    args = TrainArguments(**{**REQUIRED, "max_train_steps": 8, "lr_warmup_steps": 4})
+    half = 0.5**0.5
+    cosine = [0.5, 0.25 * (1 + half), 0.25, 0.25 * (1 - half), 0.0]
+    expected = [0.125, 0.25, 0.375, 0.5, *cosine]
+    assert [args.learning_rate_at(step) for step in range(9)] == pytest.approx(expected)
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    args = TrainArguments(**REQUIRED)
+    assert args.learning_rate_at(0) == 0.5
+    assert args.learning_rate_at(5) == pytest.approx(0.25)

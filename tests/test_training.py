@@ -1,0 +1,317 @@
+"""The training loop: exact resume, the same run however it is split, and a clean stop where the loss diverges."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from colora_peft.checkpoint import list_checkpoints
+from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
+from colora_peft.patches import PatchDataset
+from colora_peft.training import (
+    TrainArguments,
+    TrainingDiverged,
+    prepare_output_dir,
+    reconstruct,
+    restoration_loss,
+    train,
+)
+
+
+class NoisyPatches(PatchDataset):
+    """Five pictures of noise, the clean one half as bright; pictures at the numbers in `broken` hold NaN."""
+
+    def __init__(self, seed=0, broken=()):
+        super().__init__(length=5, resolution=8, seed=seed)
+        self.broken = set(broken)
+
+    def __getitem__(self, number):
+        sample = super().__getitem__(number)
+        if number in self.broken:
+            sample["labels"][:] = float("nan")
+        return sample
+
+    def sample(self, index, generator):
+        clean = torch.rand(3, 8, 8, generator=generator) * (index + 1) / 5
+        return clean, clean / 2
+
+
+def nafnet():
+    torch.manual_seed(0)
+    tiny = NAFNetConfig(width=8, encoder_blocks=(1, 1), middle_blocks=1, decoder_blocks=(1, 1))
+    return NAFNetForImageRestoration(tiny)
+
+
+def plain():
+    """A network of running statistics and dropout, that returns a tensor."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.3), nn.Conv2d(8, 3, 1))
+
+
+def arguments(folder, **settings):
+    sizes = {"max_train_steps": 6, "per_device_train_batch_size": 2, "resolution": 8, "learning_rate": 0.01}
+    return TrainArguments(output_dir=str(folder), **(sizes | settings))
+
+
+def run(folder, model, dataset=None, **settings):
+    args, accelerator = arguments(folder, **settings), Accelerator(cpu=True)
+    checkpoint = prepare_output_dir(args, accelerator)
+    trained, _ = train(model, dataset or NoisyPatches(), args, accelerator, checkpoint)
+    return trained.state_dict()
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class Killed(Exception):
+    pass
+
+
+class DiesAt(NoisyPatches):
+    """Raises when the sample of this number is asked for, as a kill would end the run there."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def __getitem__(self, number):
+        if number == self.number:
+            raise Killed
+        return super().__getitem__(number)
+
+
+# --- exactness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [nafnet, plain])
+@pytest.mark.parametrize(("killed_in_step", "resumed_at"), [(3, 2), (5, 4)])  # in the first epoch, and in the second
+def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, make, killed_in_step, resumed_at):
+    flags = {"checkpointing_steps": resumed_at, "lr_warmup_steps": 2}
+    expected = run(tmp_path / "whole", make(), lr_warmup_steps=2)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", make(), DiesAt(2 * killed_in_step + 1), **flags)
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")][-1] == f"checkpoint-{resumed_at}"
+    torch.manual_seed(123)  # whatever the global state is
+    resumed = run(tmp_path / "parts", make(), resume_from_checkpoint="latest", **flags)
+    assert_equal(resumed, expected)
+
+
+def test_training_moves_the_weights_and_lowers_the_loss(tmp_path):
+    model, batch = nafnet(), NoisyPatches()[0]
+    batch = {key: value[None] for key, value in batch.items()}
+    before, start = restoration_loss(model, batch).item(), model.state_dict()["intro.weight"].clone()
+    trained = run(tmp_path, model, max_train_steps=15)
+    assert not torch.equal(trained["intro.weight"], start)
+    assert restoration_loss(model, batch).item() < 0.7 * before
+
+
+def test_same_seed_same_weights_another_seed_others(tmp_path):
+    first, same, other = (run(tmp_path / str(i), plain(), NoisyPatches(seed)) for i, seed in enumerate((0, 0, 1)))
+    assert_equal(first, same)
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_number_of_workers_changes_nothing(tmp_path):
+    alone = run(tmp_path / "alone", plain(), max_train_steps=4)
+    assert_equal(run(tmp_path / "workers", plain(), max_train_steps=4, dataloader_num_workers=2), alone)
+
+
+TWO_PROCESSES = """
+import sys
+from accelerate import Accelerator
+sys.path.insert(0, {tests!r})
+from test_training import NoisyPatches, arguments, nafnet
+from colora_peft.training import TrainingDiverged, prepare_output_dir, train
+broken, folder = [int(number) for number in sys.argv[2:]], sys.argv[1]
+args, accelerator = arguments(folder, max_train_steps=4, per_device_train_batch_size=1), Accelerator()
+assert accelerator.num_processes == 2
+checkpoint = prepare_output_dir(args, accelerator)
+try:
+    train(nafnet(), NoisyPatches(broken=broken), args, accelerator, checkpoint)
+except TrainingDiverged as error:
+    print("rank", accelerator.process_index, "stopped", str(error)[:50], flush=True)
+accelerator.end_training()
+"""
+
+
+def launch_two(tmp_path, *argv):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_network_as_one(tmp_path):
+    expected = run(tmp_path / "one", nafnet(), max_train_steps=4)
+    launch_two(tmp_path, str(tmp_path / "two"))
+    trained = load_file(tmp_path / "two" / "checkpoint-4" / "model.safetensors")
+    assert trained.keys() == expected.keys()
+    for name, tensor in trained.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+    logs = [(tmp_path / name / "train_log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    (one,), (two,) = ([json.loads(line) for line in log] for log in logs)
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["psnr"] == pytest.approx(one["psnr"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_one_diverges(tmp_path):
+    output = launch_two(tmp_path, str(tmp_path / "run"), "5")  # number 5 is of step 2 on the second process
+    assert "rank 0 stopped The loss became nan at step 2" in output
+    assert "rank 1 stopped The loss became nan at step 2" in output
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+# --- divergence -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [nafnet, plain])
+@pytest.mark.parametrize("step", [0, 3])
+def test_nan_stops_the_run_and_keeps_the_state_before_it(tmp_path, make, step):
+    with pytest.raises(TrainingDiverged, match=f"nan at step {step} "):
+        run(tmp_path / "nan", make(), NoisyPatches(broken=[2 * step + 1]))
+    saved = load_file(tmp_path / "nan" / f"checkpoint-{step}" / "model.safetensors")
+    if step == 0:
+        assert_equal(saved, make().state_dict())
+        return
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", make(), DiesAt(2 * step), checkpointing_steps=step)
+    assert_equal(saved, load_file(tmp_path / "killed" / f"checkpoint-{step}" / "model.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+class InfiniteGradient(nn.Module):
+    """The loss is finite at the start, its gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x + self.weight.sqrt()
+
+
+def test_infinite_gradient_stops_the_run(tmp_path):
+    with pytest.raises(TrainingDiverged, match="gradient norm inf"):
+        run(tmp_path, InfiniteGradient())
+    assert load_file(tmp_path / "checkpoint-0" / "model.safetensors")["weight"].item() == 0
+
+
+# --- log and checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_log_has_increasing_steps_after_a_resume(tmp_path):
+    flags = {"max_train_steps": 45, "checkpointing_steps": 15}
+    with pytest.raises(Killed):
+        run(tmp_path, plain(), DiesAt(2 * 42), **flags)
+    log = tmp_path / "train_log.jsonl"
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [20, 40]
+    log.write_text(log.read_text() + '{"step": 4')  # killed while it wrote
+    run(tmp_path, plain(), resume_from_checkpoint="latest", **flags)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40, 45]
+    assert rows[-1]["learning_rate"] == pytest.approx(arguments(tmp_path, **flags).learning_rate_at(44))
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_log_holds_the_mean_loss_and_psnr_of_its_steps(tmp_path):
+    class Stuck(nn.Conv2d):  # returns its input and learns nothing
+        def forward(self, x):
+            return x + 0 * self.weight.sum()
+
+    dataset = NoisyPatches()
+    run(tmp_path, Stuck(3, 3, 1), max_train_steps=3)
+    (row,) = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    differences = [dataset[number]["pixel_values"] - dataset[number]["labels"] for number in range(6)]
+    psnr = [-10 * difference.square().mean().log10().item() for difference in differences]
+    assert row["loss"] == pytest.approx(sum(d.abs().mean().item() for d in differences) / 6, rel=1e-5)
+    assert row["psnr"] == pytest.approx(sum(psnr) / 6, rel=1e-5)
+
+
+def test_checkpoints_appear_at_their_steps_and_at_the_end(tmp_path):
+    run(tmp_path, plain(), max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=None)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 4, 5)]
+
+
+def test_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path):
+    expected = run(tmp_path, nafnet())
+    assert_equal(run(tmp_path, nafnet(), resume_from_checkpoint="latest"), expected)
+
+
+def test_resume_with_another_global_batch_is_refused_and_changes_nothing(tmp_path):
+    run(tmp_path, nafnet(), max_train_steps=2)
+    model = nafnet()
+    flags = {"resume_from_checkpoint": "latest", "per_device_train_batch_size": 3, "max_train_steps": 2}
+    with pytest.raises(ValueError, match="2 patches a step.* 3; set --per_device_train_batch_size"):
+        run(tmp_path, model, **flags)
+    assert_equal(model.state_dict(), nafnet().state_dict())
+
+
+def test_frozen_parameters_stay_and_are_not_stored(tmp_path):
+    model = plain()
+    model[0].requires_grad_(False)
+    trained = run(tmp_path, model)
+    assert torch.equal(trained["0.weight"], plain()[0].weight)
+    assert not torch.equal(trained["3.weight"], plain()[3].weight)
+    assert not any(name.startswith("0.") for name in load_file(tmp_path / "checkpoint-6" / "model.safetensors"))
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+class Video(nn.Module):
+    """Three-dimensional convolutions cannot have the channels last of two-dimensional ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(3, 3, 1)
+
+    def forward(self, x):
+        return SimpleNamespace(reconstruction=self.conv(x[:, :, None])[:, :, 0])
+
+
+def test_networks_with_three_dimensional_convolutions_train(tmp_path):
+    start = Video().requires_grad_(True)
+    before = start.conv.weight.detach().clone()
+    assert not torch.equal(run(tmp_path, start)["conv.weight"], before)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: SimpleNamespace(reconstruction=x)])
+def test_tensor_and_reconstruction_are_understood(wrap):
+    class Half(nn.Module):
+        def forward(self, x):
+            return wrap(x / 2)
+
+    x, labels = torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4)
+    assert torch.equal(reconstruct(Half(), x), x / 2)
+    loss = restoration_loss(Half(), {"pixel_values": x, "labels": labels})
+    torch.testing.assert_close(loss, (x / 2 - labels).abs().mean())
+
+
+@pytest.mark.parametrize("output", [(torch.rand(1, 3, 4, 4),), None, {"reconstruction": 1}])
+def test_other_outputs_are_refused(output):
+    class Other(nn.Module):
+        def forward(self, x):
+            return output
+
+    with pytest.raises(TypeError, match="Other returned"):
+        reconstruct(Other(), torch.rand(1, 3, 4, 4))
+
+
+def test_restored_pictures_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\)"):
+        reconstruct(nn.Conv2d(3, 1, 1), torch.rand(1, 3, 4, 4))
