@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from .allocation import adapter_parameters, allocate_ranks
 from .config import CoLoRAConfig
-from .contribution import ContributionScores, faig, probe
+from .contribution import ContributionScores, ProbeSettings, faig, probe
 from .layer import CoLoRALayer, adaptable_layers, weight_matrix_shape
 from .model import CoLoRAModel
 from .registration import register_colora
@@ -20,6 +20,7 @@ __all__ = [
     "CoLoRALayer",
     "CoLoRAModel",
     "ContributionScores",
+    "ProbeSettings",
     "adaptable_layers",
     "adapter_parameters",
     "allocate_ranks",

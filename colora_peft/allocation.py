@@ -7,7 +7,8 @@ A layer i of shape (d, k) with contribution C_i is to train the share
 of its d * k weights, alpha being as large as `parameter_budget` of all targeted weights allows. That ranks follow
 contribution, and a ratio of learnable parameters of each layer, are the paper's (arXiv 2408.01099); the power law,
 `beta` and `delta_min` are our choice, because the formula is not in our sources: one exponent that goes from uniform
-LoRA (beta = 0) to shares proportional to contribution (beta = 1).
+LoRA (beta = 0) to shares proportional to contribution (beta = 1). Uniform means as far as whole ranks allow: of a thin
+layer (depthwise, first or last) one rank may be more than the common share, and then it gets rank 0.
 
 Ranks are whole, so a layer climbs levels: rank 1, 2, ..., the last rank whose factors cost less than the weight
 itself, then dense (written as rank min(d, k)). It reaches a level of share s when alpha = s / C_i ** beta. Sorting the
@@ -64,7 +65,8 @@ def allocate_ranks(
         shapes: (d, k) of each targeted layer by name, in network order.
         scores: Contribution C_i >= 0 of exactly these layers, of any unit: only ratios matter. None is uniform.
         parameter_budget: Trained share of the targeted weights, in (0, 1].
-        beta: Exponent >= 0; 0 gives every layer the same share. With beta > 0 a layer that scored 0 gets rank 0.
+        beta: Exponent >= 0; 0 gives every layer the same share, rank 0 where one rank costs more than that share.
+            With beta > 0 a layer that scored 0 gets rank 0.
         delta_min: Share in [0, 1] that each layer may have before scores count, as far as whole ranks allow.
 
     Raises:
@@ -119,8 +121,8 @@ def check_same_names(given: Iterable[str], known: Iterable[str], what: str) -> N
 def unknown_layer_message(name: str, known: Iterable[str], what: str) -> str:
     """One sentence that says `what` names a layer which is not there, with up to three close matches."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "use the names of model.named_modules()."
-    return f"`{what}` names {name!r}, which is not a layer that can be adapted here: {hint}"
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "use the names of model.named_modules()"
+    return f"The name {name!r} in `{what}` is not that of a layer that can be adapted here ({hint})."
 
 
 def _rank_steps(
@@ -153,7 +155,7 @@ def _check_budget(allowed: int, total: int, guaranteed: int, first_step: int) ->
     """
     if guaranteed > allowed:
         raise ValueError(
-            f"delta_min alone takes {guaranteed} parameters but the budget allows {allowed} of {total}: "
+            f"The share delta_min alone takes {guaranteed} parameters but the budget allows {allowed} of {total}: "
             f"lower delta_min or set parameter_budget to at least {_budget_for(guaranteed, total)}."
         )
     if first_step > allowed:

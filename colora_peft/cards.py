@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shlex
@@ -41,8 +42,9 @@ def _processor() -> str:
 
 
 def command_line() -> str:
-    """The command of this run as a user would type it."""
-    return f"accelerate launch {shlex.join(sys.argv)}"
+    """The command of this run; flags of the launcher are not known here, the table names what they set."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`, whatever its flags
+    return f"{'accelerate launch' if launched else 'python'} {shlex.join(sys.argv)}"
 
 
 def backbone_card(model: nn.Module, name: str, method: str, facts: RunFacts) -> str:
@@ -77,7 +79,9 @@ model = AutoModelForImageToImage.from_pretrained("{name}")
 """
 
 
-def adapted_card(title: str, base: str, snippet: str, metrics: Mapping[str, object], facts: RunFacts) -> str:
+def adapted_card(
+    title: str, base: str, snippet: str, metrics: Mapping[str, object], facts: RunFacts, is_adapter: bool
+) -> str:
     """Markdown card of a fine-tuned network or adapter: what came out, and the code that loads it.
 
     Args:
@@ -86,18 +90,23 @@ def adapted_card(title: str, base: str, snippet: str, metrics: Mapping[str, obje
         snippet: Python that loads the result.
         metrics: What `examples/finetune.py` writes as metrics.json.
         facts: Data, hardware, seconds.
+        is_adapter: Whether the result is an adapter for `base`, or a network of its own.
     """
-    base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    base_line = f"base_model: {base}\n" if on_hub else ""
+    library, tags = ("peft", "image-restoration, colora") if is_adapter else ("transformers", "image-restoration")
+    share = "trainable_ratio" if is_adapter else "trainable_ratio_of_model"
+    of_what = "of the weights of its layers" if is_adapter else "of its parameters"
     return f"""---
-library_name: peft
+library_name: {library}
 pipeline_tag: image-to-image
-{base_line}tags: [image-restoration, colora, base_model:adapter]
+{base_line}tags: [{tags}]
 ---
 
 # {title}
 
 `{base}` adapted with the method `{metrics["method"]}`: {metrics["trainable_parameters"]:,} parameters trained,
-{metrics["trainable_ratio"]:.2%} of the weights of its layers.
+{metrics[share]:.2%} {of_what}.
 
 | {metrics["eval_pairs"]} held-out pairs | PSNR (dB) | SSIM |
 |---|---|---|

@@ -20,8 +20,10 @@ class CoLoRAConfig(PeftConfig):
     the down factor (r x k) and B the up factor (d x r, zero at start); the paper's figure calls them the other way
     round.
 
-    Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions` (uniformly without);
-    what was allocated is written into `ranks`, so that loading needs this configuration alone.
+    Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions`; what was allocated is
+    written into `ranks`, so that loading needs this configuration alone. Without contributions every layer gets the
+    same share as far as whole ranks allow: a thin layer (depthwise, first or last) of which one rank is more than
+    that share gets rank 0.
 
     Args:
         target_modules: As in PEFT: full names or suffixes of them, a regular expression of full names, or
@@ -31,7 +33,7 @@ class CoLoRAConfig(PeftConfig):
             alone. Where factors of a rank cost as much as the weight, its delta is dense and the rank min(d, k).
         contributions: Score C_i >= 0 of each layer by its full module name, of any unit.
         parameter_budget: Trained share of the targeted weights, in (0, 1]. Used where `ranks` is not given.
-        beta: Exponent >= 0 from contribution to share; 0 is uniform.
+        beta: Exponent >= 0 from contribution to share; 0 is uniform, as without contributions.
         delta_min: Share in [0, 1] that each layer may have before contributions count.
         colora_alpha: Gain of the delta; see `colora_peft.layer.adapter_scaling`.
         bias: Which biases are trained: "none", "all", or "colora_only", those of the adapted layers.
@@ -80,17 +82,21 @@ class CoLoRAConfig(PeftConfig):
     def _check_numbers(self) -> None:
         if not 0 < self.parameter_budget <= 1:  # also refuses NaN, here and below
             raise ValueError(
-                f"parameter_budget is {self.parameter_budget}: it is the trained share of the targeted weights, "
+                f"The parameter_budget is {self.parameter_budget}: it is the trained share of the targeted weights, "
                 "choose it in (0, 1], for example 0.07."
             )
         if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta is {self.beta}: choose it >= 0; 0 is uniform, 1 proportional to contribution.")
+            raise ValueError(
+                f"The exponent beta is {self.beta}: choose it >= 0; 0 is uniform, 1 proportional to contribution."
+            )
         if not 0 <= self.delta_min <= 1:
             raise ValueError(
-                f"delta_min is {self.delta_min}: it is a share of a layer's weights, choose it in [0, 1]."
+                f"The share delta_min is {self.delta_min}: it is a share of a layer's weights, choose it in [0, 1]."
             )
         if not 0 < self.colora_alpha < math.inf:
-            raise ValueError(f"colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 3.0.")
+            raise ValueError(
+                f"The gain colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 3.0."
+            )
 
     def _check_ranks_and_contributions(self) -> None:
         named_ranks = self.ranks if isinstance(self.ranks, dict) else {"every layer": self.ranks}
@@ -105,15 +111,18 @@ class CoLoRAConfig(PeftConfig):
 
     def _check_layer_selection(self) -> None:
         if self.bias not in BIAS_MODES:
-            raise ValueError(f"bias is {self.bias!r}: choose one of {', '.join(BIAS_MODES)}.")
+            raise ValueError(f"The setting bias is {self.bias!r}: choose one of {', '.join(BIAS_MODES)}.")
         if self.bias != "none" and not SAVES_BIASES:
             raise ValueError(
-                f"bias is {self.bias!r} but this PEFT does not save trained biases: run `pip install 'peft>=0.21'`."
+                f"The setting bias is {self.bias!r} but this PEFT does not save trained biases: "
+                "run `pip install 'peft>=0.21'`."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
-                "layers_to_transform has no effect on a regular expression in target_modules: "
+                "The indices layers_to_transform have no effect on a regular expression in target_modules: "
                 "write the indices into the expression, or pass a list of names."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform: pass the indices of the blocks to adapt.")
+            raise ValueError(
+                "The name layers_pattern needs layers_to_transform: pass the indices of the blocks to adapt."
+            )

@@ -1,4 +1,4 @@
-"""How much each layer contributes to a new task: FAIG scores (DESIGN section 3).
+"""How much each layer contributes to a new task: FAIG scores.
 
 FAIG, filter attribution by integrated gradients: Xie et al., "Finding Discriminative Filters for Specific
 Degradations in Blind Super-Resolution", NeurIPS 2021, arXiv 2108.01070. The weights walk straight from theta0
@@ -7,7 +7,7 @@ Degradations in Blind Super-Resolution", NeurIPS 2021, arXiv 2108.01070. The wei
     F_ij = | sum over the filter's weights of (theta - theta0) * mean_t dL/dtheta(theta0 + t (theta - theta0)) |
 
 and the layer's score C_i is the mean over its weights, sum_j F_ij / number of weights, so that layers of different
-size compare.
+size compare. Filter j is what lies at j along the first axis of the weight.
 
 Our choices: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss; L is the mean of the loss over the
 batches; the network is in eval mode throughout (frozen batch statistics, no dropout) and every pass over the batches
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .contribution_scores import ContributionScores
-from .layer import adaptable_layers
+from .layer import SUPPORTED_LAYERS, adaptable_layers
 from .weight_path import (
     RngStates,
     checked_end_weights,
@@ -44,17 +44,41 @@ from .weight_path import (
     sum_dtype,
 )
 
-__all__ = ["DEFAULT_NUM_PATH_STEPS", "PROBE_NUM_PATH_STEPS", "ContributionScores", "LossFn", "faig", "probe"]
+__all__ = ["DEFAULT_NUM_PATH_STEPS", "ContributionScores", "LossFn", "ProbeSettings", "faig", "probe"]
 
-# Completeness error measured on NAFNets of 0.02 and 0.44 M parameters, underwater and noise, random and pre-trained
-# start: after a 50-step probe at most 0.4% with 8 midpoints; after 300 steps at a learning rate of 1e-3 up to 1.6%
-# with 8, 0.3% with 16, 0.1% with 32. So 16 for end weights from anywhere, 8 for the probe's short path.
+# Twice the probe's: end weights from anywhere may lie farther away.
 DEFAULT_NUM_PATH_STEPS = 16
-PROBE_NUM_PATH_STEPS = 8
-
-_NO_BATCHES = "`batches` is empty: pass at least one batch (does drop_last drop the only one?)"
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"The setting {name} is {value}: it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """The short full tuning of `probe`, and the path that is walked afterwards.
+
+    Attributes:
+        num_steps: steps of AdamW.
+        learning_rate: the same at each of them.
+        num_path_steps: midpoints on the path, as for `faig`; fewer than its default, as the path is short.
+
+    Raises:
+        ValueError: less than one step or midpoint, or a learning rate that is not positive and finite.
+    """
+
+    num_steps: int = 50
+    learning_rate: float = 3e-4
+    num_path_steps: int = 8
+
+    def __post_init__(self) -> None:
+        _check_at_least_one("num_steps", self.num_steps)
+        _check_at_least_one("num_path_steps", self.num_path_steps)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"The setting learning_rate is {self.learning_rate}: it must be positive and finite.")
 
 
 def faig(
@@ -77,7 +101,7 @@ def faig(
         end_state: parameter tensors by name, as `tuned_model.state_dict()` gives them; buffers in it are ignored.
         batches: whatever `loss_fn` takes, iterated anew for each pass: a list or a DataLoader, not a generator.
         loss_fn: `loss_fn(model, batch)` gives a scalar tensor; it may use autocast.
-        num_path_steps: midpoints M on the path. The default keeps `completeness_error` below 2% on NAFNet.
+        num_path_steps: midpoints M on the path; more of them lower `completeness_error`.
         progress: show a bar over the path steps.
 
     Raises:
@@ -86,7 +110,8 @@ def faig(
             layer.
     """
     started = time.perf_counter()
-    _check_request(model, batches, num_path_steps)
+    _check_at_least_one("num_path_steps", num_path_steps)
+    _check_request(model, batches)
     end = checked_end_weights(model, end_state)
     with restored_afterwards(model) as start:
         objective = _Objective(model, batches, loss_fn, rng_states())
@@ -98,33 +123,25 @@ def probe(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFn,
-    num_steps: int = 50,
-    learning_rate: float = 3e-4,
-    num_path_steps: int = PROBE_NUM_PATH_STEPS,
+    settings: ProbeSettings = ProbeSettings(),
     progress: bool = False,
 ) -> ContributionScores:
     """Score every adaptable layer by FAIG along a short full tuning, when no tuned network is at hand.
 
-    All parameters are tuned with AdamW (no weight decay, which would move weights the loss never reaches) for
-    `num_steps` steps, cycling over the batches; then FAIG runs on the same batches towards the weights reached. A
-    trial found the order of the layers after 50 steps nearly that of a full run (Spearman 0.99, DESIGN section 3).
-    The model is restored as by `faig`.
+    All parameters are tuned with AdamW (no weight decay, which would move weights the loss never reaches), cycling
+    over the batches; then FAIG runs on the same batches towards the weights reached. The completeness error stays
+    below 2% on a NAFNet (tests/test_contribution.py). The model is restored as by `faig`.
 
     Raises:
-        ValueError: as `faig`, and for fewer than one step or a learning rate that is not positive.
+        ValueError: as `faig`.
     """
     started = time.perf_counter()
-    _check_request(model, batches, num_path_steps)
-    if num_steps < 1 or not learning_rate > 0:
-        raise ValueError(
-            f"probe got num_steps={num_steps} and learning_rate={learning_rate}: give at least one step and a "
-            "positive rate"
-        )
+    _check_request(model, batches)
     with restored_afterwards(model) as start:
         objective = _Objective(model, batches, loss_fn, rng_states())
-        end = _tuned_weights(objective, num_steps, learning_rate, progress)
+        end = _tuned_weights(objective, settings, progress)
         load_weights(model, start)
-        result = _integrate(objective, start, checked_end_weights(model, end), num_path_steps, progress)
+        result = _integrate(objective, start, checked_end_weights(model, end), settings.num_path_steps, progress)
     return replace(result, method="probe", seconds=time.perf_counter() - started)
 
 
@@ -152,7 +169,7 @@ class _Objective:
         with torch.no_grad():
             values = [loss.item() for loss in self.losses(where)]
         if not values:
-            raise ValueError(_NO_BATCHES)
+            raise ValueError(_no_batches_message(self.batches))
         return sum(values) / len(values), len(values)
 
     def add_gradients(self, totals: dict[str, Tensor], where: str) -> tuple[float, int]:
@@ -160,7 +177,7 @@ class _Objective:
         parameters = moving_parameters(self.model)
         loss_sum, num_batches = 0.0, 0
         for loss in self.losses(where):
-            _backward(loss, where)
+            _backward(loss, f"batch {num_batches} {where}")
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     totals[name].add_(parameter.grad)
@@ -184,8 +201,8 @@ def _integrate(
             loss, seen = objective.add_gradients(totals, f"at {t:.3f} of the path")
             if seen != num_batches:
                 raise ValueError(
-                    f"`batches` gave {num_batches} batches on the first pass and {seen} on a later one: pass a list "
-                    "or a DataLoader that gives the same batches each time"
+                    f"The `batches` were {num_batches} on the first pass and {seen} on a later one: pass a list "
+                    "or a DataLoader that gives the same batches each time."
                 )
             bar.set_postfix(loss=f"{loss:.4g}")
     load_weights(model, end)
@@ -199,8 +216,8 @@ def _integrate(
     scores = _layer_scores(model, totals)
     if not math.isfinite(path_integral):
         raise ValueError(
-            "the gradient of a bias or norm overflowed although the loss is finite: use float32 instead of half "
-            "precision, or check the loss"
+            "The gradient of a bias or norm overflowed although the loss is finite: use float32 instead of half "
+            "precision, or check the loss."
         )
     return ContributionScores(
         scores=scores,
@@ -222,31 +239,31 @@ def _layer_scores(model: nn.Module, attributions: Mapping[str, Tensor]) -> dict[
         weight_name = names.get(id(layer.weight))
         if weight_name is None:
             raise ValueError(
-                f"layer '{layer_name}': its weight is no parameter of the model (a parametrization, weight_norm?): "
-                "remove it first, for example with torch.nn.utils.parametrize.remove_parametrizations"
+                f"Layer '{layer_name}': its weight is no parameter of the model (a parametrization, weight_norm?): "
+                "remove it first, for example with torch.nn.utils.parametrize.remove_parametrizations."
             )
         attribution = attributions[weight_name]
         filters = attribution.flatten(1).sum(dim=1, dtype=torch.float64)
         score = filters.abs().sum().item() / attribution.numel()
         if not math.isfinite(score):
             raise ValueError(
-                f"layer '{layer_name}': its score is {score}, so the gradient overflowed although the loss is finite: "
-                "use float32 instead of half precision, or check the loss"
+                f"Layer '{layer_name}': its score is {score}, so the gradient overflowed although the loss is finite: "
+                "use float32 instead of half precision, or check the loss."
             )
         scores[layer_name] = score
     return scores
 
 
-def _tuned_weights(objective: _Objective, num_steps: int, learning_rate: float, progress: bool) -> dict[str, Tensor]:
-    """Copies of all parameters after `num_steps` AdamW steps; the model is left there, the caller restores it."""
+def _tuned_weights(objective: _Objective, settings: ProbeSettings, progress: bool) -> dict[str, Tensor]:
+    """Copies of all parameters after the probe's tuning; the model is left there, the caller restores it."""
     parameters = moving_parameters(objective.model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
-    done = 0
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+    done, num_steps = 0, settings.num_steps
     with tqdm(total=num_steps, desc="probe", disable=not progress) as bar:
         while done < num_steps:
             before_pass = done
             for batch in islice(objective.batches, num_steps - done):
-                where = f"at probe step {done} (learning rate {learning_rate})"
+                where = f"probe step {done} (learning rate {settings.learning_rate})"
                 torch.clear_autocast_cache()
                 loss = _checked_loss(objective.loss_fn(objective.model, batch), where)
                 _backward(loss, where)
@@ -256,15 +273,15 @@ def _tuned_weights(objective: _Objective, num_steps: int, learning_rate: float, 
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.4g}")
             if done == before_pass:
-                raise ValueError(_NO_BATCHES)
+                raise ValueError(_no_batches_message(objective.batches))
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def _backward(loss: Tensor, where: str) -> None:
     if not loss.requires_grad:
         raise ValueError(
-            f"the loss {where} has no gradient: loss_fn must compute it from the model's output without detach() "
-            "or no_grad()"
+            f"The loss for {where} has no gradient: loss_fn must compute it from the model's output without detach() "
+            "or no_grad()."
         )
     loss.backward()
 
@@ -273,25 +290,30 @@ def _checked_loss(loss: Any, where: str) -> Tensor:
     """The loss as a 0-dim tensor."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"loss_fn gave {found} for {where}: it must return a scalar tensor, for example the mean")
+        raise ValueError(
+            f"The loss_fn gave {found} for {where}: it must return a scalar tensor, for example the mean."
+        )
     if not torch.isfinite(loss).item():
         raise ValueError(
-            f"the loss is {loss.item()} for {where}: check the images for NaN and the weights, or lower the "
-            "learning rate they are tuned with"
+            f"The loss is {loss.item()} for {where}: check the images for NaN and the weights, or lower the "
+            "learning rate they are tuned with."
         )
     return loss.reshape(())
 
 
-def _check_request(model: nn.Module, batches: Iterable[Any], num_path_steps: int) -> None:
-    if not adaptable_layers(model):
-        raise ValueError(
-            f"{type(model).__name__} has no layer to score: contribution needs Linear, Conv1d/2d/3d or "
-            "ConvTranspose2d layers"
+def _no_batches_message(batches: Iterable[Any]) -> str:
+    if getattr(batches, "drop_last", False):
+        return (
+            "The `batches` are empty: the loader drops the last batch when that is not full, so lower its batch_size."
         )
+    return "The `batches` are empty: pass at least one batch."
+
+
+def _check_request(model: nn.Module, batches: Iterable[Any]) -> None:
+    if not adaptable_layers(model):
+        raise ValueError(f"{type(model).__name__} has no layer to score, which are those of kind {SUPPORTED_LAYERS}.")
     if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
         raise ValueError(
-            f"`batches` is a {type(batches).__name__}, which cannot be iterated anew for each pass: pass a list or a "
-            "DataLoader"
+            f"The `batches` are a {type(batches).__name__}, which cannot be iterated anew for each pass: pass a list "
+            "or a DataLoader."
         )
-    if num_path_steps < 1:
-        raise ValueError(f"num_path_steps is {num_path_steps}: walk the path in at least one step")

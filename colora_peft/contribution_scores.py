@@ -7,12 +7,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 __all__ = ["ContributionScores"]
 
 
 @dataclass(frozen=True)
 class ContributionScores:
     """Scores of the adaptable layers for one task, with the record of how they were measured.
+
+    A score sums over a layer's filters, filter j being weight[j]: what lies at j along the weight's first axis. That
+    is an output channel or feature, but an input channel of a transposed convolution.
 
     Attributes:
         scores: layer name -> score (mean |attribution| per weight, >= 0), in network order; 0 for a layer that did
@@ -56,16 +61,14 @@ class ContributionScores:
         """
         path = Path(path)
         if not path.parent.is_dir():
-            raise ValueError(f"cannot save contribution scores to '{path}': the folder '{path.parent}' does not exist")
+            raise ValueError(
+                f"Cannot save contribution scores to '{path}': the folder '{path.parent}' does not exist; make it "
+                "first."
+            )
         error = self.completeness_error
         # For the human reader of the file only: `load` computes it anew. JSON has no infinity.
         content = {**asdict(self), "completeness_error": error if math.isfinite(error) else None}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ContributionScores":
@@ -78,20 +81,22 @@ class ContributionScores:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"cannot read contribution scores from '{path}': {error.strerror}") from error
+            raise ValueError(
+                f"Cannot read contribution scores from '{path}' ({error.strerror}): check the path."
+            ) from error
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             raise ValueError(
-                f"'{path}' holds no valid JSON ({error}): write it with ContributionScores.save"
+                f"The file '{path}' holds no valid JSON ({error}): write it with ContributionScores.save."
             ) from error
         if not isinstance(content, dict):
-            raise ValueError(f"'{path}' holds no contribution scores: write it with ContributionScores.save")
+            raise ValueError(f"The file '{path}' holds no contribution scores: write it with ContributionScores.save.")
         return cls(**{field.name: _checked_entry(content, field.name, field.type, path) for field in fields(cls)})
 
 
 def _checked_entry(content: dict[str, Any], name: str, kind: Any, path: str | os.PathLike[str]) -> Any:
     """The entry `name` of a score file, of the type its field declares."""
     if name not in content:
-        raise ValueError(f"'{path}' lacks the entry '{name}': write it with ContributionScores.save")
+        raise ValueError(f"The file '{path}' lacks the entry '{name}': write it with ContributionScores.save.")
     value = content[name]
     if name == "scores":
         return _checked_scores(value, path)
@@ -101,15 +106,18 @@ def _checked_entry(content: dict[str, Any], name: str, kind: Any, path: str | os
     if isinstance(value, kind) and (kind is str or is_number):
         return value
     raise ValueError(
-        f"'{path}': entry '{name}' is {value!r}, not a {'finite number' if kind is float else kind.__name__}"
+        f"In '{path}' the entry '{name}' is {value!r}, not a {'finite number' if kind is float else kind.__name__}: "
+        "measure again."
     )
 
 
 def _checked_scores(scores: Any, path: str | os.PathLike[str]) -> dict[str, float]:
     if not isinstance(scores, dict) or not scores:
-        raise ValueError(f"'{path}': entry 'scores' is not a table of layer name to score")
+        raise ValueError(f"In '{path}' the entry 'scores' is not a table of layer name to score: measure again.")
     for layer, score in scores.items():
         is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
         if not is_number or not math.isfinite(score) or score < 0:
-            raise ValueError(f"'{path}': the score of layer '{layer}' is {score!r}, not a finite number >= 0")
+            raise ValueError(
+                f"In '{path}' the score of layer '{layer}' is {score!r}, not a finite number >= 0: measure again."
+            )
     return {layer: float(score) for layer, score in scores.items()}

@@ -31,12 +31,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, description: str) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of whole restored pictures, `psnr` and `ssim`, and of the inputs, `*_input`.
 
-    Per picture in RGB on [0, 1] after rounding to 8 bits, then averaged over the pictures. The network is in
+    Per picture in RGB on [0, 1] after rounding to 8 bits, then averaged over the pictures. `description` labels a
+    progress bar; an empty one shows none. The network is in
     evaluation mode meanwhile and as before afterwards.
     """
     rows = []
     with evaluation_mode(model):
-        for index in tqdm(range(len(pairs)), desc=description, unit="picture", leave=False):
+        bar = tqdm(range(len(pairs)), desc=description, unit="picture", leave=False, disable=not description)
+        for index in bar:
             degraded, target = (image.to(device)[None] for image in pairs[index])
             restored = reconstruct(model, degraded).float()
             figures = psnr(restored, target), ssim(restored, target), psnr(degraded, target), ssim(degraded, target)

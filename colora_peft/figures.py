@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from .allocation import is_dense, stored_rank
+from .images import to_pil
 from .metrics import psnr
-from .report import budget_line, check_layers, format_allocation_table, trained_fraction
+from .report import budget_line, check_layers, trained_fraction
 
-__all__ = ["format_allocation_table", "plot_contributions", "save_before_after"]
+__all__ = ["plot_contributions", "save_before_after"]
 
 # Shares below this look alike in the figure: the colour scale is logarithmic, as shares span decades.
 _SMALLEST_FRACTION = 0.01
@@ -75,7 +75,7 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install colora-peft[examples]") from error
+        raise ImportError('Figures need matplotlib: pip install "colora-peft[examples]".') from error
     return Figure
 
 
@@ -204,13 +204,13 @@ def save_before_after(rows: Sequence[tuple[Tensor, Tensor, Tensor]], path: str |
         ValueError: no rows, or a row whose three pictures differ in size (numbered).
     """
     if not rows:
-        raise ValueError("there is no picture to show: `rows` is empty")
+        raise ValueError("There is no picture to show: `rows` is empty. Pass at least one.")
     captions = []
     for number, (degraded, restored, target) in enumerate(rows):
         try:
             before, after = (psnr(picture[None], target[None]).item() for picture in (degraded, restored))
         except ValueError as error:
-            raise ValueError(f"row {number} of the before/after picture: {error}") from error
+            raise ValueError(f"Row {number} of the before/after picture does not fit. {error}") from error
         captions.append((f"{before:.2f} dB", f"{after:.2f} dB  ({after - before:+.2f})", ""))
     path = Path(path)
     file_format = path.suffix.lstrip(".").lower() or "png"
@@ -260,8 +260,5 @@ def _drawn_rows(
 
 def _pixels(picture: Tensor, width: int, height: int) -> np.ndarray:
     """(C, H, W) in [0, 1] to (height, width, 3) uint8."""
-    levels = picture.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
-    if levels.shape[0] == 1:
-        levels = levels.expand(3, -1, -1)
-    image = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    image = to_pil(picture.expand(3, -1, -1))
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))

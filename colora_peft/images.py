@@ -30,7 +30,10 @@ def list_images(folder: str | Path) -> list[Path]:
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")
     paths = sorted(path for path in folder.iterdir() if _looks_like_an_image(path))
     if not paths:
-        raise ValueError(f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise ValueError(
+            f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}); name the folder that does: "
+            "those below it are not searched."
+        )
     return paths
 
 
@@ -76,15 +79,12 @@ def from_pil(image: Image.Image) -> Tensor:
     """A Pillow picture to float32 RGB (3, H, W) in [0, 1], EXIF orientation applied, transparency laid on white.
 
     Raises:
-        ValueError: if its values have no agreed white (32-bit integers, floating point).
+        ValueError: if it has more than 8 bits. Those of PNG and TIFF files are for `decode_image`; 32 have no agreed
+            white.
     """
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if image.mode in ("I", "F") and not sixteen_bits:
-        raise ValueError("32-bit pictures have no agreed white; save it with 8 or 16 bits")
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError("its values have no agreed white; save it with 8 or 16 bits as PNG or TIFF")
     image = ImageOps.exif_transpose(image)
-    if sixteen_bits:
-        grey = torch.from_numpy(np.array(image).astype(np.float32) / 65535)
-        return grey.expand(3, -1, -1).contiguous()
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -36,7 +36,8 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
         scaling * lr * |sum of rank entries of A, signs at random| ~ scaling * lr * sqrt(rank) / sqrt(k)
 
     through factors, and by scaling * lr through a dense delta. The rule makes both colora_alpha * lr / sqrt(k): the
-    same at any rank, and the same share of the 1/sqrt(k) at which weights of fan-in k usually lie.
+    same at any rank, and the same share of the 1/sqrt(k) at which weights of fan-in k usually lie. (In a
+    transposed convolution k is the fan-out of one input channel instead.)
     """
     return colora_alpha / math.sqrt(k if is_dense(rank, d, k) else rank)
 
@@ -85,10 +86,16 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
 
 
 def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Output of `layer` for `x` as if `weight` were its weight; further arguments as `layer.forward` takes them."""
+    """Output of `layer` for `x` as if `weight` were its weight; further arguments as `layer.forward` takes them.
+
+    Raises:
+        TypeError: `layer.forward` does not take the further arguments.
+    """
     hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    if hooked or type(layer).forward not in _PLAIN_FORWARDS:
+    surplus = (args or kwargs) and not isinstance(layer, nn.ConvTranspose2d)
+    if hooked or surplus or type(layer).forward not in _PLAIN_FORWARDS:
         # A subclass or a hook (device_map, feature extraction) adds to the forward pass: let it run, on our weight.
+        # A plain layer takes x alone and refuses anything more in its own words.
         return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, layer.bias)
@@ -238,22 +245,26 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
         return (*facts, *((adapter, self.scaling[adapter]) for adapter in adapters)), [t.detach() for t in tensors]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the deltas of `adapter_names` (None: the active ones) into W0.
+        """Write the deltas of `adapter_names` (None: the active ones) into W0, all of them or, on an error, none.
+
+        That holds for this layer. Where PEFT merges a whole network, the layers before a refused one stay merged:
+        after `merge_adapter`, `unmerge_adapter` undoes them.
 
         Raises:
             ValueError: Under `safe_merge`, the merged weight would not be finite; W0 is left as it was.
         """
-        base_layer = self.get_base_layer()
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.scaling:
-                continue
-            merged = base_layer.weight.data + self.get_delta_weight(adapter).detach()
+        weight = self.get_base_layer().weight
+        adapters = [adapter for adapter in check_adapters_to_merge(self, adapter_names) if adapter in self.scaling]
+        merged = weight.data
+        for adapter in adapters:
+            merged = merged + self.get_delta_weight(adapter).detach()
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"Merging adapter {adapter!r} gives NaN or infinite weights: it is broken, train or load it again."
                 )
-            base_layer.weight.data = merged
-            self.merged_adapters.append(adapter)
+        if adapters:
+            weight.data = merged
+        self.merged_adapters += adapters
         self._kept = None
 
     def unmerge(self) -> None:

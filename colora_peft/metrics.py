@@ -8,7 +8,7 @@ TIP 13(4), 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03
 import torch
 from torch import Tensor
 
-__all__ = ["PSNR_CAP_DB", "psnr", "ssim"]
+__all__ = ["PSNR_CAP_DB", "SSIM_WINDOW_PX", "psnr", "ssim"]
 
 PSNR_CAP_DB = 100.0
 
@@ -56,7 +56,10 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
     restored, target = _eight_bit(restored, target)
     height, width = target.shape[-2:]
     if min(height, width) < SSIM_WINDOW_PX:
-        raise ValueError(f"SSIM needs pictures of at least 11 x 11 pixels, its window, got {height} x {width}")
+        raise ValueError(
+            f"SSIM needs pictures of at least {SSIM_WINDOW_PX} x {SSIM_WINDOW_PX} pixels, its window, got {height} x "
+            f"{width}: leave out smaller ones."
+        )
     if target.device.type != "mps":  # which has no float64; in float32 flat areas are off by 1e-4
         restored, target = restored.double(), target.double()
     mean_x, mean_y = _windowed(restored), _windowed(target)
@@ -71,12 +74,17 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
 def _eight_bit(restored: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both pictures in float32 on the 256 levels k / 255."""
     if restored.shape != target.shape:
-        raise ValueError(f"restored has shape {tuple(restored.shape)}, target {tuple(target.shape)}: make them equal")
+        raise ValueError(
+            f"The restored pictures have shape {tuple(restored.shape)}, the targets {tuple(target.shape)}: make them "
+            "equal."
+        )
     if target.ndim != 4 or target.numel() == 0:
-        raise ValueError(f"pictures must be (B, C, H, W) and not empty, got shape {tuple(target.shape)}")
+        raise ValueError(f"Pictures must be (B, C, H, W) and not empty, got shape {tuple(target.shape)}.")
     for name, picture in (("restored", restored), ("target", target)):
         if not picture.is_floating_point():
-            raise ValueError(f"{name} is {picture.dtype}: pass floats in [0, 1] (divide 8-bit pictures by 255)")
+            raise ValueError(
+                f"The {name} pictures are {picture.dtype}: pass floats in [0, 1] (divide 8-bit pictures by 255)."
+            )
     restored, target = restored.detach().float(), target.detach().to(restored.device, torch.float32)
     return tuple(picture.clamp(0, 1).mul(255).round().div(255) for picture in (restored, target))
 

@@ -4,6 +4,9 @@ PEFT matches target names by suffix; ranks are by exact name. So targets are mat
 changed, and from then on `config.ranks` alone says what is wrapped.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch import nn
 
 from .allocation import allocate_ranks, check_same_names, stored_rank, unknown_layer_message
 from .config import CoLoRAConfig
-from .layer import SUPPORTED_LAYERS, CoLoRALayer, adaptable_layers, weight_matrix_shape, why_not_adaptable
+from .layer import CoLoRALayer, adaptable_layers, weight_matrix_shape, why_not_adaptable
 
 
 class CoLoRAModel(BaseTuner):
@@ -56,17 +59,34 @@ class CoLoRAModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        # PeftModel enters this around each forward pass, and drops `adapter_names` afterwards without a word.
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "CoLoRA cannot use another adapter for each sample of a batch: leave adapter_names out and choose "
+                "one adapter with set_adapter."
+            )
+        yield
+
 
 def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
     """Rank of every targeted layer by full name, in network order, 0 included: given, or allocated under the budget.
 
     Raises:
         TypeError: A targeted layer cannot be adapted.
-        ValueError: Nothing is targeted, every rank is 0, or `ranks` or `contributions` name an unknown layer or lack
-            a targeted one.
+        ValueError: Nothing is targeted, every rank is 0, `ranks` or `contributions` name an unknown layer or lack a
+            targeted one, a targeted layer or its weight is in use in a second place, or `model` is itself a layer.
     """
     layers = adaptable_layers(model)
+    if "" in layers:
+        raise ValueError(
+            f"The model is a single {type(model).__name__} layer, which PEFT cannot replace: wrap it in a module, "
+            "for example nn.Sequential(model)."
+        )
     targets = _targeted_layers(config, model, layers)
+    given = config.ranks if isinstance(config.ranks, dict) else {}
+    _check_used_once({name: layer for name, layer in targets.items() if given.get(name) != 0}, model)
     shapes = {name: weight_matrix_shape(layer) for name, layer in targets.items()}
     if isinstance(config.ranks, dict):
         check_same_names(config.ranks, shapes, "ranks")
@@ -104,8 +124,8 @@ def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, n
             chosen = {name: layer for name, layer in chosen.items() if "." in name}
     if not chosen:
         raise ValueError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} and "
-            f"layers_to_transform={config.layers_to_transform!r} matches no layer of {type(model).__name__}; "
+            f"Nothing is targeted: target_modules={config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} matches no layer of {type(model).__name__}; "
             f"layers that can be adapted: {', '.join(list(layers)[:5]) or 'none'}{', ...' if len(layers) > 5 else ''}."
         )
     return chosen
@@ -129,11 +149,42 @@ def _matched_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn
         if name not in layers:
             reason = why_not_adaptable(module) or "the module around it reads its weight without calling it"
             raise TypeError(
-                f"The targeted layer {name!r} is a {type(module).__name__} and cannot be adapted ({reason}): "
-                f"CoLoRA adapts {SUPPORTED_LAYERS}; narrow target_modules or name it in exclude_modules."
+                f"The targeted layer {name!r} is a {type(module).__name__} and cannot be adapted: {reason}. "
+                "Narrow target_modules or name it in exclude_modules."
             )
         chosen[name] = layers[name]
     return chosen
+
+
+def _check_used_once(targets: dict[str, nn.Module], model: nn.Module) -> None:
+    """Check that each target has one place in `model` and a weight that no other module holds.
+
+    A block that is registered twice is fine: the layer is replaced inside the block, so for both.
+
+    Raises:
+        ValueError: PEFT would replace a target in one of its two places only, or merging would write into the weight
+            of another module; names both.
+    """
+    places: dict[int, list[str]] = defaultdict(list)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for child_name, child in module._modules.items():
+            places[id(child)].append(f"{name}.{child_name}".removeprefix("."))
+        for parameter in module._parameters.values():
+            owners[id(parameter)].append(name.removesuffix(".base_layer"))
+    for name, layer in targets.items():
+        for place in places[id(layer)]:
+            if place.removesuffix(".base_layer") != name:
+                raise ValueError(
+                    f"The targeted layer {name!r} is also registered as {place!r}, where it would stay without an "
+                    f"adapter: register it once, or leave {name!r} alone (exclude_modules or rank 0)."
+                )
+        for owner in owners[id(layer.weight)]:
+            if owner != name:
+                raise ValueError(
+                    f"The targeted layer {name!r} shares its weight with {owner!r}, which merging would change, too: "
+                    "give each a weight of its own, or leave both alone (exclude_modules or rank 0)."
+                )
 
 
 def _match(config: CoLoRAConfig, target_modules: set[str] | str, name: str) -> Any:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .images import decode_image, list_images, read_image
+from .messages import some, some_sentences
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
+
+_SILENTLY_CHECKED = 100  # pictures; with more of them the check shows a bar
 
 
 class PictureSource(Protocol):
@@ -60,29 +63,27 @@ class ImageFiles:
         return image
 
     def check(self, resolution: int) -> None:
-        """Open every file and look at its size, without decoding it.
+        """Decode every file once, before a run begins: half a file has a whole header. Fills the cache.
 
         Raises:
-            ValueError: if some are unreadable or smaller than the patch; it lists them (the first 20).
+            ValueError: if some are unreadable or smaller than the patch; it lists them (the first 20) with the reason.
         """
         culprits = []
-        for path in self.paths:
+        for index, path in enumerate(
+            tqdm(self.paths, desc="checking pictures", disable=len(self) <= _SILENTLY_CHECKED)
+        ):
             try:
-                with Image.open(path) as image:
-                    if min(image.size) < resolution:
-                        culprits.append(f"{path.name} ({image.size[0]}x{image.size[1]} pixels)")
-            except Exception:  # Pillow raises nearly anything on damaged data
-                culprits.append(f"{path.name} (unreadable)")
+                height, width = self[index].shape[-2:]
+            except ValueError as error:
+                culprits.append(str(error))
+                continue
+            if min(height, width) < resolution:
+                culprits.append(
+                    f"{path} is {width}x{height} pixels, smaller than the patch of {resolution}; "
+                    "lower --resolution or remove it."
+                )
         if culprits:
-            raise ValueError(
-                f"{len(culprits)} pictures in {self.paths[0].parent} are unreadable or smaller than the patch of "
-                f"{resolution} pixels: {_some(culprits)}. Lower --resolution or remove them."
-            )
-
-
-def _some(names: Sequence[str], limit: int = 20, separator: str = ", ") -> str:
-    listed = separator.join(names[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+            raise ValueError(f"Of {len(self)} pictures {len(culprits)} cannot be used. {some_sentences(culprits)}")
 
 
 def _to_float(stored: Tensor) -> Tensor:
@@ -104,11 +105,14 @@ class PairedImageFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        inputs, targets = (_by_stem(Path(folder) / side) for side in ("input", "target"))
+        inputs, targets = (_by_stem(side) for side in _sides(Path(folder)))
         orphans = sorted(inputs.keys() ^ targets.keys())
         if orphans:
             sides = [f"{name} (only in {'input' if name in inputs else 'target'})" for name in orphans]
-            raise ValueError(f"{folder}: these pictures have no partner of the same name: {_some(sides)}.")
+            raise ValueError(
+                f"In {folder} these pictures have no partner of the same name: {some(sides)}. Add the missing ones, "
+                "rename them or remove these."
+            )
         self.names = sorted(inputs)
         self._inputs = ImageFiles([inputs[name] for name in self.names])
         self._targets = ImageFiles([targets[name] for name in self.names])
@@ -118,6 +122,17 @@ class PairedImageFolder:
 
     def __getitem__(self, index: int) -> Pair:
         return check_pair(self.names[index], self._inputs[index], self._targets[index])
+
+
+def _sides(folder: Path) -> tuple[Path, Path]:
+    sides = (folder / "input", folder / "target")
+    for needed in (folder, *sides):
+        if not needed.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder {needed}; check the path. Pairs are read from a folder that holds `input/` and "
+                "`target/` with pictures of the same file names."
+            )
+    return sides
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -144,7 +159,7 @@ class PairedHubDataset:
                 f"(missing: {', '.join(sorted(missing))})."
             )
         if len(split) == 0:
-            raise ValueError("The dataset split is empty.")
+            raise ValueError("The dataset split is empty; choose one that has rows.")
         self._split = split.with_format(None)
         for column in ("input", "target"):
             feature = split.features[column]
@@ -205,7 +220,7 @@ def check_pairs(pairs: PairSource, smallest_px: int, reason: str) -> None:
         if min(height, width) < smallest_px:
             culprits.append(f"Pair {name} is {width}x{height} pixels, smaller than the {smallest_px} of {reason}.")
     if culprits:
-        raise ValueError(_some(culprits, separator=" "))
+        raise ValueError(some_sentences(culprits))
 
 
 class PairSubset:
@@ -230,6 +245,9 @@ def draw_pairs(pairs: PairSource, count: int, seed: int) -> tuple[PairSubset, Pa
         ValueError: if there are fewer than `count`, or `count` is less than 1.
     """
     if not 0 < count <= len(pairs):
-        raise ValueError(f"Asked for {count} training pairs, but there are {len(pairs)}.")
+        raise ValueError(
+            f"Cannot draw {count} training pairs from {len(pairs)}: the number to train on (`count`, "
+            f"--max_train_samples) must be between 1 and {len(pairs)}."
+        )
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     return PairSubset(pairs, sorted(order[:count])), PairSubset(pairs, sorted(order[count:]))

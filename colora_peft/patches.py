@@ -38,11 +38,11 @@ class PatchDataset(Dataset):
 
     def __init__(self, length: int, resolution: int, seed: int) -> None:
         if resolution < 1:
-            raise ValueError(f"resolution must be at least 1 pixel, got {resolution}.")
+            raise ValueError(f"The resolution must be at least 1 pixel, got {resolution}.")
         if length < 1:
-            raise ValueError("There are no pictures to take patches from.")
+            raise ValueError("There are no pictures to take patches from; pass at least one.")
         if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
+            raise ValueError(f"The seed must not be negative, got {seed}.")
         self.length = length
         self.resolution = resolution
         self.seed = seed

@@ -1,4 +1,6 @@
-"""Make CoLoRA known to PEFT; no other file of this package touches what PEFT keeps to itself.
+"""Make CoLoRA known to PEFT: the only file that changes PEFT's registry and its enum of methods.
+
+The layer and the model build on PEFT's base classes for tuners, and change nothing of PEFT's.
 
 PEFT finds a method through the enum `PeftType`, which is closed, and through four dictionaries filled by
 `register_peft_method`. Both steps are safe to repeat: a second import or a reload changes nothing or replaces
@@ -21,7 +23,8 @@ def check_peft_version(installed: str) -> None:
     """
     if Version(installed) < Version(MINIMUM_PEFT):
         raise ImportError(
-            f"colora_peft needs peft>={MINIMUM_PEFT} but found peft {installed}: run `pip install -U peft`."
+            f"The package colora_peft needs peft>={MINIMUM_PEFT} but found peft {installed}: "
+            "run `pip install -U peft`."
         )
 
 

@@ -24,17 +24,17 @@ def check_layers(
         (named).
     """
     if not shapes:
-        raise ValueError("there is no layer to report: `shapes` is empty")
+        raise ValueError("There is no layer to report: `shapes` is empty. Pass the shape of at least one.")
     for layer in shapes:
         if layer not in ranks:
-            raise ValueError(f"layer '{layer}' has no rank: give one for each layer in `shapes` (0 leaves it alone)")
+            raise ValueError(f"Layer '{layer}' has no rank: give one for each layer in `shapes` (0 leaves it alone).")
         if ranks[layer] < 0:
-            raise ValueError(f"layer '{layer}' has rank {ranks[layer]}: ranks are 0 or more")
+            raise ValueError(f"Layer '{layer}' has rank {ranks[layer]}: ranks are 0 or more.")
         if scores is not None and layer not in scores:
-            raise ValueError(f"layer '{layer}' has no score: measure it, or pass scores=None")
+            raise ValueError(f"Layer '{layer}' has no score: measure it, or pass scores=None.")
     unknown = next((layer for layer in ranks if layer not in shapes), None)
     if unknown is not None:
-        raise ValueError(f"rank given for '{unknown}', which is no layer in `shapes`: use the full module name")
+        raise ValueError(f"A rank is given for '{unknown}', which is no layer in `shapes`: use the full module name.")
 
 
 def budget_line(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from .checkpoint import list_checkpoints, read_state, write_json
+from .checkpoint import list_checkpoints, read_state
+from .files import write_json
 from .train_arguments import TrainArguments
 
 _RUN_FILE = "run.json"
@@ -20,30 +21,39 @@ _FREE = frozenset(
 )
 
 
-def prepare_output_dir(args: TrainArguments, accelerator: Accelerator) -> Path | None:
-    """Create the output folder or refuse it; return the checkpoint to resume from, if any.
-
-    Every process checks, so that all of them stop where one must; the main process alone writes.
+def check_output_dir(args: TrainArguments) -> Path | None:
+    """Whether the run may write into its output folder; the checkpoint to resume from, if any. Writes nothing.
 
     Raises:
         ValueError: if the folder already holds a run and neither resuming nor overwriting was asked for, if it holds
-            other files, if there is nothing to resume from, or if the run to resume had other settings. Nothing was
-            created or deleted then.
+            other files, if there is nothing to resume from, or if the run to resume had other settings.
     """
     output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        checkpoint = _find_checkpoint(args, output_dir)
-        _check_same_settings(args, checkpoint)
-        return checkpoint
-    _check_free(args, output_dir)
+    if args.resume_from_checkpoint is None:
+        _check_free(args, output_dir)
+        return None
+    checkpoint = _find_checkpoint(args, output_dir)
+    _check_same_settings(args, checkpoint)
+    return checkpoint
+
+
+def create_output_dir(args: TrainArguments, accelerator: Accelerator) -> None:
+    """Make the output folder, deleting an earlier run in it; leave it as it is where a run goes on.
+
+    Call it once all else is known to work, right before training: until then an earlier run is worth keeping.
+
+    Raises:
+        ValueError: as `check_output_dir`; every process checks, so that all of them stop where one must.
+    """
+    check_output_dir(args)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and args.resume_from_checkpoint is None:
+        output_dir = Path(args.output_dir)
         if output_dir.is_dir() and any(output_dir.iterdir()):
             shutil.rmtree(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / _RUN_FILE, asdict(args))
     accelerator.wait_for_everyone()
-    return None
 
 
 def _check_free(args: TrainArguments, output_dir: Path) -> None:
@@ -53,7 +63,8 @@ def _check_free(args: TrainArguments, output_dir: Path) -> None:
         return
     if not (output_dir / _RUN_FILE).is_file():
         raise ValueError(f"--output_dir {output_dir} holds files that are not of a run; choose another folder.")
-    if not args.overwrite_output_dir:
+    # A run that ended before its first checkpoint has nothing to lose.
+    if list_checkpoints(output_dir) and not args.overwrite_output_dir:
         raise ValueError(
             f"--output_dir {output_dir} already holds a run; add --overwrite_output_dir to delete it or "
             "--resume_from_checkpoint latest to go on with it."

@@ -2,7 +2,7 @@
 
 A run is counted in optimiser steps. The samples of a step and the learning rate are functions of its number
 (`colora_peft.patches`), so a checkpoint is weights, Adam's moments and one integer, and a resumed run goes on exactly
-where it stopped.
+where it stopped: bitwise on one CPU set-up, up to the non-determinism of its kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -26,19 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
+from .files import write_text
 from .patches import StepSampler, sample_generator
-from .run_folder import prepare_output_dir
 from .train_arguments import TrainArguments
-
-__all__ = [
-    "TrainArguments",
-    "TrainingDiverged",
-    "prepare_output_dir",
-    "reconstruct",
-    "restoration_loss",
-    "train",
-    "use_all_cores",
-]
 
 _LOG_FILE = "train_log.jsonl"
 _LOG_EVERY_STEPS = 20
@@ -83,7 +73,7 @@ def train(
     Args:
         model: Any network that `reconstruct` understands.
         dataset: Samples `{"pixel_values", "labels"}` by sample number, e.g. `PairedPatches`.
-        args: The run's settings; its output folder was made by `prepare_output_dir`.
+        args: The run's settings; its output folder was made by `create_output_dir`.
         accelerator: Gives device, mixed precision and processes.
         checkpoint: Where to go on from; None starts anew.
 
@@ -115,8 +105,8 @@ def train(
             run.save(model, optimizer, step)
             raise TrainingDiverged(
                 f"The loss became {figures.loss:g} at step {step} (gradient norm {figures.norm:g}). Training stopped; "
-                f"the state before it is saved in {args.output_dir}. Look for broken pictures, or start again with a "
-                f"lower --learning_rate than {args.learning_rate:g}."
+                f"the state before that step is in {run.save_last_good(model)}. Look for broken pictures, or start "
+                f"again with a lower --learning_rate than {args.learning_rate:g}."
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -170,7 +160,7 @@ def _backward(
 def use_all_cores(accelerator: Accelerator) -> None:
     """On a CPU, share its physical cores among the processes of this machine.
 
-    `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which halves the speed of a laptop or worse.
+    `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, so that the other cores would idle.
     Any other value is somebody's choice and is kept.
     """
     if accelerator.device.type != "cpu" or os.environ.get("OMP_NUM_THREADS") != "1":
@@ -227,7 +217,14 @@ class _Run:
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> int:
         if checkpoint is None:
             return 0
-        batch_size = read_state(checkpoint).get("global_batch_size")
+        saved = read_state(checkpoint)
+        precision = saved.get("mixed_precision", self.accelerator.mixed_precision)
+        if precision != self.accelerator.mixed_precision:
+            raise ValueError(
+                f"{checkpoint} was trained with --mixed_precision {precision}, this run has "
+                f"{self.accelerator.mixed_precision}; launch it with the same."
+            )
+        batch_size = saved.get("global_batch_size")
         if batch_size != self.global_batch_size:
             raise ValueError(
                 f"{checkpoint} was trained with {batch_size} patches a step over all processes, this run has "
@@ -235,6 +232,7 @@ class _Run:
             )
         state = load_checkpoint(checkpoint, model, optimizer)
         self.earlier_seconds = state.get("seconds", 0.0)
+        self._resume_scaler(state)
         if self.accelerator.is_main_process and self.log_path.is_file():
             _cut_log(self.log_path, state["step"])
         return state["step"]
@@ -274,12 +272,29 @@ class _Run:
                 "step": step,
                 "seconds": self.seconds,
                 "global_batch_size": self.global_batch_size,
+                "mixed_precision": self.accelerator.mixed_precision,
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "arguments": asdict(self.args),
             }
             inner = getattr(optimizer, "optimizer", optimizer)
-            save_checkpoint(self.args.output_dir, model, inner, state, self.args.checkpoints_total_limit)
+            save_checkpoint(self.args.output_dir, model, inner, state, self.args.checkpoints_total_limit or None)
         # A process that ended earlier would have the launcher kill the one that writes.
         self.accelerator.wait_for_everyone()
+
+    def save_last_good(self, model: nn.Module) -> Path:
+        """After a divergence: the network as a user loads it, where it knows how to save itself, and where that is."""
+        folder = Path(self.args.output_dir) / "last_good"
+        if not hasattr(model, "save_pretrained"):
+            return folder.parent
+        if self.accelerator.is_main_process:
+            model.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _resume_scaler(self, state: dict[str, Any]) -> None:
+        # Under fp16 the scale of the loss was found over many steps; without it a resumed run would skip some.
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def _cut_log(path: Path, last_step: int) -> None:
@@ -292,6 +307,4 @@ def _cut_log(path: Path, last_step: int) -> None:
         except json.JSONDecodeError:
             break
         kept.append(f"{line}\n")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(kept))

@@ -28,8 +28,8 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
     Args:
         model: The pre-trained network.
         method: "colora" adapters by contribution; "lora" adapters under the same budget, the same share of every
-            layer; "full" everything; "decoder" the modules that the network's class lists in `decoder_modules`;
-            "bias" every bias.
+            layer as far as whole ranks allow; "full" everything; "decoder" the modules that the network's class lists
+            in `decoder_modules`; "bias" every bias.
         config: Budget and contributions of "colora"; "lora" takes it without the contributions, the others ignore
             it. It is not changed.
 
@@ -69,7 +69,8 @@ def _train_only(model: nn.Module, method: str, is_trained: Callable[[str], bool]
 
 def trained_parameters(model: nn.Module) -> dict[str, float]:
     """How much of a network is trained: `trainable_parameters`, their ratio to the weights of all layers that can be
-    adapted (`trainable_ratio`, what a budget limits), and to all its parameters (`trainable_ratio_of_model`)."""
+    adapted (`trainable_ratio`, what a budget limits; above 1 where norms and biases are trained as well), and to all
+    its parameters (`trainable_ratio_of_model`)."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = sum(layer.weight.numel() for layer in adaptable_layers(network).values())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

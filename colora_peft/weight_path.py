@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .messages import some
+
 __all__ = [
     "checked_end_weights",
     "load_path_point",
@@ -111,8 +113,8 @@ def checked_end_weights(model: nn.Module, end_state: Mapping[str, Tensor]) -> di
     unexpected = [name for name in end_state if name not in known]
     if missing or unexpected:
         raise ValueError(
-            f"the end weights do not fit the model (missing: {_some(missing)}; unexpected: {_some(unexpected)}): pass "
-            "the state_dict() of the same network after tuning"
+            f"The end weights do not fit the model (missing: {some(_quoted(missing), 5)}; unexpected: "
+            f"{some(_quoted(unexpected), 5)}): pass the state_dict() of the same network after tuning."
         )
     in_use = {parameter.data_ptr() for parameter in parameters.values()}
     end, has_moved = {}, False
@@ -120,25 +122,21 @@ def checked_end_weights(model: nn.Module, end_state: Mapping[str, Tensor]) -> di
         value = end_state[name].detach()
         if value.shape != parameter.shape:
             raise ValueError(
-                f"end weight '{name}' has shape {tuple(value.shape)}, the model's has {tuple(parameter.shape)}: pass "
-                "the state_dict() of the same network after tuning"
+                f"End weight '{name}' has shape {tuple(value.shape)}, the model's has {tuple(parameter.shape)}: pass "
+                "the state_dict() of the same network after tuning."
             )
         if not torch.isfinite(value).all():
-            raise ValueError(f"end weight '{name}' holds NaN or Inf: the tuning diverged, lower its learning rate")
+            raise ValueError(f"End weight '{name}' holds NaN or Inf: the tuning diverged, lower its learning rate.")
         # An end weight that is the model's own tensor would move along with the walk.
         end[name] = value.clone() if value.data_ptr() in in_use else value
         has_moved = has_moved or not torch.equal(value.to(parameter), parameter)
     if not has_moved:
         raise ValueError(
-            "the end weights equal the model's current weights, so nothing moved and every score would be 0: load the "
-            "pre-trained weights into the model and pass the tuned ones as end_state"
+            "The end weights equal the model's current weights, so nothing moved and every score would be 0: load the "
+            "pre-trained weights into the model and pass the tuned ones as end_state."
         )
     return end
 
 
-def _some(names: list[str], at_most: int = 5) -> str:
-    """A few of the names, for an error message."""
-    if not names:
-        return "none"
-    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(f"'{name}'" for name in names[:at_most]) + rest
+def _quoted(names: list[str]) -> list[str]:
+    return [f"'{name}'" for name in names]

@@ -11,34 +11,37 @@ where each folder holds `input/` and `target/` with the same file names.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
-from colora_peft import CoLoRAConfig, ContributionScores, adaptable_layers, probe, weight_matrix_shape
+from colora_peft import (
+    CoLoRAConfig,
+    ContributionScores,
+    ProbeSettings,
+    adaptable_layers,
+    probe,
+    weight_matrix_shape,
+)
 from colora_peft.cards import RunFacts, adapted_card, hardware_name
-from colora_peft.checkpoint import write_json
 from colora_peft.evaluation import evaluate, restore_some
 from colora_peft.figures import plot_contributions, save_before_after
+from colora_peft.files import relative_path, write_json, write_text
 from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.pairs import PairedHubDataset, PairedImageFolder, PairSource, check_pairs, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.report import format_allocation_table
-from colora_peft.training import (
-    TrainArguments,
-    TrainingDiverged,
-    prepare_output_dir,
-    restoration_loss,
-    train,
-    use_all_cores,
-)
+from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.train_arguments import TrainArguments
+from colora_peft.training import TrainingDiverged, restoration_loss, train, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, Method, prepare_for_tuning, trained_parameters
 
 HERE = Path(__file__).parent
@@ -57,7 +60,7 @@ class FinetuneArguments(TrainArguments):
         default=None, metadata={"help": f"Peak learning rate of AdamW. Default by method: {dict(LEARNING_RATES)}."}
     )
     model_name_or_path: str = field(
-        default=str(HERE / "checkpoints" / "nafnet-small-prod"),
+        default=relative_path(HERE / "checkpoints" / "nafnet-small-prod"),
         metadata={"help": "The pre-trained network: a folder or an id on the Hub."},
     )
     train_dir: str | None = field(
@@ -95,10 +98,12 @@ class FinetuneArguments(TrainArguments):
     def __post_init__(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method]
+        if self.dataset_name is not None and (self.train_dir or self.eval_dir):
+            raise ValueError("--dataset_name and --train_dir or --eval_dir exclude each other; give one.")
         if self.eval_dir is not None and self.train_dir is None:
             raise ValueError("--eval_dir needs --train_dir; for the shipped photos give neither.")
-        if self.dataset_name is not None and self.train_dir is not None:
-            raise ValueError("--dataset_name and --train_dir exclude each other; give one.")
+        for name in ("probe_steps", "probe_batches"):
+            self._check_at_least(name, 1)
         super().__post_init__()
         self.adapter_config()  # refuses a wrong budget before anything is loaded
 
@@ -109,7 +114,7 @@ class FinetuneArguments(TrainArguments):
 # ------------------------------------------------------------------------------------------------------------ data
 
 
-def load_pairs(args: FinetuneArguments) -> tuple[PairSource, PairSource]:
+def load_pairs(args: FinetuneArguments, accelerator: Accelerator) -> tuple[PairSource, PairSource]:
     """The pairs to train on and the pairs to evaluate on, all checked."""
     eval_pairs = None
     if args.dataset_name is not None:
@@ -124,7 +129,8 @@ def load_pairs(args: FinetuneArguments) -> tuple[PairSource, PairSource]:
         if len(train_pairs) < 2:
             raise ValueError("One pair cannot be split for evaluation; give a separate --eval_dir.")
         eval_pairs, train_pairs = draw_pairs(train_pairs, max(1, len(train_pairs) // 5), args.seed)
-        print(f"No evaluation pairs were given: {len(eval_pairs)} are held out ({', '.join(eval_pairs.names)}).")
+        names = ", ".join(eval_pairs.names)
+        accelerator.print(f"No evaluation pairs were given: {len(eval_pairs)} are held out ({names}).")
     if args.max_train_samples is not None:
         train_pairs, _ = draw_pairs(train_pairs, args.max_train_samples, args.seed)
     check_pairs(train_pairs, args.resolution, "the training patch: lower --resolution or remove the pair")
@@ -156,7 +162,8 @@ def measure_contributions(
          for key in samples[0]}
         for first in range(0, len(samples), size)
     ]  # fmt: skip
-    return probe(model, batches, restoration_loss, num_steps=args.probe_steps, progress=accelerator.is_main_process)
+    settings = ProbeSettings(num_steps=args.probe_steps)
+    return probe(model, batches, restoration_loss, settings, progress=accelerator.is_main_process)
 
 
 def contributions_of(
@@ -166,15 +173,13 @@ def contributions_of(
     accelerator: Accelerator,
     checkpoint: Path | None,
 ) -> ContributionScores | None:
-    """Measured on every process alike (same patches, same seed), or read back when a run goes on."""
+    """Measured by one process for all (kernels of a GPU may round differently), or read back when a run goes on."""
     if args.method != "colora":
         return None
     if checkpoint is not None:
         return ContributionScores.load(checkpoint.parent / CONTRIBUTIONS_FILE)
-    contributions = measure_contributions(model, patches, args, accelerator)
-    if accelerator.is_main_process:
-        contributions.save(Path(args.output_dir) / CONTRIBUTIONS_FILE)
-    return contributions
+    measured = [measure_contributions(model, patches, args, accelerator) if accelerator.is_main_process else None]
+    return broadcast_object_list(measured)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -184,50 +189,58 @@ def main(args: FinetuneArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
     set_seed(args.seed)
-    train_pairs, eval_pairs = load_pairs(args)
+    check_figures_can_be_drawn()
+    checkpoint = check_output_dir(args)
+    train_pairs, eval_pairs = load_pairs(args, accelerator)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     # float32 whatever the checkpoint stores: adapters are trained on full precision weights.
     model = AutoModelForImageToImage.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     model.to(accelerator.device, memory_format=torch.channels_last)
-    checkpoint = prepare_output_dir(args, accelerator)
     accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {args.method}.")
-    before = evaluate(model, eval_pairs, accelerator.device, "before")
+    shown = accelerator.is_main_process
+    before = evaluate(model, eval_pairs, accelerator.device, "before" if shown else "")
     accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))
     accelerator.print(quality_line("before", before["psnr"], before["ssim"]))
 
     contributions = contributions_of(model, patches, args, accelerator, checkpoint)
     model = prepare_for_tuning(model, args.method, args.adapter_config(contributions and contributions.scores))
-    sizes = trained_parameters(model)
-    trained, ratio = sizes["trainable_parameters"], sizes["trainable_ratio"]
+    create_output_dir(args, accelerator)
     if accelerator.is_main_process and isinstance(model, PeftModel):
         report_allocation(model, contributions, Path(args.output_dir))
-    accelerator.print(f"{trained:,} parameters are trained, {ratio:.2%} of the weights of the layers.")
+    sizes = trained_parameters(model)
+    accelerator.print(f"{sizes['trainable_parameters']:,} parameters are trained.")
 
     model, seconds = train(model, patches, args, accelerator, checkpoint)
-    after = evaluate(model, eval_pairs, accelerator.device, "after")
+    after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
     accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
     if accelerator.is_main_process:
         facts = RunFacts(data_description(args), hardware_name(accelerator.device), seconds, accelerator.num_processes)
         metrics = {
-            "method": args.method,
-            "seed": args.seed,
-            "psnr_input": before["psnr_input"],
-            "psnr_before": before["psnr"],
-            "psnr_after": after["psnr"],
-            "ssim_input": before["ssim_input"],
-            "ssim_before": before["ssim"],
-            "ssim_after": after["ssim"],
+            **quality_metrics(before, after),
             **sizes,
-            "seconds": seconds,
             "seconds_contributions": contributions.seconds if contributions else 0.0,
             "train_pairs": len(train_pairs),
             "eval_pairs": len(eval_pairs),
-            "learning_rate": args.learning_rate,
-            "max_train_steps": args.max_train_steps,
-            "hardware": facts.hardware,
-            "torch": torch.__version__,
         }
         save(model, eval_pairs, metrics, facts, args)
+
+
+def check_figures_can_be_drawn() -> None:
+    # Now, not after the training.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('The figures need matplotlib: pip install "colora-peft[examples]".')
+
+
+def quality_metrics(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {
+        f"{figure}_{name}": values[key]
+        for figure in ("psnr", "ssim")
+        for name, values, key in (
+            ("input", before, f"{figure}_input"),
+            ("before", before, figure),
+            ("after", after, figure),
+        )
+    }
 
 
 def quality_line(name: str, psnr_db: float, ssim: float) -> str:
@@ -235,13 +248,15 @@ def quality_line(name: str, psnr_db: float, ssim: float) -> str:
 
 
 def report_allocation(model: PeftModel, contributions: ContributionScores | None, output_dir: Path) -> None:
-    """Print and draw which layer got which rank."""
+    """Print, draw and keep which layer got which score and rank."""
     layers = adaptable_layers(model.get_base_model())
     shapes = {name: weight_matrix_shape(layer) for name, layer in layers.items()}
     scores = contributions.scores if contributions else None
     ranks = model.peft_config["default"].ranks
     print(f"\n{format_allocation_table(scores, ranks, shapes)}\n")
     plot_contributions(scores, ranks, shapes, output_dir / "contribution.png")
+    if contributions is not None:
+        contributions.save(output_dir / CONTRIBUTIONS_FILE)
 
 
 def save(
@@ -255,9 +270,21 @@ def save(
     output_dir = Path(args.output_dir)
     model.save_pretrained(output_dir)
     save_before_after(restore_some(model, eval_pairs, count=4), output_dir / "before_after.png")
-    snippet = loading_code(args, isinstance(model, PeftModel))
-    card = adapted_card(output_dir.name, args.model_name_or_path, snippet, metrics, facts)
-    (output_dir / "README.md").write_text(card, encoding="utf-8")
+    is_adapter = isinstance(model, PeftModel)
+    snippet = loading_code(args, is_adapter)
+    metrics = {
+        "method": args.method,
+        "seed": args.seed,
+        **metrics,
+        "seconds": facts.seconds,
+        "learning_rate": args.learning_rate,
+        "max_train_steps": args.max_train_steps,
+        "hardware": facts.hardware,
+        "processes": facts.processes,
+        "torch": torch.__version__,
+    }
+    card = adapted_card(output_dir.name, args.model_name_or_path, snippet, metrics, facts, is_adapter)
+    write_text(output_dir / "README.md", card)
     write_json(output_dir / "metrics.json", metrics)
     print(f"Saved in {output_dir}: the result, its card, metrics.json and pictures. Load it with:\n\n{snippet}")
 
@@ -267,10 +294,10 @@ def loading_code(args: FinetuneArguments, is_adapter: bool) -> str:
     base = args.model_name_or_path if is_adapter else args.output_dir
     lines = [
         "import colora_peft.models, peft, transformers" if is_adapter else "import colora_peft.models, transformers",
-        f'model = transformers.AutoModelForImageToImage.from_pretrained("{base}")',
+        f"model = transformers.AutoModelForImageToImage.from_pretrained({base!r})",
     ]
     if is_adapter:
-        lines.append(f'model = peft.PeftModel.from_pretrained(model, "{args.output_dir}")')
+        lines.append(f"model = peft.PeftModel.from_pretrained(model, {args.output_dir!r})")
     return "\n".join(lines)
 
 
@@ -286,5 +313,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, FileNotFoundError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, TrainingDiverged) as error:
         sys.exit(f"finetune.py: {error}")

@@ -19,13 +19,16 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.cards import RunFacts, backbone_card, hardware_name
+from colora_peft.files import relative_path, write_text
 from colora_peft.images import list_images
 from colora_peft.pairs import ImageFiles
 from colora_peft.patches import DegradedPatches
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.training import TrainArguments, TrainingDiverged, prepare_output_dir, train, use_all_cores
+from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.train_arguments import TrainArguments
+from colora_peft.training import TrainingDiverged, train, use_all_cores
 
-SMALL_NAFNET = Path(__file__).parent / "checkpoints" / "nafnet-small-prod"
+SMALL_NAFNET = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")
 
 
 @dataclass
@@ -33,7 +36,7 @@ class PretrainArguments(TrainArguments):
     """Flags of the pre-training."""
 
     output_dir: str = field(default="outputs/pretrain", metadata={"help": "Folder for checkpoints and the result."})
-    max_train_steps: int = field(default=40_000, metadata={"help": "Optimiser steps of the whole run."})
+    max_train_steps: int = field(default=36_000, metadata={"help": "Optimiser steps of the whole run."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches a step on each process."})
     resolution: int = field(default=64, metadata={"help": "Side of the square training patches in pixels."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; decays to zero."})
@@ -45,7 +48,7 @@ class PretrainArguments(TrainArguments):
         metadata={"help": "prod: random subsets in random order; single: one at a time; fixed: all, in one order."},
     )
     config_name: str = field(
-        default=str(SMALL_NAFNET), metadata={"help": "Folder or Hub id with the network's config.json; new weights."}
+        default=SMALL_NAFNET, metadata={"help": "Folder or Hub id with the network's config.json; new weights."}
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from these weights instead of new ones (then --config_name is unused)."}
@@ -73,11 +76,12 @@ def main(args: PretrainArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
     set_seed(args.seed)
+    checkpoint = check_output_dir(args)
     pictures = ImageFiles(list_images(args.train_dir))
     pictures.check(args.resolution)
     patches = DegradedPatches(pictures, RandomOrderDegradation(mode=args.mode), args.resolution, args.seed)
     model = build_model(args)
-    checkpoint = prepare_output_dir(args, accelerator)
+    create_output_dir(args, accelerator)
     model, seconds = train(model, patches, args, accelerator, checkpoint)
     if accelerator.is_main_process:
         facts = RunFacts(args.data_card, hardware_name(accelerator.device), seconds, accelerator.num_processes)
@@ -97,15 +101,15 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, num_p
         f"{args.resolution}x{args.resolution}, seed {args.seed}."
     )
     card = backbone_card(model, Path(args.output_dir).name, method, facts)
-    (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    write_text(Path(args.output_dir) / "README.md", card)
     print(f"\nSaved in {args.output_dir}. Load it with:\n")
     print("import colora_peft.models\nfrom transformers import AutoModelForImageToImage")
-    print(f'model = AutoModelForImageToImage.from_pretrained("{args.output_dir}")')
+    print(f"model = AutoModelForImageToImage.from_pretrained({args.output_dir!r})")
 
 
 if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, FileNotFoundError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, TrainingDiverged) as error:
         sys.exit(f"pretrain.py: {error}")

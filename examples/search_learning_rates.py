@@ -9,11 +9,14 @@ over many calls; each call ends by printing the table.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -26,8 +29,8 @@ from transformers import AutoModelForImageToImage, HfArgumentParser
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import CoLoRAConfig
 from colora_peft.cards import hardware_name
-from colora_peft.checkpoint import write_json
 from colora_peft.evaluation import evaluate
+from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder, PairSource, PairSubset, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.training import TrainingDiverged, train, use_all_cores
@@ -60,14 +63,24 @@ class SearchArguments:
     )
 
 
+@cache
+def network_fingerprint() -> str:
+    """First digits of the hash of the weights that every cell starts from."""
+    weights = Path(FinetuneArguments.model_name_or_path) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
 def cell_settings(args: SearchArguments, method: str, learning_rate: float, seed: int) -> dict[str, object]:
     """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
     settings = {
         "task": Path(args.train_dir).resolve().parent.name,
+        "model_sha256": network_fingerprint(),
         "method": method,
         "learning_rate": learning_rate,
         "seed": seed,
         "max_train_steps": args.max_train_steps,
+        "resolution": FinetuneArguments.resolution,
+        "per_device_train_batch_size": FinetuneArguments.per_device_train_batch_size,
         "train_pairs": args.train_pairs,
         "validation_pairs": args.validation_pairs,
     }
@@ -86,7 +99,9 @@ def split_pairs(args: SearchArguments, seed: int) -> tuple[PairSource, PairSourc
     """
     pairs = PairedImageFolder(args.train_dir)
     blocks = len(pairs) // args.validation_pairs
-    first = seed % max(1, blocks) * args.validation_pairs
+    if blocks < 2:
+        raise ValueError(f"{args.train_dir} holds {len(pairs)} pairs, too few to validate on {args.validation_pairs}.")
+    first = seed % blocks * args.validation_pairs
     block = range(first, first + args.validation_pairs)
     chosen, _ = draw_pairs(PairSubset(pairs, [i for i in range(len(pairs)) if i not in block]), args.train_pairs, seed)
     return chosen, PairSubset(pairs, block)
@@ -144,7 +159,7 @@ def table(cells: list[dict[str, object]]) -> str:
         "|---" * (len(rates) + 1) + "|",
     ]
     for name, row in rows.items():
-        best = max((mean(values) for values in row.values()), default=0)
+        best = max((mean(values) for values in row.values() if not math.isnan(mean(values))), default=0.0)
         shown = []
         for rate in rates:
             if rate not in row:
@@ -160,12 +175,15 @@ def row_name(cell: dict[str, object]) -> str:
     name = f"{cell['task']}, {cell['method']}"
     if cell.get("uniform_rank") is not None:
         return f"{name}, rank {cell['uniform_rank']}, alpha {cell['colora_alpha']:g}"
+    name += f", {cell['train_pairs']} pairs, {cell['max_train_steps']} steps"
     if "colora_alpha" in cell:
         name += f", {cell['parameter_budget']:.1%}, alpha {cell['colora_alpha']:g}"
     return f"{name}, beta {cell['beta']:g}" if "beta" in cell else name
 
 
 def main(args: SearchArguments) -> None:
+    if args.uniform_rank is not None and args.methods != ["lora"]:
+        raise ValueError("--uniform_rank is for --methods lora.")
     accelerator = Accelerator()
     use_all_cores(accelerator)
     results = Path(args.results)

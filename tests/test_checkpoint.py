@@ -1,14 +1,12 @@
 """Checkpoints: what goes in comes out, bit for bit, and there is never half of one."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from colora_peft import checkpoint as checkpoint_module
-from colora_peft.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint, write_json
+from colora_peft.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 
 
 class Network(nn.Module):
@@ -149,15 +147,6 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     path = save_checkpoint(tmp_path, model, optimizer, {"step": 4}, limit=2)
     assert names(tmp_path) == ["checkpoint-4"]
     assert torch.equal(load_file(path / "model.safetensors")["conv.bias"], model.conv.bias)
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "run.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert names(tmp_path) == ["run.json"]
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from colora_peft.contribution import ContributionScores, faig, probe
+from colora_peft.contribution import ContributionScores, ProbeSettings, faig, probe
 
 
 @pytest.fixture(autouse=True)
@@ -126,11 +126,12 @@ def test_unmoved_and_unreached_layers_score_zero():
 
 def test_completeness_within_two_percent_at_the_default_steps():
     model, batches = restorer_task()
-    result = probe(model, batches, mse, learning_rate=2e-3)
+    result = probe(model, batches, mse, ProbeSettings(learning_rate=2e-3))
     assert result.method == "probe" and result.loss_end < 0.7 * result.loss_start
     assert result.completeness_error < 0.02
     # The probe's loss at the end is another function's than the mean of the two batches, so midpoints must matter.
-    assert probe(model, batches, mse, learning_rate=2e-3, num_path_steps=1).completeness_error > 1e-4
+    coarse = ProbeSettings(learning_rate=2e-3, num_path_steps=1)
+    assert probe(model, batches, mse, coarse).completeness_error > 1e-4
 
 
 def test_completeness_on_nafnet_within_two_percent():
@@ -144,7 +145,7 @@ def test_completeness_on_nafnet_within_two_percent():
     def loss_fn(model, batch):
         return model(batch[0], labels=batch[1]).loss
 
-    assert probe(model, batches, loss_fn, learning_rate=1e-3).completeness_error < 0.02
+    assert probe(model, batches, loss_fn, ProbeSettings(learning_rate=1e-3)).completeness_error < 0.02
     tuned = models.NAFNetForImageRestoration(config)
     tuned.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-3)
@@ -174,14 +175,18 @@ def test_everything_is_restored_to_the_bit(estimate, fails):
         return mse(model, batch)
 
     before = snapshot(model)
-    arguments = (model, end, batches) if estimate == "faig" else (model, batches)
-    function = faig if estimate == "faig" else probe
+
+    def score():
+        if estimate == "faig":
+            return faig(model, end, batches, disturbing_loss, num_path_steps=2)
+        return probe(model, batches, disturbing_loss, ProbeSettings(num_path_steps=2))
+
     if fails:
         with pytest.raises(RuntimeError, match="third call"):
-            function(*arguments, disturbing_loss, num_path_steps=2)
+            score()
     else:
         with torch.no_grad():
-            function(*arguments, disturbing_loss, num_path_steps=2)
+            score()
     assert_same(before, snapshot(model))
 
 
@@ -195,7 +200,7 @@ def test_same_seed_same_scores_also_with_dropout_and_shuffling():
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(probe(model, loader, noisy_loss, num_steps=5, learning_rate=1e-3))
+        results.append(probe(model, loader, noisy_loss, ProbeSettings(num_steps=5, learning_rate=1e-3)))
     first, again, other = (result.scores for result in results)
     assert first == again and first != other
     # Noise is drawn alike at each point of the path, so that the law holds with it.

@@ -5,7 +5,7 @@ import torch
 from test_contribution import linear_pair, mse
 from torch import nn
 
-from colora_peft.contribution import ContributionScores, faig, probe
+from colora_peft.contribution import ContributionScores, ProbeSettings, faig, probe
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_end_weights_equal_to_the_start():
 def test_batches_must_be_there_at_every_pass():
     model, end, batches = linear_pair()
     for function, arguments in ((faig, (model, end)), (probe, (model,))):
-        with pytest.raises(ValueError, match="`batches` is empty"):
+        with pytest.raises(ValueError, match=r"^The `batches` are empty: pass at least one batch\.$"):
             function(*arguments, [], mse)
-        with pytest.raises(ValueError, match="`batches` is a generator"):
+        with pytest.raises(ValueError, match="`batches` are a generator"):
             function(*arguments, (batch for batch in batches), mse)
 
     class Shrinking:
@@ -45,8 +45,15 @@ def test_batches_must_be_there_at_every_pass():
             Shrinking.remaining -= 1
             return iter(batches[: Shrinking.remaining])
 
-    with pytest.raises(ValueError, match="2 batches on the first pass and 1 on a later"):
+    with pytest.raises(ValueError, match="2 on the first pass and 1 on a later"):
         faig(model, end, Shrinking(), mse)
+
+
+def test_a_loader_that_drops_its_only_batch_is_told_so():
+    model, end, batches = linear_pair()
+    loader = torch.utils.data.DataLoader(batches, batch_size=4, drop_last=True)
+    with pytest.raises(ValueError, match="empty: the loader drops the last batch.*lower its batch_size"):
+        faig(model, end, loader, mse)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +61,14 @@ def test_batches_must_be_there_at_every_pass():
     [
         (lambda model, batch: model(batch[0]), r"a tensor of shape \(6, 4\) for batch 0.*scalar"),
         (lambda model, batch: 1.0, "a float for"),
-        (lambda model, batch: mse(model, batch) * torch.nan, "loss is nan for batch 0 at the start"),
-        (lambda model, batch: mse(model, batch).detach(), "no gradient"),
+        (
+            lambda model, batch: mse(model, batch) * torch.nan,
+            r"^The loss is nan for batch 0 at the start weights: .*\.$",
+        ),
+        (
+            lambda model, batch: mse(model, batch).detach(),
+            r"^The loss for batch 0 at 0\.031 of the path has no gradient",
+        ),
     ],
 )
 def test_losses_that_cannot_be_used(loss_fn, message):
@@ -70,20 +83,34 @@ def test_a_gradient_that_overflows_names_the_layer():
         model[0].weight.zero_()
     end["0.weight"] = torch.zeros(4, 5)
     # The slope of the root is infinite at 0 while the loss itself is finite: infinity times a step of 0 is NaN.
-    with pytest.raises(ValueError, match="layer '0': its score is nan.*gradient"):
+    with pytest.raises(ValueError, match="Layer '0': its score is nan.*gradient"):
         faig(model, end, batches, lambda model, batch: model[0].weight.square().sum().sqrt() + mse(model, batch))
 
 
 def test_a_diverging_probe_names_its_learning_rate():
     model, _, batches = linear_pair()
-    with pytest.raises(ValueError, match=r"probe step 1 \(learning rate 1e\+30\)"):
-        probe(model, batches, mse, num_steps=3, learning_rate=1e30)
-    with pytest.raises(ValueError, match="learning_rate=0"):
-        probe(model, batches, mse, learning_rate=0)
+    with pytest.raises(ValueError, match=r"^The loss is (nan|inf) for probe step 1 \(learning rate 1e\+30\)"):
+        probe(model, batches, mse, ProbeSettings(num_steps=3, learning_rate=1e30))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_steps": 0},
+        {"num_path_steps": 0},
+        *({"learning_rate": rate} for rate in (0.0, -1e-3, float("nan"), float("inf"))),
+    ],
+)
+def test_probe_settings_that_cannot_be_are_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^The setting {name} is {value}: "):
+        ProbeSettings(**wrong)
 
 
 def test_a_model_without_layers_and_a_path_without_steps():
-    with pytest.raises(ValueError, match="LayerNorm has no layer to score"):
+    with pytest.raises(
+        ValueError, match="LayerNorm has no layer to score.*Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d"
+    ):
         faig(nn.LayerNorm(3), {}, [1], mse)
     model, end, batches = linear_pair()
     with pytest.raises(ValueError, match="num_path_steps is 0"):
@@ -93,7 +120,7 @@ def test_a_model_without_layers_and_a_path_without_steps():
 def test_a_parametrized_weight_is_named():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)))
     end = {name: value + 0.1 for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="layer '0'.*parametrization|no layer to score"):
+    with pytest.raises(ValueError, match="Layer '0'.*parametrization|no layer to score"):
         faig(model, end, linear_pair()[2], mse)
 
 

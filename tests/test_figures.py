@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from colora_peft.figures import _layer_groups, format_allocation_table, plot_contributions, save_before_after
+from colora_peft.figures import _layer_groups, plot_contributions, save_before_after
+from colora_peft.report import format_allocation_table
 
 SHAPES = {"intro": (8, 27), "encoders.0.0.conv1": (16, 8), "encoders.0.0.conv3": (8, 8), "ending": (3, 72)}
 SCORES = {"intro": 2e-4, "encoders.0.0.conv1": 3e-7, "encoders.0.0.conv3": 0.0, "ending": 1e-4}
@@ -53,7 +54,7 @@ def test_stages_are_grouped_by_prefix():
 def test_matplotlib_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install colora-peft\[examples\]"):
+    with pytest.raises(ImportError, match=r'^Figures need.*pip install "colora-peft\[examples\]"\.$'):
         plot_contributions(SCORES, RANKS, SHAPES, tmp_path / "x.png")
 
 
@@ -79,7 +80,7 @@ def test_names_must_agree(tmp_path):
         plot_contributions({}, RANKS, SHAPES, tmp_path / "x.png")
     with pytest.raises(ValueError, match="rank -1"):
         format_allocation_table(None, {**RANKS, "intro": -1}, SHAPES)
-    with pytest.raises(ValueError, match="no layer"):
+    with pytest.raises(ValueError, match="no layer to report"):
         format_allocation_table(None, {}, {})
     assert not list(tmp_path.iterdir())
 
@@ -100,9 +101,17 @@ def test_before_after_shows_the_pictures(tmp_path):
     assert colors == [(51,) * 3, (153,) * 3, (255,) * 3]
 
 
+def test_before_after_takes_grey_pictures(tmp_path):
+    picture = torch.rand(1, 30, 40, generator=torch.Generator().manual_seed(0))
+    save_before_after([(picture, picture, picture)], tmp_path / "grey.png")
+    save_before_after([(picture.repeat(3, 1, 1),) * 3], tmp_path / "rgb.png")
+    with Image.open(tmp_path / "grey.png") as grey, Image.open(tmp_path / "rgb.png") as rgb:
+        assert grey.convert("RGB").tobytes() == rgb.convert("RGB").tobytes()
+
+
 def test_before_after_names_the_bad_row(tmp_path):
     good, short = torch.rand(3, 20, 20), torch.rand(3, 20, 19)
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(ValueError, match="^Row 1"):
         save_before_after([(good, good, good), (short, good, good)], tmp_path / "x.png")
     with pytest.raises(ValueError, match="empty"):
         save_before_after([], tmp_path / "x.png")

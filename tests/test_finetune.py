@@ -194,7 +194,12 @@ def test_bad_pairs_are_named_and_nothing_is_left_behind(spoil, culprit, eval_dir
         (["--parameter_budget", "0"], "parameter_budget"),
         (["--learning_rate", "-1"], "learning_rate"),
         (["--max_train_steps", "0"], "max_train_steps"),
-        (["--max_train_samples", "99"], "99 training pairs"),
+        (["--max_train_samples", "99"], "99"),
+        (["--max_train_samples", "0"], "0"),
+        (["--probe_batches", "0"], "probe_batches"),
+        (["--probe_steps", "0"], "probe_steps"),
+        # Found out only when ranks are allocated, after the network was evaluated and probed.
+        (["--parameter_budget", "1e-6"], "parameter_budget to at least"),
         (["--dataset_name", "somebody/pairs"], "exclude each other"),
         (["--resume_from_checkpoint", "latest"], "no checkpoint"),
     ],
@@ -203,6 +208,26 @@ def test_bad_flags_are_refused_before_anything_is_written(flags, tmp_path, bad, 
     with pytest.raises(ValueError, match=culprit):
         run(*flags, *bad)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_survives_an_overwrite_that_fails(flags):
+    output_dir = run(*flags, "--method", "bias")
+    with pytest.raises(ValueError, match="parameter_budget"):
+        run(*flags, "--overwrite_output_dir", "--parameter_budget", "1e-6")
+    assert metrics_of(output_dir)["method"] == "bias" and (output_dir / "model.safetensors").is_file()
+
+
+def test_a_missing_network_is_named(flags, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        run(*flags, "--model_name_or_path", tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [finetune.FinetuneArguments, load_example("pretrain").PretrainArguments])
+def test_every_flag_is_explained(arguments):
+    parser = HfArgumentParser(arguments)
+    assert all(action.help for action in parser._actions)
+    parser.format_help()
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(flags, tmp_path):

@@ -73,16 +73,26 @@ def test_the_run_is_logged(flags):
     assert rows[-1]["step"] == 4 and {"loss", "psnr", "learning_rate", "seconds"} <= rows[-1].keys()
 
 
+def too_small(path: Path) -> None:
+    Image.new("RGB", (20, 60)).save(path)
+
+
+def no_picture(path: Path) -> None:
+    path.write_bytes(b"no picture")
+
+
+def truncated(path: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:600])
+
+
 @pytest.mark.parametrize(
-    ("size", "content", "culprit"), [((20, 60), None, "small.png.*20x60"), (None, b"no picture", "small.png")]
+    ("spoil", "culprit"), [(too_small, "bad.jpg.*20x60"), (no_picture, "bad.jpg"), (truncated, "bad.jpg")]
 )
-def test_bad_pictures_are_named_and_nothing_is_left_behind(flags, tmp_path, size, content, culprit):
+def test_bad_pictures_are_named_and_nothing_is_left_behind(flags, tmp_path, spoil, culprit):
     folder = tmp_path / "clean"
     folder.mkdir()
-    if content is None:
-        Image.new("RGB", size).save(folder / "small.png")
-    else:
-        (folder / "small.png").write_bytes(content)
+    spoil(folder / "bad.jpg")
     with pytest.raises(ValueError, match=culprit):
         run(*flags, "--train_dir", folder)
     assert not (tmp_path / "out").exists()

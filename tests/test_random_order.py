@@ -45,7 +45,7 @@ def orders_drawn(degradation, count):
     return Counter(tuple(step["degradation"] for step in degradation.draw(source)) for _ in range(count))
 
 
-def test_the_pool_is_the_five_of_the_paper():
+def test_the_pool_is_the_five_of_prod():
     names = [degradation.name for degradation in default_degradations()]
     assert names == ["blur", "noise", "rain", "jpeg", "motion"]
     assert RandomOrderDegradation().mode == "prod"
@@ -66,7 +66,7 @@ def test_every_subset_is_equally_likely_and_every_order_of_a_subset():
             assert chisquare(counts).pvalue > UNLIKELY
 
 
-def test_all_orders_of_a_pair_of_the_paper_s_five_occur_equally_often():
+def test_all_orders_of_a_pair_of_the_five_occur_equally_often():
     drawn = orders_drawn(RandomOrderDegradation(), 3000)
     for first, second in itertools.combinations([degradation.name for degradation in default_degradations()], 2):
         together = [

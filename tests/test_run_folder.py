@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import pytest
 from accelerate import Accelerator
 
-from colora_peft.run_folder import prepare_output_dir
+from colora_peft.run_folder import check_output_dir, create_output_dir
 from colora_peft.training import TrainArguments
 
 
@@ -21,7 +21,10 @@ def arguments(folder, kind=TrainArguments, **settings):
 
 
 def prepare(folder, **settings):
-    return prepare_output_dir(arguments(folder, **settings), Accelerator(cpu=True))
+    args = arguments(folder, **settings)
+    checkpoint = check_output_dir(args)
+    create_output_dir(args, Accelerator(cpu=True))
+    return checkpoint
 
 
 def checkpoint(folder, step, **settings):
@@ -103,7 +106,7 @@ def test_resume_with_other_settings_names_the_flag(tmp_path, changed):
 
 def test_resume_may_change_what_does_not_change_the_result(tmp_path):
     path = checkpoint(tmp_path, 3)
-    free = {"checkpointing_steps": 7, "checkpoints_total_limit": None, "dataloader_num_workers": 1}
+    free = {"checkpointing_steps": 7, "checkpoints_total_limit": 0, "dataloader_num_workers": 1}
     assert prepare(tmp_path, resume_from_checkpoint="latest", per_device_train_batch_size=1, **free) == path
 
 

@@ -39,7 +39,7 @@ def test_every_flag_is_explained():
         ("per_device_train_batch_size", 0),
         ("resolution", -1),
         ("checkpointing_steps", 0),
-        ("checkpoints_total_limit", 0),
+        ("checkpoints_total_limit", -1),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),

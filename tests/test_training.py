@@ -16,10 +16,10 @@ from torch import nn
 from colora_peft.checkpoint import list_checkpoints
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 from colora_peft.patches import PatchDataset
+from colora_peft.run_folder import check_output_dir, create_output_dir
 from colora_peft.training import (
     TrainArguments,
     TrainingDiverged,
-    prepare_output_dir,
     reconstruct,
     restoration_loss,
     train,
@@ -63,7 +63,8 @@ def arguments(folder, **settings):
 
 def run(folder, model, dataset=None, **settings):
     args, accelerator = arguments(folder, **settings), Accelerator(cpu=True)
-    checkpoint = prepare_output_dir(args, accelerator)
+    checkpoint = check_output_dir(args)
+    create_output_dir(args, accelerator)
     trained, _ = train(model, dataset or NoisyPatches(), args, accelerator, checkpoint)
     return trained.state_dict()
 
@@ -131,11 +132,13 @@ import sys
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
 from test_training import NoisyPatches, arguments, nafnet
-from colora_peft.training import TrainingDiverged, prepare_output_dir, train
+from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.training import TrainingDiverged, train
 broken, folder = [int(number) for number in sys.argv[2:]], sys.argv[1]
 args, accelerator = arguments(folder, max_train_steps=4, per_device_train_batch_size=1), Accelerator()
 assert accelerator.num_processes == 2
-checkpoint = prepare_output_dir(args, accelerator)
+checkpoint = check_output_dir(args)
+create_output_dir(args, accelerator)
 try:
     train(nafnet(), NoisyPatches(broken=broken), args, accelerator, checkpoint)
 except TrainingDiverged as error:
@@ -243,7 +246,7 @@ def test_log_holds_the_mean_loss_and_psnr_of_its_steps(tmp_path):
 
 
 def test_checkpoints_appear_at_their_steps_and_at_the_end(tmp_path):
-    run(tmp_path, plain(), max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=None)
+    run(tmp_path, plain(), max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=0)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 4, 5)]
 
 

@@ -6,8 +6,8 @@ their random field among the parameters. So the parameters that were drawn are a
 replayed.
 
 Pictures are float32 RGB (3, H, W) in [0, 1], and stay in that range: each step ends as a camera would, clipped.
-The paper names the five but not their ranges. All ranges here are our choice, from barely visible to clearly worse
-than the photos our users bring; each field says why.
+Our sources (the project page and its figures) name the five but do not say their ranges. All ranges here are our
+choice, from barely visible to clearly worse than the photos our users bring; each field says why.
 """
 
 from __future__ import annotations

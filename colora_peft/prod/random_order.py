@@ -1,8 +1,8 @@
-"""PROD: pre-training with random order degradations (arXiv 2408.01099, section 3), and its two ablations.
+"""PROD: pre-training with random order degradations (arXiv 2408.01099), and its two ablations.
 
-From a clean picture a random subset of the degradations is applied in random order. The paper does not say how subsets
-are drawn; here each degradation takes part with probability 1/2, so all subsets are equally likely, the empty one
-(learn to leave a good picture alone) included.
+From a clean picture a random subset of the degradations is applied in random order. Our sources (the project page and
+its figures) do not say how subsets are drawn; here each degradation takes part with probability 1/2, so all subsets
+are equally likely, the empty one (learn to leave a good picture alone) included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Recipe = list[dict[str, str | float | int | bool]]
 
 
 def default_degradations() -> tuple[Degradation, ...]:
-    """The paper's five, in the order in which it lists them: also the order of the mode `fixed`."""
+    """The five of PROD. Their order matters to the mode `fixed` alone, and is our choice."""
     return (GaussianBlur(), Noise(), Rain(), JPEG(), MotionBlur())
 
 
@@ -32,7 +32,7 @@ class RandomOrderDegradation:
 
     degradations: the pool.
     mode: "prod" a random subset in random order; "single" one at a time; "fixed" all of them, always in the pool's
-        order. The last two are the paper's comparisons as we read them from its figure.
+        order. The last two are PROD's comparisons as we read them from a figure of the project page.
     """
 
     degradations: Sequence[Degradation] = default_degradations()
@@ -40,10 +40,10 @@ class RandomOrderDegradation:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
+            raise ValueError(f"The mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
         names = [degradation.name for degradation in self.degradations]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"degradations must be one or more with different names, got {names}.")
+            raise ValueError(f"The degradations must be one or more with different names, got {names}.")
 
     def draw(self, generator: torch.Generator) -> Recipe:
         """Choose which degradations, in which order, with which parameters."""
@@ -68,7 +68,9 @@ class RandomOrderDegradation:
         for step in recipe:
             name = step.get("degradation")
             if name not in by_name:
-                raise ValueError(f"The recipe asks for {name!r}, but the degradations here are {sorted(by_name)}.")
+                raise ValueError(
+                    f"The recipe asks for {name!r}, but the degradations here are {sorted(by_name)}; add it to them."
+                )
             image = by_name[name].apply(image, **{key: value for key, value in step.items() if key != "degradation"})
         return image
 

@@ -36,16 +36,19 @@ class NAFNetConfig(PretrainedConfig):
         **kwargs,  # noqa: ANN003 - the keys every PretrainedConfig carries (architectures, dtype, ...)
     ) -> None:
         if num_channels < 1 or width < 1:
-            raise ValueError(f"num_channels and width must be at least 1, got {num_channels} and {width}.")
+            raise ValueError(
+                f"The settings num_channels and width must be at least 1, got {num_channels} and {width}."
+            )
         if len(encoder_blocks) != len(decoder_blocks):
             raise ValueError(
-                f"encoder_blocks has {len(encoder_blocks)} stages but decoder_blocks has {len(decoder_blocks)}; "
+                f"The setting encoder_blocks has {len(encoder_blocks)} stages but decoder_blocks has "
+                f"{len(decoder_blocks)}: "
                 "give both the same number."
             )
         if min([*encoder_blocks, *decoder_blocks, middle_blocks], default=0) < 0:
             raise ValueError(
-                f"encoder_blocks {list(encoder_blocks)}, middle_blocks {middle_blocks} and decoder_blocks "
-                f"{list(decoder_blocks)} must not be negative."
+                f"The settings encoder_blocks {list(encoder_blocks)}, middle_blocks {middle_blocks} and "
+                f"decoder_blocks {list(decoder_blocks)} must not be negative."
             )
         self.num_channels = num_channels
         self.width = width

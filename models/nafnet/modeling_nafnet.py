@@ -1,11 +1,11 @@
 """NAFNet as a Hugging Face model.
 
-Paper: Chen, Chu, Zhang, Sun, "Simple Baselines for Image Restoration", ECCV 2022, arXiv 2204.04676, figure 2 and
-section 4. Parameter names follow the official state dict (github.com/megvii-research/NAFNet, MIT), so that its
-weights load strictly; the code here is our own.
+Paper: Chen, Chu, Zhang, Sun, "Simple Baselines for Image Restoration", ECCV 2022, arXiv 2204.04676, its
+sections on the baseline and on NAFNet. Parameter names follow the official state dict (github.com/megvii-research/NAFNet,
+MIT), so that its weights load strictly; the code here is our own.
 
 Pictures are float RGB (B, C, H, W) in [0, 1]. The network predicts a residual on its input; its output is not clamped.
-`model.to(memory_format=torch.channels_last)` makes it about 1.2 times faster: the layer norms run over the last axis.
+`model.to(memory_format=torch.channels_last)` spares the layer norms, which run over the last axis, a copy.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def simple_gate(x: Tensor) -> Tensor:
 
 
 class NAFBlock(GradientCheckpointingLayer):
-    """One nonlinear-activation-free block (figure 3c): (B, C, H, W) to the same shape."""
+    """One nonlinear-activation-free block: (B, C, H, W) to the same shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         doubled = 2 * channels
         self.conv1 = nn.Conv2d(channels, doubled, kernel_size=1)
         self.conv2 = nn.Conv2d(doubled, doubled, kernel_size=3, padding=1, groups=doubled)
-        # Simplified channel attention (eq. 15). Index 0 pools over the whole picture and has no parameters.
+        # The paper's simplified channel attention. Index 0 pools over the whole picture and has no parameters.
         self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, kernel_size=1))
         self.conv3 = nn.Conv2d(channels, channels, kernel_size=1)
         self.conv4 = nn.Conv2d(channels, doubled, kernel_size=1)
@@ -119,6 +119,10 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
         self.ending = nn.Conv2d(channels, config.num_channels, kernel_size=3, padding=1)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The first layer: transformers makes its output require a gradient where blocks are checkpointed."""
+        return self.intro
+
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
     ) -> ImageSuperResolutionOutput | tuple[Tensor, ...]:
@@ -138,12 +142,13 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
-                f"pixel_values must have the shape (batch, {self.config.num_channels}, height, width), "
+                f"The pixel_values must have the shape (batch, {self.config.num_channels}, height, width), "
                 f"got {tuple(pixel_values.shape)}."
             )
         if labels is not None and labels.shape != pixel_values.shape:
             raise ValueError(
-                f"labels must have the shape of pixel_values {tuple(pixel_values.shape)}, got {tuple(labels.shape)}."
+                f"The labels must have the shape of pixel_values {tuple(pixel_values.shape)}, "
+                f"got {tuple(labels.shape)}."
             )
         reconstruction = self._restore(pixel_values)
         loss = None if labels is None else F.l1_loss(reconstruction, labels)

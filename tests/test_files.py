@@ -1,0 +1,32 @@
+"""Files are written whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from colora_peft.files import relative_path, write_json, write_text
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_text_that_cannot_be_encoded_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "card.md"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["card.md"]
+
+
+def test_paths_are_named_from_the_working_directory_if_below_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(relative_path(tmp_path / "a" / "b")) == Path("a/b")
+    assert relative_path(tmp_path.parent) == str(tmp_path.parent.resolve())
