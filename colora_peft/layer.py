@@ -36,8 +36,8 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
         scaling * lr * |sum of rank entries of A, signs at random| ~ scaling * lr * sqrt(rank) / sqrt(k)
 
     through factors, and by scaling * lr through a dense delta. The rule makes both colora_alpha * lr / sqrt(k): the
-    same at any rank, and the same share of the 1/sqrt(k) at which weights of fan-in k usually lie. (In a
-    transposed convolution k is the fan-out of one input channel instead.)
+    same at any rank, and the same share of the 1/sqrt(k) at which weights of fan-in k usually lie. (In a transposed
+    convolution k is the fan-out of one input channel instead.)
     """
     return colora_alpha / math.sqrt(k if is_dense(rank, d, k) else rank)
 

@@ -125,7 +125,8 @@ def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, n
     if not chosen:
         raise ValueError(
             f"Nothing is targeted: target_modules={config.target_modules!r} with "
-            f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} matches no layer of {type(model).__name__}; "
+            f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} "
+            f"matches no layer of {type(model).__name__}; "
             f"layers that can be adapted: {', '.join(list(layers)[:5]) or 'none'}{', ...' if len(layers) > 5 else ''}."
         )
     return chosen

@@ -32,8 +32,9 @@ from colora_peft.registration import SAVES_BIASES
     ],
 )
 def test_out_of_range_is_one_sentence_that_names_the_culprit(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         CoLoRAConfig(**settings)
+    assert str(caught.value)[0].isupper() and str(caught.value).endswith(".")
 
 
 def test_bias_is_refused_where_peft_would_lose_it(monkeypatch):

@@ -184,6 +184,30 @@ def test_safe_merge_refuses_nan_and_leaves_the_weight():
     assert not layer.merged and torch.equal(layer.base_layer.weight, before)
 
 
+@pytest.mark.parametrize("rank", STORAGES.values(), ids=STORAGES)
+def test_safe_merge_of_several_adapters_is_all_or_nothing(rank):
+    layer = adapted(nn.Linear(6, 6), rank=rank, name="sound", init_weights=False)
+    layer.update_layer("broken", 1, colora_alpha=3.0)
+    with torch.no_grad():
+        layer.colora_B["broken"][0, 0] = math.inf
+    layer.set_adapter(["sound", "broken"])
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="'broken'"):
+        layer.merge(safe_merge=True)
+    assert layer.merged_adapters == [] and torch.equal(layer.base_layer.weight, before)
+    layer.merge(safe_merge=True, adapter_names=["sound"])
+    assert layer.merged_adapters == ["sound"] and not torch.equal(layer.base_layer.weight, before)
+
+
+def test_arguments_that_the_bare_layer_refuses_are_refused(case):
+    bare, layer, x = case
+    for module in (bare, layer):
+        with pytest.raises(TypeError):
+            module(x, None, 1)
+        with pytest.raises(TypeError):
+            module(x, scale=1.0)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 5, 1000])
 def test_first_adam_step_moves_the_weight_alike_at_every_rank(rank):
     """The scaling rule: entries of W move by colora_alpha * lr / sqrt(k), root mean square over the weight."""

@@ -165,6 +165,14 @@ def test_adapters_loaded_into_one_network_switch(two, tmp_path):
         torch.testing.assert_close(loaded(x), expected[name], rtol=0, atol=1e-6)
 
 
+def test_adapter_names_for_each_sample_are_refused_and_none_is_not(two):
+    _, model, x = two
+    expected = model(x)
+    with pytest.raises(NotImplementedError, match=r"set_adapter\.$"):
+        model(x, adapter_names=["haze", "rain"])
+    assert torch.equal(model(x, adapter_names=None), expected)
+
+
 def test_only_the_active_adapter_is_trainable(two):
     _, model, _ = two
     for name in ("rain", "haze"):

@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny_networks import network
 from torch import nn
 
@@ -100,7 +100,7 @@ def test_ranks_survive_more_targets_than_peft_lists():
         ({"ranks": {"conv": 1, "heads": 1}}, ValueError, "'heads'.*did you mean 'head'"),
         ({"ranks": {"conv": 1, "blocks.0.norm": 1}}, ValueError, "'blocks.0.norm'"),
         ({"ranks": {"conv": 1}, "target_modules": ["conv"]}, ValueError, "'blocks.0.conv' is missing from `ranks`"),
-        ({"ranks": {"conv": 1}, "exclude_modules": ["conv"]}, ValueError, "matches no layer of Restorer"),
+        ({"ranks": {"conv": 1}, "exclude_modules": ["conv"]}, ValueError, "^Nothing.*matches no layer of Restorer"),
         ({"ranks": 0}, ValueError, "All ranks are 0"),
         ({"ranks": {"conv": 0}}, ValueError, "All ranks are 0"),
         ({"contributions": {**dict.fromkeys(EVERY_LAYER, 1.0), "hed": 1.0}}, ValueError, "'hed'.*did you mean 'head'"),
@@ -114,7 +114,79 @@ def test_ranks_survive_more_targets_than_peft_lists():
 def test_bad_choice_of_layers_is_one_clear_sentence(settings, error, message):
     bare, x = network()
     expected = bare(x)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         get_peft_model(bare, CoLoRAConfig(**settings))
+    text = str(caught.value)
+    assert text[0].isupper() and text.endswith(".") and text.count("ConvTranspose2d") <= 1
     assert not any(isinstance(module, CoLoRALayer) for module in bare.modules())
     assert torch.equal(bare(x), expected)
+
+
+# --- layers that are in use in two places ---------------------------------------------------------------------------
+
+
+def test_single_layer_as_the_whole_model_is_refused():
+    with pytest.raises(ValueError, match=r"single Linear layer.*nn\.Sequential\(model\)\.$"):
+        get_peft_model(nn.Linear(4, 4), CoLoRAConfig(ranks=1))
+
+
+def tied(second):
+    """Three layers, of which `second` holds the weight of the first."""
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), second=second, third=nn.Linear(4, 4)))
+    model.second.weight = model.first.weight
+    return model
+
+
+@pytest.mark.parametrize("second", [nn.Linear(4, 4), nn.Embedding(4, 4)], ids=["layer", "embedding"])
+@pytest.mark.parametrize("settings", [{"ranks": 1}, {"parameter_budget": 0.9}, {"ranks": {"first": 1}}])
+def test_weight_that_another_module_shares_is_refused(second, settings):
+    model = tied(second)
+    with pytest.raises(ValueError, match=r"'first' shares its weight with 'second'.*\.$"):
+        get_peft_model(model, CoLoRAConfig(**settings))
+    assert type(model.first) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ranks": 1, "exclude_modules": ["first", "second"]}, {"ranks": {"first": 0, "second": 0, "third": 1}}],
+)
+def test_tied_layers_may_be_left_alone(settings):
+    model = get_peft_model(tied(nn.Linear(4, 4)), CoLoRAConfig(**settings)).get_base_model()
+    assert isinstance(model.third, CoLoRALayer) and model.first.weight is model.second.weight
+    with pytest.raises(ValueError, match="'second' shares its weight with 'first'"):
+        get_peft_model(tied(nn.Linear(4, 4)), CoLoRAConfig(ranks=1, exclude_modules=["first"]))
+
+
+def test_layer_under_two_names_is_refused():
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), other=nn.Linear(4, 4)))
+    model.second = model.first
+    with pytest.raises(ValueError, match=r"'first' is also registered as 'second'.*\.$"):
+        get_peft_model(model, CoLoRAConfig(ranks=1))
+    assert type(model.first) is nn.Linear
+    get_peft_model(model, CoLoRAConfig(ranks=1, exclude_modules=["first"]))
+    assert isinstance(model.other, CoLoRALayer) and type(model.first) is nn.Linear
+
+
+def test_block_under_two_names_is_adapted_for_both(tmp_path):
+    def recurrent():
+        bare, x = network()
+        bare.blocks[1] = bare.blocks[0]
+        return bare.eval(), x
+
+    bare, x = recurrent()
+    config = CoLoRAConfig(ranks=1, init_weights=False, target_modules=["mix"])
+    model = get_peft_model(bare, config).eval()
+    expected = model(x)
+    assert config.ranks == {"blocks.0.mix": 1} and isinstance(bare.blocks[1].mix, CoLoRALayer)
+    assert not torch.allclose(expected, recurrent()[0](x), atol=1e-4)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(9)
+    loaded = PeftModel.from_pretrained(recurrent()[0], tmp_path).eval()
+    torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=0, atol=1e-5)
+
+
+def test_second_adapter_on_wrapped_layers_is_no_second_place():
+    model = get_peft_model(network()[0], CoLoRAConfig(ranks=1))
+    model.add_adapter("rain", CoLoRAConfig(ranks=2))
+    assert list(model.peft_config["rain"].ranks) == EVERY_LAYER

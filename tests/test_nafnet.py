@@ -7,25 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_networks import TINY_NAFNET, tiny_nafnet
 from transformers import AutoConfig, AutoModel, AutoModelForImageToImage
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 from colora_peft.models.nafnet.modeling_nafnet import NAFBlock
-
-TINY = {"width": 8, "encoder_blocks": (1, 1), "middle_blocks": 1, "decoder_blocks": (1, 1)}
-
-
-def tiny(seed=0, trained=True):
-    """A tiny NAFNet; `trained` moves beta and gamma away from zero, at which every block is the identity."""
-    torch.manual_seed(seed)
-    model = NAFNetForImageRestoration(NAFNetConfig(**TINY))
-    if trained:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("beta", "gamma", "norm1.weight", "norm2.bias")):
-                    parameter.add_(torch.randn_like(parameter) / 2)
-    return model.eval()
 
 
 def official_block(prefix, channels):
@@ -60,12 +47,12 @@ def official_state_dict():
 
 
 def test_names_and_shapes_are_the_official_ones():
-    assert {name: tuple(tensor.shape) for name, tensor in tiny().state_dict().items()} == official_state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in tiny_nafnet().state_dict().items()} == official_state_dict()
 
 
 def test_official_weights_load_strictly():
     weights = {name: torch.rand(shape) for name, shape in official_state_dict().items()}
-    model = tiny()
+    model = tiny_nafnet()
     model.load_state_dict(weights, strict=True)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     del weights["ups.1.0.weight"]
@@ -103,7 +90,7 @@ def layer_norm(x, weight, bias):
 
 
 def reference_block(x, w):
-    """Figure 3c of the paper, written out from the weights `w`."""
+    """The block as the paper draws it, written out from the weights `w`."""
     y = F.conv2d(layer_norm(x, w["norm1.weight"], w["norm1.bias"]), w["conv1.weight"], w["conv1.bias"])
     y = F.conv2d(y, w["conv2.weight"], w["conv2.bias"], padding=1, groups=y.shape[1])
     half = y.shape[1] // 2
@@ -135,14 +122,14 @@ def reference_network(x, weights):
 
 @torch.no_grad()
 def test_equals_an_independent_implementation():
-    model, x = tiny(), torch.rand(2, 3, 8, 12)
+    model, x = tiny_nafnet(), torch.rand(2, 3, 8, 12)
     torch.testing.assert_close(model(x).reconstruction, reference_network(x, model.state_dict()), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 7), (4, 9), (8, 4)])
 def test_any_size_equals_the_zero_padded_multiple(height, width):
-    model, x = tiny(), torch.rand(1, 3, height, width)
+    model, x = tiny_nafnet(), torch.rand(1, 3, height, width)
     padded = torch.zeros(1, 3, math.ceil(height / 4) * 4, math.ceil(width / 4) * 4)
     padded[..., :height, :width] = x
     restored = model(x).reconstruction
@@ -152,7 +139,7 @@ def test_any_size_equals_the_zero_padded_multiple(height, width):
 
 @torch.no_grad()
 def test_labels_give_the_mean_absolute_error():
-    model, x, labels = tiny(), torch.rand(2, 3, 5, 6), torch.rand(2, 3, 5, 6)
+    model, x, labels = tiny_nafnet(), torch.rand(2, 3, 5, 6), torch.rand(2, 3, 5, 6)
     output = model(x, labels=labels)
     torch.testing.assert_close(output.loss, (output.reconstruction - labels).abs().mean())
     assert model(x).loss is None
@@ -164,7 +151,7 @@ def test_labels_give_the_mean_absolute_error():
 
 
 def test_wrong_shapes_are_refused():
-    model = tiny()
+    model = tiny_nafnet()
     for shape in [(1, 4, 8, 8), (3, 8, 8)]:
         with pytest.raises(ValueError, match="pixel_values"):
             model(torch.rand(shape))
@@ -181,7 +168,7 @@ def gradients(model, x, labels):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # the name that 4.57 has, too
 def test_gradient_checkpointing_changes_no_number():
-    model, x, labels = tiny().train(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    model, x, labels = tiny_nafnet().train(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
     calls = []
     for module in model.modules():
         if isinstance(module, NAFBlock):
@@ -198,7 +185,7 @@ def test_gradient_checkpointing_changes_no_number():
 
 @torch.no_grad()
 def test_channels_last_changes_no_number():
-    model, x = tiny(), torch.rand(2, 3, 9, 8)
+    model, x = tiny_nafnet(), torch.rand(2, 3, 9, 8)
     expected = model(x).reconstruction
     restored = model.to(memory_format=torch.channels_last)(x).reconstruction
     torch.testing.assert_close(restored, expected, rtol=0, atol=1e-5)
@@ -210,7 +197,7 @@ def test_channels_last_changes_no_number():
 @torch.no_grad()
 def test_every_block_starts_as_the_identity():
     x = torch.rand(1, 3, 4, 4)
-    model = tiny(trained=False)
+    model = tiny_nafnet(trained=False)
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, NAFBlock)}
     assert len(blocks) == 5
     for block in blocks.values():
@@ -223,7 +210,7 @@ def test_every_block_starts_as_the_identity():
 
 def test_initial_weights_are_pytorchs_own():
     torch.manual_seed(0)
-    model = AutoModelForImageToImage.from_config(NAFNetConfig(**{**TINY, "width": 32}))
+    model = AutoModelForImageToImage.from_config(NAFNetConfig(**{**TINY_NAFNET, "width": 32}))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             bound = 1 / math.sqrt(module.weight[0].numel())  # kaiming_uniform(a=sqrt(5))
@@ -234,7 +221,7 @@ def test_initial_weights_are_pytorchs_own():
 
 
 def test_same_seed_same_weights():
-    first, same, other = tiny(0).state_dict(), tiny(0).state_dict(), tiny(1).state_dict()
+    first, same, other = tiny_nafnet(0).state_dict(), tiny_nafnet(0).state_dict(), tiny_nafnet(1).state_dict()
     assert all(torch.equal(tensor, same[name]) for name, tensor in first.items())
     assert not torch.equal(first["intro.weight"], other["intro.weight"])
 
@@ -245,7 +232,7 @@ def test_same_seed_same_weights():
 @torch.no_grad()
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageToImage])
 def test_saved_network_loads_through_the_auto_classes(auto, tmp_path):
-    model, x = tiny(), torch.rand(1, 3, 8, 8)
+    model, x = tiny_nafnet(), torch.rand(1, 3, 8, 8)
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     config = AutoConfig.from_pretrained(tmp_path)
@@ -260,7 +247,7 @@ def test_saved_network_loads_through_the_auto_classes(auto, tmp_path):
 
 
 def test_half_precision_weights_load_as_the_float32_their_config_says(tmp_path):
-    model = tiny()
+    model = tiny_nafnet()
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=dict(half))  # which it empties
     loaded = AutoModelForImageToImage.from_pretrained(tmp_path)
@@ -270,7 +257,7 @@ def test_half_precision_weights_load_as_the_float32_their_config_says(tmp_path):
 
 
 def test_importing_the_backbones_alone_is_enough(tmp_path):
-    tiny().save_pretrained(tmp_path)
+    tiny_nafnet().save_pretrained(tmp_path)
     code = (
         "import sys, colora_peft.models; from transformers import AutoModelForImageToImage; "
         f"model = AutoModelForImageToImage.from_pretrained({str(tmp_path)!r}); print(type(model).__module__)"

@@ -99,6 +99,6 @@ def test_method_of_another_package_is_not_overwritten():
 
 
 def test_old_peft_is_refused_in_one_sentence():
-    with pytest.raises(ImportError, match=r"needs peft>=0.18 but found peft 0.17.1: run `pip install -U peft`"):
+    with pytest.raises(ImportError, match=r"needs peft>=0.18 but found peft 0.17.1: run `pip install -U peft`\.$"):
         registration.check_peft_version("0.17.1")
     registration.check_peft_version("0.18.0")

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
+
 
 class Block(nn.Module):
     def __init__(self):
@@ -67,4 +69,19 @@ def trained(model, x, steps=3):
         optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
         optimizer.step()
+    return model.eval()
+
+
+TINY_NAFNET = {"width": 8, "encoder_blocks": (1, 1), "middle_blocks": 1, "decoder_blocks": (1, 1)}
+
+
+def tiny_nafnet(seed=0, trained=True):
+    """A tiny NAFNet; `trained` moves beta and gamma away from zero, at which every block is the identity."""
+    torch.manual_seed(seed)
+    model = NAFNetForImageRestoration(NAFNetConfig(**TINY_NAFNET))
+    if trained:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("beta", "gamma", "norm1.weight", "norm2.bias")):
+                    parameter.add_(torch.randn_like(parameter) / 2)
     return model.eval()

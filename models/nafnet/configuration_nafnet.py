@@ -42,8 +42,7 @@ class NAFNetConfig(PretrainedConfig):
         if len(encoder_blocks) != len(decoder_blocks):
             raise ValueError(
                 f"The setting encoder_blocks has {len(encoder_blocks)} stages but decoder_blocks has "
-                f"{len(decoder_blocks)}: "
-                "give both the same number."
+                f"{len(decoder_blocks)}: give both the same number."
             )
         if min([*encoder_blocks, *decoder_blocks, middle_blocks], default=0) < 0:
             raise ValueError(

@@ -1,8 +1,8 @@
 """NAFNet as a Hugging Face model.
 
-Paper: Chen, Chu, Zhang, Sun, "Simple Baselines for Image Restoration", ECCV 2022, arXiv 2204.04676, its
-sections on the baseline and on NAFNet. Parameter names follow the official state dict (github.com/megvii-research/NAFNet,
-MIT), so that its weights load strictly; the code here is our own.
+Paper: Chen, Chu, Zhang, Sun, "Simple Baselines for Image Restoration", ECCV 2022, arXiv 2204.04676, the
+sections that build its baseline and then take out the nonlinear activations. Parameter names follow the official state
+dict (github.com/megvii-research/NAFNet, MIT), so that its weights load strictly; the code here is our own.
 
 Pictures are float RGB (B, C, H, W) in [0, 1]. The network predicts a residual on its input; its output is not clamped.
 `model.to(memory_format=torch.channels_last)` spares the layer norms, which run over the last axis, a copy.
