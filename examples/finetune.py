@@ -313,5 +313,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, TrainingDiverged) as error:
         sys.exit(f"finetune.py: {error}")

@@ -111,5 +111,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, TrainingDiverged) as error:
         sys.exit(f"pretrain.py: {error}")
