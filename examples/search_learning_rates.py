@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -56,8 +57,17 @@ class SearchArguments:
         default=None, metadata={"help": "Instead of a budget, this rank in every layer (method lora)."}
     )
     max_train_steps: int = field(default=500, metadata={"help": "Steps of each cell."})
+    resolution: int = field(default=FinetuneArguments.resolution, metadata={"help": "Side of the patches."})
+    per_device_train_batch_size: int = field(
+        default=FinetuneArguments.per_device_train_batch_size, metadata={"help": "Patches a step."}
+    )
     train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
     validation_pairs: int = field(default=18, metadata={"help": "Other pairs of --train_dir to validate on."})
+    validation: Literal["block", "colours"] = field(
+        default="colours",
+        metadata={"help": "colours: the pairs whose colours are the strangest, as if from another place; block: "
+                  "neighbours in the list, another block for each seed, as if from the same place."},
+    )  # fmt: skip
     results: str = field(
         default=str(HERE / "benchmark_results" / "learning_rates.json"), metadata={"help": "File of the cells."}
     )
@@ -79,8 +89,9 @@ def cell_settings(args: SearchArguments, method: str, learning_rate: float, seed
         "learning_rate": learning_rate,
         "seed": seed,
         "max_train_steps": args.max_train_steps,
-        "resolution": FinetuneArguments.resolution,
-        "per_device_train_batch_size": FinetuneArguments.per_device_train_batch_size,
+        "resolution": args.resolution,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "validation": args.validation,
         "train_pairs": args.train_pairs,
         "validation_pairs": args.validation_pairs,
     }
@@ -93,18 +104,27 @@ def cell_settings(args: SearchArguments, method: str, learning_rate: float, seed
 
 
 def split_pairs(args: SearchArguments, seed: int) -> tuple[PairSource, PairSource]:
-    """Pairs to train on, drawn by the seed, and a block of neighbours in the list to validate on.
-
-    Neighbours often show one scene. A block keeps a scene on one side, and each seed has another block.
-    """
+    """Pairs to train on, drawn by the seed, and others to validate on."""
     pairs = PairedImageFolder(args.train_dir)
-    blocks = len(pairs) // args.validation_pairs
-    if blocks < 2:
-        raise ValueError(f"{args.train_dir} holds {len(pairs)} pairs, too few to validate on {args.validation_pairs}.")
-    first = seed % blocks * args.validation_pairs
-    block = range(first, first + args.validation_pairs)
-    chosen, _ = draw_pairs(PairSubset(pairs, [i for i in range(len(pairs)) if i not in block]), args.train_pairs, seed)
-    return chosen, PairSubset(pairs, block)
+    if len(pairs) < args.train_pairs + args.validation_pairs:
+        raise ValueError(
+            f"{args.train_dir} holds {len(pairs)} pairs, too few to train on {args.train_pairs} and validate on "
+            f"{args.validation_pairs}."
+        )
+    if args.validation == "colours":
+        held_out = strangest_colours(pairs, args.validation_pairs)
+    else:
+        first = seed % (len(pairs) // args.validation_pairs) * args.validation_pairs
+        held_out = list(range(first, first + args.validation_pairs))
+    others = PairSubset(pairs, [index for index in range(len(pairs)) if index not in held_out])
+    return draw_pairs(others, args.train_pairs, seed)[0], PairSubset(pairs, held_out)
+
+
+def strangest_colours(pairs: PairSource, count: int) -> list[int]:
+    """The pairs whose inputs' mean colours lie farthest from the median one."""
+    colours = torch.stack([pairs[index][0].mean((1, 2)) for index in range(len(pairs))])
+    distances = (colours - colours.median(0).values).norm(dim=1)
+    return sorted(distances.topk(count).indices.tolist())
 
 
 def run_cell(
@@ -123,6 +143,8 @@ def run_cell(
             learning_rate=settings["learning_rate"],
             seed=seed,
             max_train_steps=args.max_train_steps,
+            resolution=args.resolution,
+            per_device_train_batch_size=args.per_device_train_batch_size,
             checkpointing_steps=args.max_train_steps,
         )
         patches = PairedPatches(chosen, run.resolution, seed)
@@ -175,7 +197,8 @@ def row_name(cell: dict[str, object]) -> str:
     name = f"{cell['task']}, {cell['method']}"
     if cell.get("uniform_rank") is not None:
         return f"{name}, rank {cell['uniform_rank']}, alpha {cell['colora_alpha']:g}"
-    name += f", {cell['train_pairs']} pairs, {cell['max_train_steps']} steps"
+    patches = f"{cell['per_device_train_batch_size']} x {cell['resolution']}"
+    name += f", {cell['train_pairs']} pairs, {cell['max_train_steps']} steps of {patches}, on {cell['validation']}"
     if "colora_alpha" in cell:
         name += f", {cell['parameter_budget']:.1%}, alpha {cell['colora_alpha']:g}"
     return f"{name}, beta {cell['beta']:g}" if "beta" in cell else name
