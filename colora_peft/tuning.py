@@ -17,7 +17,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 # Peak learning rates: the best of a grid on underwater training pairs (examples/benchmark_results/learning_rates.md,
 # made by examples/search_learning_rates.py).
-LEARNING_RATES: Mapping[str, float] = {"colora": 3e-3, "lora": 1e-2, "full": 1e-3, "decoder": 3e-3, "bias": 1e-2}
+LEARNING_RATES: Mapping[str, float] = {"colora": 3e-3, "lora": 1e-2, "full": 3e-3, "decoder": 3e-3, "bias": 1e-2}
 
 # nn.MultiheadAttention calls one of its biases by the second name.
 _BIASES = ("bias", "in_proj_bias")

@@ -2,8 +2,8 @@
 
     python examples/search_learning_rates.py --train_dir path/to/underwater/train
 
-Some pairs of the folder are drawn for training, a block of others validates; a test split is never touched. Every
-cell is a whole run of `finetune.py`'s loop. Cells are kept in one JSON file and not run again, so the grid can grow
+Some pairs of the folder are drawn for training, others validate; a test split is never touched. Every cell is a whole
+run of `finetune.py`'s loop. Cells are kept in one JSON file and not run again, so the grid can grow
 over many calls; each call ends by printing the table.
 """
 
@@ -31,7 +31,7 @@ import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import CoLoRAConfig
 from colora_peft.cards import hardware_name
 from colora_peft.evaluation import evaluate
-from colora_peft.files import write_json
+from colora_peft.files import write_json, write_text
 from colora_peft.pairs import PairedImageFolder, PairSource, PairSubset, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.training import TrainingDiverged, train, use_all_cores
@@ -64,9 +64,9 @@ class SearchArguments:
     train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
     validation_pairs: int = field(default=18, metadata={"help": "Other pairs of --train_dir to validate on."})
     validation: Literal["block", "colours"] = field(
-        default="colours",
-        metadata={"help": "colours: the pairs whose colours are the strangest, as if from another place; block: "
-                  "neighbours in the list, another block for each seed, as if from the same place."},
+        default="block",
+        metadata={"help": "block: neighbours in the list, another block for each seed, as if from the same place; "
+                  "colours: the pairs whose colours are the strangest, as if from another place."},
     )  # fmt: skip
     results: str = field(
         default=str(HERE / "benchmark_results" / "learning_rates.json"), metadata={"help": "File of the cells."}
@@ -223,7 +223,11 @@ def main(args: SearchArguments) -> None:
                 results.parent.mkdir(parents=True, exist_ok=True)
                 write_json(results, cells)
                 print(f"-> {cells[-1].get('psnr', float('nan')):.2f} dB")
-    print(f"\nMean validation PSNR over the seeds (number of seeds); the best of each row in bold.\n\n{table(cells)}")
+    report = (
+        f"Mean validation PSNR over the seeds (number of seeds); the best of each row in bold.\n\n{table(cells)}\n"
+    )
+    write_text(results.with_suffix(".md"), report)
+    print(f"\n{report}")
 
 
 if __name__ == "__main__":
