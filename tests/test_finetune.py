@@ -241,7 +241,8 @@ def test_an_existing_run_is_kept_unless_told_otherwise(flags, tmp_path):
 
 def test_errors_reach_the_terminal_as_one_sentence(tmp_path):
     command = [sys.executable, str(EXAMPLES / "finetune.py"), "--train_dir", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("finetune.py: There is no folder")
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("finetune.py: ") and "nowhere" in message and "target" in message
