@@ -218,7 +218,7 @@ def test_a_finished_run_survives_an_overwrite_that_fails(flags):
 
 
 def test_a_missing_network_is_named(flags, tmp_path):
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises((OSError, ValueError), match="nowhere"):  # which one depends on the version of transformers
         run(*flags, "--model_name_or_path", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
