@@ -39,7 +39,7 @@ def metrics_of(output_dir: Path) -> dict:
 
 
 def test_launched_run_leaves_all_a_user_needs_and_its_snippet_loads_it(flags, eval_dir, tmp_path):
-    command = ["accelerate", "launch", str(EXAMPLES / "finetune.py"), *map(str, flags)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(EXAMPLES / "finetune.py"), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     output_dir = tmp_path / "out"

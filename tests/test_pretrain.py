@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,14 @@ def flags(train_dir, tiny_nafnet, tmp_path):
 
 
 def test_launched_run_gives_a_loadable_network_with_a_card(flags, tmp_path):
-    command = ["accelerate", "launch", str(EXAMPLES / "pretrain.py"), *map(str, flags), "--half_precision_weights"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        str(EXAMPLES / "pretrain.py"),
+        *map(str, flags),
+        "--half_precision_weights",
+    ]
     done = subprocess.run([*command, "--data_card", "noise of a test"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     output_dir = tmp_path / "out"
