@@ -6,10 +6,11 @@ Importing this package makes the method known to PEFT: `peft.get_peft_model(mode
 
 from importlib.metadata import version
 
+from .adaptable import adaptable_layers, weight_matrix_shape
 from .allocation import adapter_parameters, allocate_ranks
 from .config import CoLoRAConfig
 from .contribution import ContributionScores, ProbeSettings, faig, probe
-from .layer import CoLoRALayer, adaptable_layers, weight_matrix_shape
+from .layer import CoLoRALayer
 from .model import CoLoRAModel
 from .registration import register_colora
 

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .adaptable import SUPPORTED_LAYERS, adaptable_layers
 from .contribution_scores import ContributionScores
-from .layer import SUPPORTED_LAYERS, adaptable_layers
 from .weight_path import (
     RngStates,
     checked_end_weights,

@@ -8,21 +8,17 @@ Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .adaptable import weight_matrix_shape
 from .allocation import is_dense, stored_rank
+from .kept_weight import KeptWeight, keep_weight
+from .run_layer import factors_save_time, run_with_factors, run_with_weight
 
-_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-_CLOSED = AuxiliaryTrainingWrapper | nn.MultiheadAttention | nn.TransformerEncoderLayer
-_PLAIN_FORWARDS: frozenset[Callable] = frozenset(kind.forward for kind in _KINDS)
-SUPPORTED_LAYERS = ", ".join(kind.__name__ for kind in _KINDS)
 INITIAL_STD = 0.1
 """Standard deviation of B, and of a dense delta, under `init_weights=False`."""
 
@@ -42,80 +38,6 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
     return colora_alpha / math.sqrt(k if is_dense(rank, d, k) else rank)
 
 
-def weight_matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(d, k) of a layer's weight: its first dimension and the product of the others, whatever the kind of layer."""
-    weight = layer.weight
-    return weight.shape[0], weight.numel() // weight.shape[0]
-
-
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that CoLoRA can adapt by full module name, in network order.
-
-    A layer that is already adapted appears as its base layer under its own name. Left out are layers that other
-    modules run without calling them (inside nn.MultiheadAttention and nn.TransformerEncoderLayer, which read the
-    weights directly) and what PEFT trains whole (`modules_to_save`).
-    """
-    layers = {}
-    closed: str | None = None  # prefix of the last module whose inside is not ours; children follow their parent
-    for name, module in model.named_modules():
-        if closed is not None and name.startswith(closed):
-            continue
-        if isinstance(module, BaseTunerLayer | _CLOSED):
-            closed = f"{name}." if name else ""
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        if why_not_adaptable(module) is None:
-            layers[name] = module
-    return layers
-
-
-def why_not_adaptable(layer: nn.Module) -> str | None:
-    """None for a layer that CoLoRA can adapt, else the reason as the end of a sentence."""
-    if not isinstance(layer, _KINDS):
-        return f"CoLoRA adapts {SUPPORTED_LAYERS}"
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight without calling it"
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (weight_norm, spectral_norm, ...): remove the parametrization first"
-    if nn.parameter.is_lazy(weight):
-        return "its shape is not known yet: run the model once first"
-    if not weight.is_floating_point():
-        return f"its weight is quantized to {weight.dtype}"
-    return None
-
-
-def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Output of `layer` for `x` as if `weight` were its weight; further arguments as `layer.forward` takes them.
-
-    Raises:
-        TypeError: `layer.forward` does not take the further arguments.
-    """
-    hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    surplus = (args or kwargs) and not isinstance(layer, nn.ConvTranspose2d)
-    if hooked or surplus or type(layer).forward not in _PLAIN_FORWARDS:
-        # A subclass or a hook (device_map, feature extraction) adds to the forward pass: let it run, on our weight.
-        # A plain layer takes x alone and refuses anything more in its own words.
-        return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
-    if isinstance(layer, nn.ConvTranspose2d):
-        return _conv_transpose(layer, weight, x, *args, **kwargs)
-    return layer._conv_forward(x, weight, layer.bias)
-
-
-def _conv_transpose(
-    layer: nn.ConvTranspose2d, weight: Tensor, x: Tensor, output_size: list[int] | None = None
-) -> Tensor:
-    """As nn.ConvTranspose2d.forward; `output_size` picks one of the sizes that stride leaves open."""
-    output_padding = layer._output_padding(
-        x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation
-    )
-    return F.conv_transpose2d(
-        x, weight, layer.bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation
-    )
-
-
 class CoLoRALayer(nn.Module, BaseTunerLayer):
     """A layer with one delta of its own rank for each adapter; `base_layer` keeps the frozen W0.
 
@@ -123,10 +45,10 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
     cost as much. All are matrices: `.to(memory_format=torch.channels_last)` would give a parameter of four dimensions
     strides that safetensors refuses.
 
-    In evaluation mode, and if neither W0 nor an active adapter requires a gradient (as after
-    `PeftModel.from_pretrained`), the effective weight is kept between calls: one more copy of the weight, gone with
-    `train()`, `eval()`, `.to()` and every change of a weight that PyTorch counts. Writing into the `.data` of frozen
-    weights is not counted: call `eval()` afterwards.
+    In evaluation mode, and where no gradient is to flow into it, the effective weight is kept between calls: one more
+    copy of the weight (and, where the adapter is still trainable, of the adapter), gone with `train()`, `eval()`,
+    `.to()` and every change of a weight that PyTorch counts. Writing into the `.data` of frozen weights is not
+    counted: call `eval()` afterwards. On a GPU nothing is kept of a trainable adapter.
     """
 
     adapter_layer_names: tuple[str, ...] = ("colora_A", "colora_B", "colora_dense")
@@ -142,7 +64,7 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
-        self._kept: tuple[tuple, Tensor] | None = None
+        self._kept: KeptWeight | None = None
 
     def update_layer(self, adapter_name: str, rank: int, colora_alpha: float, init_weights: bool = True) -> None:
         """Add adapter `adapter_name` of `rank` >= 1, or make it anew; A is drawn from torch's global generator.
@@ -204,45 +126,45 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the base layer's forward, with the effective weight."""
+        kept = self._kept
+        if kept is not None and not torch.compiler.is_compiling() and kept.is_current(self.scaling):
+            return run_with_weight(kept.base, kept.weight, x, *args, **kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
+        if self.training and not args and not kwargs:
+            factors = self._factors_to_train(x)
+            if factors is not None:
+                return run_with_factors(self.base_layer, *factors, x)
         return run_with_weight(self.base_layer, self._weight_to_run(), x, *args, **kwargs)
 
+    def _factors_to_train(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(scaling * B, A) of the active adapter if there is one, it is trained, and its factors are faster alone."""
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.scaling]
+        if len(adapters) != 1 or adapters[0] in self.colora_dense or not torch.is_grad_enabled():
+            return None
+        up, down = self.colora_B[adapters[0]], self.colora_A[adapters[0]]
+        if not (up.requires_grad or down.requires_grad) or up.dtype != x.dtype or down.dtype != x.dtype:
+            return None
+        if not factors_save_time(self.base_layer, down.shape[0], x):
+            return None
+        return self.scaling[adapters[0]] * up, down
+
     def _weight_to_run(self) -> Tensor:
-        """The effective weight, kept from the last call if nothing it depends on has changed."""
+        """The effective weight, which is kept for the next call if that may be."""
         if self.training or torch.compiler.is_compiling():
             return self.effective_weight()
-        key = self._weight_key()
-        if key is None:
-            return self.effective_weight()
-        if self._kept is None or self._kept[0][0] != key[0]:
-            # Not an inference tensor: it may be needed later where gradients flow to the input.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (key, self.effective_weight())
-        return self._kept[1]
-
-    def _weight_key(self) -> tuple[tuple, list[Tensor]] | None:
-        """What the effective weight depends on and aliases of those tensors, or None if it must not be kept.
-
-        Storage address and version change with each write that PyTorch counts. The aliases keep old storages alive:
-        a freed address could come back with other content. Trainable tensors are never kept, because some code
-        writes into `.data` (averaged weights, for one), which is not counted.
-        """
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.scaling]
-        tensors = [self.get_base_layer().weight]
-        for container in (self.colora_A, self.colora_B, self.colora_dense):
-            tensors += [container[adapter] for adapter in adapters if adapter in container]
-        if any(tensor.requires_grad or type(tensor) is not nn.Parameter for tensor in tensors):
-            return None
-        try:
-            facts = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.stride()) for tensor in tensors]
-        except RuntimeError:  # inference tensors have no version
-            return None
-        return (*facts, *((adapter, self.scaling[adapter]) for adapter in adapters)), [t.detach() for t in tensors]
+        scaling = {adapter: self.scaling[adapter] for adapter in self.active_adapters if adapter in self.scaling}
+        containers = (self.colora_A, self.colora_B, self.colora_dense)
+        grad_enabled = torch.is_grad_enabled()  # before inference_mode(False), which would enable it
+        # Not an inference tensor: it may be needed later where gradients flow to the input.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
+            weight = self.effective_weight()
+            self._kept = keep_weight(weight.detach(), self.base_layer, containers, scaling)
+        return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the deltas of `adapter_names` (None: the active ones) into W0, all of them or, on an error, none.
@@ -278,6 +200,16 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
             if adapter in self.scaling:
                 self.get_base_layer().weight.data -= self.get_delta_weight(adapter).detach()
         self._kept = None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As BaseTunerLayer.set_adapter; forgets the kept weight."""
+        self._kept = None
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As BaseTunerLayer.enable_adapters; forgets the kept weight."""
+        self._kept = None
+        super().enable_adapters(enabled)
 
     def train(self, mode: bool = True) -> "CoLoRALayer":
         """As nn.Module.train; forgets the kept weight."""

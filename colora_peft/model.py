@@ -13,9 +13,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
+from .adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
 from .allocation import allocate_ranks, check_same_names, stored_rank, unknown_layer_message
 from .config import CoLoRAConfig
-from .layer import CoLoRALayer, adaptable_layers, weight_matrix_shape, why_not_adaptable
+from .layer import CoLoRALayer
 
 
 class CoLoRAModel(BaseTuner):

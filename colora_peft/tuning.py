@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from .adaptable import adaptable_layers
 from .config import CoLoRAConfig
-from .layer import adaptable_layers
 
 Method = Literal["colora", "lora", "full", "decoder", "bias"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from colora_peft.layer import (
-    CoLoRALayer,
-    adaptable_layers,
-    adapter_scaling,
-    run_with_weight,
-    weight_matrix_shape,
-    why_not_adaptable,
-)
+from colora_peft.adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
+from colora_peft.layer import CoLoRALayer, adapter_scaling
+from colora_peft.run_layer import run_with_weight
 
 
 class ScaledConv(nn.Conv2d):

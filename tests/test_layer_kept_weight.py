@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from colora_peft.layer import CoLoRALayer, run_with_weight
+from colora_peft.layer import CoLoRALayer
+from colora_peft.run_layer import run_with_weight
 
 
 def adapted(bare, rank=1, name="default", **settings):
@@ -46,25 +47,71 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_kept_weight_is_never_stale(frozen, change):
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_kept_weight_is_never_stale(frozen, change, trainable):
+    if trainable:
+        frozen.set_adapter("default")  # as PeftModel.set_adapter leaves it
     x = torch.randn(1, 4, 6, 6)
     with torch.no_grad():
-        before = frozen(x)
-        assert frozen._weight_to_run() is frozen._weight_to_run()
+        before, kept = frozen(x), frozen._kept
+        assert torch.equal(frozen(x), before) and frozen._kept is kept and kept is not None
         change(frozen)
         expected = run_with_weight(frozen.base_layer, frozen.effective_weight(), x)
         assert torch.equal(frozen(x), expected)
         assert not torch.allclose(before, expected, atol=1e-4) or change is CHANGES["double"]
 
 
-def test_weight_is_not_kept_while_training_or_trainable(frozen):
-    frozen.train()
-    assert frozen._weight_to_run() is not frozen._weight_to_run()
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_uncounted_writes_into_a_trainable_adapter_are_seen(frozen, name):
+    """Averaged weights are swapped in through `.data`, which no version counts, and often without eval()."""
+    frozen.set_adapter(name)
+    x = torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        before = frozen(x)
+        for container in (frozen.colora_B, frozen.colora_dense):
+            if name in container:
+                container[name].data.add_(1.0)
+        assert torch.equal(frozen(x), run_with_weight(frozen.base_layer, frozen.effective_weight(), x))
+        assert not torch.allclose(frozen(x), before, atol=1e-4)
+
+
+def test_weight_is_not_kept_where_gradients_flow_into_it(frozen):
+    x = torch.randn(1, 4, 6, 6)
+    frozen.train()(x)
+    assert frozen._kept is None
     frozen.eval().set_adapter("default")
     with torch.no_grad():
-        assert frozen._weight_to_run() is not frozen._weight_to_run()
-        frozen.colora_B["default"].data.add_(1.0)  # averaged weights are written like this, uncounted
-        assert torch.equal(frozen._weight_to_run(), frozen.effective_weight())
+        frozen(x)
+        assert frozen._kept is not None
+    frozen(x).sum().backward()
+    assert frozen.colora_B["default"].grad.abs().sum() > 0
+    with torch.no_grad():
+        frozen.base_layer.weight.requires_grad_(True)  # its writes may be uncounted, too, and copying it is dear
+        frozen(x)
+        assert frozen._kept is None
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged"])
+def test_kept_weight_is_not_used_while_disabled_or_merged(frozen, state):
+    x = torch.randn(1, 4, 6, 6)
+    adapted_output = frozen(x)
+    if state == "disabled":
+        frozen.enable_adapters(False)
+        assert torch.equal(frozen(x), frozen.base_layer(x))
+        frozen.enable_adapters(True)
+    else:
+        frozen.merge()
+        torch.testing.assert_close(frozen(x), adapted_output, rtol=0, atol=1e-5)
+        frozen.unmerge()
+    torch.testing.assert_close(frozen(x), adapted_output, rtol=0, atol=1e-5)
+
+
+def test_hook_that_comes_after_the_weight_was_kept_runs(frozen):
+    x, seen = torch.randn(1, 4, 6, 6), []
+    frozen(x)
+    frozen.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    output = frozen(x)
+    assert len(seen) == 1 and torch.equal(seen[0], output)
 
 
 def test_kept_weight_built_under_inference_mode_lets_gradients_through_later(frozen):

@@ -1,0 +1,187 @@
+"""Running a layer with a weight that is not its own: the forward pass of an adapted layer, and its gradients.
+
+`run_with_weight` serves every layer. `run_with_factors` serves training where W = W0 + B A, on the CPU: its backward
+pass forms the gradients of A and B without that of the whole W. With u = A * x (the layer's own convolution with the r
+filters of A) and v = B^T g, g being the gradient of the output,
+
+    dL/dB = sum over pixels of g u^T,    dL/dA = weight gradient of the layer for input x and output gradient v,
+
+which takes 2 r (d + k) multiplications for each pixel in place of the d k of dL/dW. And W, which is cheap, is built
+again for the gradient of the input: neither W nor anything of u is kept from the forward to the backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adaptable import ADAPTABLE_KINDS
+
+__all__ = ["factors_save_time", "run_with_factors", "run_with_weight"]
+
+_PLAIN_FORWARDS: frozenset[Callable] = frozenset(kind.forward for kind in ADAPTABLE_KINDS)
+_convolution_backward = torch.ops.aten.convolution_backward
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a call of `layer` does what its kind does and nothing more: no subclass, no hook."""
+    hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    return not hooked and type(layer).forward in _PLAIN_FORWARDS
+
+
+def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Output of `layer` for `x` as if `weight` were its weight; further arguments as `layer.forward` takes them.
+
+    Raises:
+        TypeError: `layer.forward` does not take the further arguments.
+    """
+    surplus = (args or kwargs) and not isinstance(layer, nn.ConvTranspose2d)
+    if surplus or not is_plain(layer):
+        # A subclass or a hook (device_map, feature extraction) adds to the forward pass: let it run, on our weight.
+        # A plain layer takes x alone and refuses anything more in its own words.
+        return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return _conv_transpose(layer, weight, x, *args, **kwargs)
+    return layer._conv_forward(x, weight, layer.bias)
+
+
+def _conv_transpose(
+    layer: nn.ConvTranspose2d, weight: Tensor, x: Tensor, output_size: list[int] | None = None
+) -> Tensor:
+    """As nn.ConvTranspose2d.forward; `output_size` picks one of the sizes that stride leaves open."""
+    output_padding = layer._output_padding(
+        x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation
+    )
+    return F.conv_transpose2d(
+        x, weight, layer.bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation
+    )
+
+
+def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
+    """Whether `run_with_factors` takes `layer` and `x`, and trains a delta of `rank` faster than `run_with_weight`.
+
+    The rule is our measurement on two CPU cores (`examples/benchmark_speed.py`): the small convolutions run at full
+    speed from about 8 channels on, so fewer are counted as 8, and their multiplications at a quarter of the speed of
+    large ones. On a GPU, under autocast and inside `torch.compile` the usual backward pass is taken: there the
+    gradient of a weight is bound by memory, not by multiplications, and the rule has not been measured.
+    """
+    if isinstance(layer, nn.ConvTranspose2d) or not is_plain(layer):
+        return False
+    weight = layer.weight
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    d, k = weight.shape[0], weight.numel() // weight.shape[0]
+    if x.dtype != weight.dtype or 4 * max(rank, 8) * (d + k) > d * k:
+        return False
+    if isinstance(layer, nn.Linear):
+        return x.dim() >= 2
+    return layer.groups == 1 and x.dim() == weight.dim() and not isinstance(layer.padding, str)
+
+
+def run_with_factors(layer: nn.Module, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    """Output of `layer` for `x` with the weight W0 + (up @ down).view_as(W0), differentiable in all of them.
+
+    Args:
+        layer: A plain layer for which `factors_save_time`.
+        up: B (d, r), its scaling included, in the dtype of the weight.
+        down: A (r, k).
+        x: What the layer takes.
+    """
+    if isinstance(layer, nn.Linear):
+        return _FactoredWeight.apply(x, layer.weight, up, down, layer.bias, None)
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), (0,) * len(padding)
+    return _FactoredWeight.apply(
+        x, layer.weight, up, down, layer.bias, _Geometry(layer.stride, padding, layer.dilation)
+    )
+
+
+class _Geometry(NamedTuple):
+    """What a convolution is besides its weight; one entry for each spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.convolution(x, weight, bias, *self, False, (0,) * len(self.stride), 1)
+
+    def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+        """Gradients of x, weight and bias as far as `wanted`; sizes of weight count, its values for that of x only."""
+        zeros = (0,) * len(self.stride)
+        return _convolution_backward(gradient, x, weight, [weight.shape[0]], *self, False, zeros, 1, wanted)
+
+
+class _FactoredWeight(torch.autograd.Function):
+    """y = layer(x; weight + up @ down) for a linear layer (geometry None) or a convolution without groups."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, geometry: _Geometry | None
+    ) -> Tensor:
+        weight = weight + (up @ down).view(weight.shape)
+        return F.linear(x, weight, bias) if geometry is None else geometry.forward(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, bias, ctx.geometry = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, up, down = ctx.saved_tensors
+        geometry, linear_shape = ctx.geometry, None
+        if geometry is None:
+            # As a 1 x 1 convolution over a picture of one column: its gradients of thin matrices run in parallel.
+            geometry, linear_shape = _Geometry((1, 1), (0, 0), (1, 1)), x.shape
+            x, gradient = _as_picture(x), _as_picture(gradient)
+            weight = weight[:, :, None, None]
+        wants_x, wants_weight, wants_up, wants_down, wants_bias, _ = ctx.needs_input_grad
+        wants_input_and_bias = [wants_x, wants_weight, wants_bias]
+        if any(wants_input_and_bias):
+            whole = weight + (up @ down).view(weight.shape)
+            gradients = geometry.backward(gradient, x, whole, wants_input_and_bias)
+            x_gradient, weight_gradient, bias_gradient = (
+                value if wanted else None for value, wanted in zip(gradients, wants_input_and_bias, strict=True)
+            )
+        else:
+            x_gradient = weight_gradient = bias_gradient = None
+        up_gradient = down_gradient = None
+        if wants_up or wants_down:
+            up_gradient, down_gradient = _factor_gradients(geometry, gradient, x, up, down, weight.shape[1:])
+        if linear_shape is not None:
+            x_gradient = None if x_gradient is None else x_gradient[0, :, :, 0].T.reshape(linear_shape)
+            weight_gradient = None if weight_gradient is None else weight_gradient[:, :, 0, 0]
+        return x_gradient, weight_gradient, up_gradient, down_gradient, bias_gradient, None
+
+
+def _as_picture(x: Tensor) -> Tensor:
+    """(..., C) as (1, C, N, 1) in the memory format channels_last, without a copy of contiguous tensors."""
+    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _factor_gradients(
+    geometry: _Geometry, gradient: Tensor, x: Tensor, up: Tensor, down: Tensor, kernel: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `up` (d, r) and `down` (r, k); `kernel` is (in, *kernel size), k numbers."""
+    ones, zeros = (1,) * len(geometry.stride), (0,) * len(geometry.stride)
+    pointwise = kernel[1:] == ones and tuple(geometry.stride) == ones and tuple(geometry.padding) == zeros
+    if pointwise and x.is_contiguous() and gradient.is_contiguous():
+        # Matrix products beat the small convolutions in this memory format.
+        x, gradient = x.flatten(2), gradient.flatten(2)
+        narrow_gradient = torch.matmul(up.T, gradient)
+        up_gradient = torch.matmul(gradient, torch.matmul(down, x).mT).sum(0)
+        return up_gradient, torch.matmul(narrow_gradient, x.mT).sum(0)
+    mix = _Geometry(ones, zeros, ones)
+    filters, mixing = down.view(-1, *kernel), up.view(*up.shape, *ones)
+    narrow = geometry.forward(x, filters)
+    narrow_gradient, mixing_gradient, _ = mix.backward(gradient, narrow, mixing, [True, True, False])
+    filters_gradient = geometry.backward(narrow_gradient, x, filters, [False, True, False])[1]
+    return mixing_gradient.reshape(up.shape), filters_gradient.reshape(down.shape)
