@@ -10,9 +10,12 @@ from .adaptable import adaptable_layers, weight_matrix_shape
 from .allocation import adapter_parameters, allocate_ranks
 from .config import CoLoRAConfig
 from .contribution import ContributionScores, ProbeSettings, faig, probe
+from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .layer import CoLoRALayer
+from .lora_export import save_as_lora
 from .model import CoLoRAModel
 from .registration import register_colora
+from .renaming import rename_adapter
 
 __version__ = version("colora-peft")
 
@@ -26,7 +29,11 @@ __all__ = [
     "adapter_parameters",
     "allocate_ranks",
     "faig",
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
     "probe",
+    "rename_adapter",
+    "save_as_lora",
     "weight_matrix_shape",
 ]
 

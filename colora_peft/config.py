@@ -9,6 +9,8 @@ from peft.config import PeftConfig
 from .registration import COLORA, SAVES_BIASES
 
 BIAS_MODES = ("none", "all", "colora_only")
+METHOD_VERSION = 1
+"""Of what an adapter's files mean. Raised when an older package would read a newer adapter wrongly."""
 
 
 @dataclass
@@ -35,12 +37,13 @@ class CoLoRAConfig(PeftConfig):
         parameter_budget: Trained share of the targeted weights, in (0, 1]. Used where `ranks` is not given.
         beta: Exponent >= 0 from contribution to share; 0 is uniform, as without contributions.
         delta_min: Share in [0, 1] that each layer may have before contributions count.
-        colora_alpha: Gain of the delta; see `colora_peft.layer.adapter_scaling`.
+        colora_alpha: Gain of the delta; see `colora_peft.scaling.adapter_scaling`.
         bias: Which biases are trained: "none", "all", or "colora_only", those of the adapted layers.
         modules_to_save: Modules besides the adapter that are trained whole and saved with it.
         layers_to_transform: Indices of the blocks to adapt, for layers inside an nn.ModuleList or nn.Sequential.
         layers_pattern: Name of that list; PEFT needs it where the list is a direct child of the network.
         init_weights: False draws B at random, so that a new adapter is not the identity: for tests.
+        method_version: Written by the package, so that an older one can refuse what it would misread.
 
     Raises:
         ValueError: A field is out of its range, or two fields contradict each other.
@@ -59,6 +62,7 @@ class CoLoRAConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     init_weights: bool = True
+    method_version: int = METHOD_VERSION
     # PEFT's matching looks for this field; single parameters cannot be targeted.
     target_parameters: None = field(default=None, init=False, repr=False)
 
@@ -70,6 +74,11 @@ class CoLoRAConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        if self.method_version > METHOD_VERSION:
+            raise ValueError(
+                f"The adapter was saved by a newer colora_peft (method_version {self.method_version}, this one "
+                f"reads up to {METHOD_VERSION}): run `pip install -U colora-peft`."
+            )
         self._check_numbers()
         self._check_ranks_and_contributions()
         self._check_layer_selection()

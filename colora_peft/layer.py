@@ -7,43 +7,20 @@ their own, and no second branch runs over the feature maps.
 Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
 """
 
-import math
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .adaptable import weight_matrix_shape
-from .allocation import is_dense, stored_rank
+from .delta_store import DeltaStore
 from .kept_weight import KeptWeight, keep_weight
+from .offloading import is_offloaded, onloaded
 from .run_layer import factors_save_time, run_with_factors, run_with_weight
 
-INITIAL_STD = 0.1
-"""Standard deviation of B, and of a dense delta, under `init_weights=False`."""
 
-
-def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
-    """Factor before the delta of a (d, k) layer: colora_alpha / sqrt(rank) for factors, / sqrt(k) for a dense delta.
-
-    Our choice, not the paper's: one learning rate shall suit every rank. Adam moves each parameter by about lr a step,
-    whatever its gradient. With A ~ N(0, 1/k) and B = 0 the first step changes an entry of W by
-
-        scaling * lr * |sum of rank entries of A, signs at random| ~ scaling * lr * sqrt(rank) / sqrt(k)
-
-    through factors, and by scaling * lr through a dense delta. The rule makes both colora_alpha * lr / sqrt(k): the
-    same at any rank, and the same share of the 1/sqrt(k) at which weights of fan-in k usually lie. (In a transposed
-    convolution k is the fan-out of one input channel instead.)
-    """
-    return colora_alpha / math.sqrt(k if is_dense(rank, d, k) else rank)
-
-
-class CoLoRALayer(nn.Module, BaseTunerLayer):
+class CoLoRALayer(DeltaStore):
     """A layer with one delta of its own rank for each adapter; `base_layer` keeps the frozen W0.
-
-    Parameters by adapter name: `colora_A` (r, k) and `colora_B` (d, r), or `colora_dense` (d, k) where factors would
-    cost as much. All are matrices: `.to(memory_format=torch.channels_last)` would give a parameter of four dimensions
-    strides that safetensors refuses.
 
     In evaluation mode, and where no gradient is to flow into it, the effective weight is kept between calls: one more
     copy of the weight (and, where the adapter is still trainable, of the adapter), gone with `train()`, `eval()`,
@@ -51,84 +28,27 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
     counted: call `eval()` afterwards. On a GPU nothing is kept of a trainable adapter.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("colora_A", "colora_B", "colora_dense")
-    other_param_names: tuple[str, ...] = ("rank", "scaling")
-
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.colora_A = nn.ParameterDict()
-        self.colora_B = nn.ParameterDict()
-        self.colora_dense = nn.ParameterDict()
-        self.rank: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        self._active_adapter: str | list[str] = []
+        super().__init__(base_layer)
         self._kept: KeptWeight | None = None
+        # See colora_peft.hotswap. Not persistent: it follows from the other weights.
+        self.register_buffer("pinned_weight", None, persistent=False)
+        self.register_load_state_dict_post_hook(_after_loading)
 
-    def update_layer(self, adapter_name: str, rank: int, colora_alpha: float, init_weights: bool = True) -> None:
-        """Add adapter `adapter_name` of `rank` >= 1, or make it anew; A is drawn from torch's global generator.
-
-        With `init_weights` the delta starts at zero, otherwise at random (for tests).
-        """
-        d, k = weight_matrix_shape(self.get_base_layer())
-        for container in (self.colora_A, self.colora_B, self.colora_dense):
-            if adapter_name in container:
-                del container[adapter_name]
-        self.rank[adapter_name] = stored_rank(rank, d, k)
-        self.scaling[adapter_name] = adapter_scaling(rank, d, k, colora_alpha)
-        if is_dense(rank, d, k):
-            self.colora_dense[adapter_name] = nn.Parameter(torch.zeros(d, k))
-            up = self.colora_dense[adapter_name]
-        else:
-            self.colora_A[adapter_name] = nn.Parameter(torch.empty(rank, k))
-            self.colora_B[adapter_name] = nn.Parameter(torch.zeros(d, rank))
-            # Registered first, drawn then: PEFT's low_cpu_mem_usage moves parameters to `meta` on registration.
-            nn.init.normal_(self.colora_A[adapter_name], std=1 / math.sqrt(k))
-            up = self.colora_B[adapter_name]
-        if not init_weights:
-            nn.init.normal_(up, std=INITIAL_STD)
-        self._kept = None
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """delta_W of `adapter` in W0's shape and dtype, differentiable in the adapter's parameters.
-
-        Raises:
-            ValueError: This layer has no such adapter.
-        """
-        if adapter not in self.scaling:
-            raise ValueError(f"This layer has no adapter {adapter!r}, only {sorted(self.scaling)}.")
-        weight = self.get_base_layer().weight
-        device_type = weight.device.type
-        if torch.is_autocast_enabled(device_type):
-            # Autocast would build the delta in 16 bits: merged and unmerged would differ.
-            with torch.autocast(device_type, enabled=False):
-                return self._delta_matrix(adapter).view(weight.shape).to(weight.dtype)
-        return self._delta_matrix(adapter).view(weight.shape).to(weight.dtype)
-
-    def _delta_matrix(self, adapter: str) -> Tensor:
-        """The delta as a (d, k) matrix; the scaling goes onto B, which has fewer numbers than the product."""
-        if adapter in self.colora_dense:
-            return self.scaling[adapter] * self.colora_dense[adapter]
-        return (self.scaling[adapter] * self.colora_B[adapter]) @ self.colora_A[adapter]
-
-    def effective_weight(self) -> Tensor:
-        """W0 plus the deltas of the active adapters, in W0's shape and dtype; W0 itself if none is in this layer.
-
-        Adapters are added one by one, as `merge` does, so that both round alike.
-        """
-        weight = self.get_base_layer().weight
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                weight = weight + self.get_delta_weight(adapter)
-        return weight
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the base layer's forward, with the effective weight."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """As the base layer's forward, with the effective weight, or that of a name of its own for each sample."""
         kept = self._kept
-        if kept is not None and not torch.compiler.is_compiling() and kept.is_current(self.scaling):
-            return run_with_weight(kept.base, kept.weight, x, *args, **kwargs)
+        if kept is not None and adapter_names is None and not torch.compiler.is_compiling():
+            if kept.is_current(self.scaling):
+                return run_with_weight(kept.base, kept.weight, x, *args, **kwargs)
+        if is_offloaded(self.base_layer) and not self.disable_adapters and not self.merged:
+            with onloaded(self):
+                weight = self.effective_weight()
+                return run_with_weight(self.base_layer, weight, x.to(weight.device), *args, **kwargs).to(x.device)
+        if adapter_names is not None and not self.disable_adapters:
+            return self._forward_mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.pinned_weight is not None and not self.training:
+            return run_with_weight(self.base_layer, self.pinned_weight, x, *args, **kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -140,6 +60,25 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
             if factors is not None:
                 return run_with_factors(self.base_layer, *factors, x)
         return run_with_weight(self.base_layer, self._weight_to_run(), x, *args, **kwargs)
+
+    def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Run each sample of x (B, ...) with the one adapter that `adapter_names` (B) gives it.
+
+        A name that has no adapter in this layer, as "__base__", is the base.
+        """
+        distinct = list(dict.fromkeys(adapter_names))
+        rows = [[row for row, name in enumerate(adapter_names) if name == adapter] for adapter in distinct]
+        outputs = []
+        for adapter, own_rows in zip(distinct, rows, strict=True):
+            weight = self.get_base_layer().weight
+            if adapter in self.scaling:
+                weight = weight + self.get_delta_weight(adapter)
+            samples = x if len(distinct) == 1 else x[own_rows]
+            outputs.append(run_with_weight(self.base_layer, weight, samples, *args, **kwargs))
+        if len(distinct) == 1:
+            return outputs[0]
+        order = sorted(range(len(adapter_names)), key=sum(rows, []).__getitem__)
+        return torch.cat(outputs)[order]
 
     def _factors_to_train(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """(scaling * B, A) of the active adapter if there is one, it is trained, and its factors are faster alone."""
@@ -187,7 +126,7 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
         if adapters:
             weight.data = merged
         self.merged_adapters += adapters
-        self._kept = None
+        self._weights_changed()
 
     def unmerge(self) -> None:
         """Take the merged deltas out of W0 again.
@@ -199,22 +138,44 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
             adapter = self.merged_adapters.pop()
             if adapter in self.scaling:
                 self.get_base_layer().weight.data -= self.get_delta_weight(adapter).detach()
-        self._kept = None
+        self._weights_changed()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As BaseTunerLayer.set_adapter; forgets the kept weight."""
-        self._kept = None
+        """As BaseTunerLayer.set_adapter."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._weights_changed()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As BaseTunerLayer.enable_adapters; forgets the kept weight."""
-        self._kept = None
+        """As BaseTunerLayer.enable_adapters."""
         super().enable_adapters(enabled)
+        self._weights_changed()
 
     def train(self, mode: bool = True) -> "CoLoRALayer":
-        """As nn.Module.train; forgets the kept weight."""
+        """As nn.Module.train; `eval()` also sees weights that were written without PyTorch's knowledge."""
+        super().train(mode)
+        self._weights_changed()
+        return self
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` is right for this layer: it knows linear layers alone."""
+        return isinstance(self.get_base_layer(), nn.Linear)
+
+    def pin_weight(self, pinned: bool = True) -> None:
+        """Run in evaluation mode on a buffer that changes its content and never its place; see colora_peft.hotswap."""
+        self.pinned_weight = self.get_base_layer().weight.detach().clone() if pinned else None
+        self._weights_changed()
+
+    @torch.no_grad()
+    def _weights_changed(self) -> None:
+        """Forget the kept weight; bring the pinned one up to date."""
         self._kept = None
-        return super().train(mode)
+        if self.pinned_weight is not None and not self.training:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            weight = self.get_base_layer().weight
+            if not self.disable_adapters and not self.merged:
+                weight = self.effective_weight()
+            self.pinned_weight.copy_(weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "CoLoRALayer":
         # .to(), .half(), .cuda(): without this the kept weight would hold on to memory of the old device.
@@ -224,3 +185,8 @@ class CoLoRALayer(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles start without the kept weight, which they can compute.
         return {**self.__dict__, "_kept": None}
+
+
+def _after_loading(layer: CoLoRALayer, incompatible_keys: Any) -> None:
+    """Hook after `load_state_dict`; a function of the module, so that layers can be pickled."""
+    layer._weights_changed()

@@ -1,22 +1,27 @@
-"""The tuner: decides which layers get which rank, then lets PEFT's BaseTuner do the wrapping.
+"""The tuner: what PEFT calls to wrap a network, and what it forwards from `PeftModel` to here.
 
-PEFT matches target names by suffix; ranks are by exact name. So targets are matched once, before anything is
-changed, and from then on `config.ranks` alone says what is wrapped.
+Which layer gets which rank is decided in `colora_peft.targets`, before the first layer is wrapped.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
-from .adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
-from .allocation import allocate_ranks, check_same_names, stored_rank, unknown_layer_message
+from .blending import blend_adapters
 from .config import CoLoRAConfig
+from .delta_store import check_adapter_name
 from .layer import CoLoRALayer
+from .loading import check_adapter_weights, weights_by_adapter
+from .messages import some
+from .targets import check_not_offloaded, matches, resolve_ranks
+
+BASE_NAME = "__base__"
+"""In `adapter_names`, as in PEFT: this sample gets no adapter."""
 
 
 class CoLoRAModel(BaseTuner):
@@ -32,14 +37,40 @@ class CoLoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: CoLoRAConfig, model: nn.Module) -> None:
         # Before the first layer is wrapped, so that a refused configuration leaves the network as it was.
-        peft_config.ranks = resolve_ranks(peft_config, model)
+        names = [name for name, config in self.peft_config.items() if config is peft_config]
+        try:
+            for name in names:
+                check_adapter_name(name)
+            peft_config.ranks = resolve_ranks(peft_config, model)
+            if not peft_config.inference_mode:
+                check_not_offloaded(peft_config.ranks, model)
+        except (TypeError, ValueError):
+            # transformers would activate the name of a refused adapter later and silently run the base.
+            for name in names:
+                del self.peft_config[name]
+            raise
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As BaseTuner.inject_adapter; where no targets were given, those found are written down as PEFT does."""
+        given = self.peft_config[adapter_name].target_modules
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if given is None:
+            config = self.peft_config[adapter_name]
+            config.target_modules = {name for name, rank in config.ranks.items() if rank > 0}
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT puts the cast parameters in place of the old ones, and new parameters require gradients.
+        before = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(before[name])
 
     @staticmethod
     def _check_target_module_exists(peft_config: CoLoRAConfig, key: str) -> Any:
         if peft_config.ranks.get(key, 0) > 0:
             return True
         # Not wrapped; PEFT still wants to hear whether that is because of exclude_modules.
-        return _match(peft_config, set(), key)
+        return matches(peft_config, set(), key)
 
     def _create_and_replace(
         self,
@@ -55,153 +86,116 @@ class CoLoRAModel(BaseTuner):
         if rank == 0:  # reached only when layers are injected after a state dict
             raise ValueError(f"The state dict has weights for layer {current_key!r} but its rank in `ranks` is 0.")
         layer = target if isinstance(target, CoLoRALayer) else CoLoRALayer(target)
-        layer.update_layer(adapter_name, rank, peft_config.colora_alpha, peft_config.init_weights)
+        # What is made to be loaded into starts as nothing, however it was trained.
+        init_weights = peft_config.init_weights or peft_config.inference_mode
+        layer.update_layer(adapter_name, rank, peft_config.colora_alpha, init_weights)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        # PeftModel enters this around each forward pass, and drops `adapter_names` afterwards without a word.
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "CoLoRA cannot use another adapter for each sample of a batch: leave adapter_names out and choose "
-                "one adapter with set_adapter."
+        # PeftModel enters this around each forward pass, and drops `adapter_names` afterwards.
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        self._check_mixed_batch(adapter_names)
+        hooks = []
+        try:
+            for name, module in self.model.named_modules():
+                if isinstance(module, CoLoRALayer | AuxiliaryTrainingWrapper):
+                    hook = partial(_pass_adapter_names, name, list(adapter_names))
+                    hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_mixed_batch(self, adapter_names: list[str]) -> None:
+        """Check that `adapter_names`, a name for each sample, can be served.
+
+        Raises:
+            ValueError: The model is in training mode or merged, or there is no adapter of such a name.
+        """
+        if self.training:
+            raise ValueError("A batch with adapter_names is for inference: call model.eval() first.")
+        layers = [layer for layer in self.modules() if isinstance(layer, CoLoRALayer)]
+        if any(layer.merged for layer in layers):
+            raise ValueError("A batch with adapter_names needs the adapters unmerged: call unmerge_adapter() first.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_NAME})
+        if unknown:
+            raise ValueError(
+                f"The adapter_names name {some(unknown)}, but the adapters are {some(sorted(self.peft_config))}; "
+                f'"{BASE_NAME}" runs a sample without any.'
             )
-        yield
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["cat", "linear", "svd"] = "cat",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others; see `colora_peft.blending.blend_adapters`.
 
-def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
-    """Rank of every targeted layer by full name, in network order, 0 included: given, or allocated under the budget.
-
-    Raises:
-        TypeError: A targeted layer cannot be adapted.
-        ValueError: Nothing is targeted, every rank is 0, `ranks` or `contributions` name an unknown layer or lack a
-            targeted one, a targeted layer or its weight is in use in a second place, or `model` is itself a layer.
-    """
-    layers = adaptable_layers(model)
-    if "" in layers:
-        raise ValueError(
-            f"The model is a single {type(model).__name__} layer, which PEFT cannot replace: wrap it in a module, "
-            "for example nn.Sequential(model)."
+        As in PEFT's LoRA, but for the default "cat" (there "svd"): it is exact and costs nothing at inference, because
+        the delta lives on the weight. The new adapter is frozen and not active; `set_adapter` activates it.
+        """
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, CoLoRALayer)}
+        config, deltas = blend_adapters(
+            layers, self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank
         )
-    targets = _targeted_layers(config, model, layers)
-    given = config.ranks if isinstance(config.ranks, dict) else {}
-    _check_used_once({name: layer for name, layer in targets.items() if given.get(name) != 0}, model)
-    shapes = {name: weight_matrix_shape(layer) for name, layer in targets.items()}
-    if isinstance(config.ranks, dict):
-        check_same_names(config.ranks, shapes, "ranks")
-        ranks = {name: config.ranks[name] for name in shapes}
-    elif config.ranks is not None:
-        ranks = dict.fromkeys(shapes, config.ranks)
-    else:
-        scores = config.contributions
-        if scores is not None:
-            _check_known(scores, layers, "contributions")
-            # Scores are measured once for the whole network and serve any choice of targets.
-            scores = {name: score for name, score in scores.items() if name in shapes}
-        return allocate_ranks(shapes, scores, config.parameter_budget, config.beta, config.delta_min)
-    if not any(ranks.values()):
-        raise ValueError("All ranks are 0, so nothing would be trained: give at least one layer a rank of 1.")
-    return {name: stored_rank(rank, *shapes[name]) for name, rank in ranks.items()}
+        for name, delta in deltas.items():
+            layers[name].place_adapter(adapter_name, config.ranks[name], config.colora_alpha, delta)
+            layers[name].set_requires_grad(adapter_name, False)
+        self.peft_config[adapter_name] = config
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # PEFT loads with strict=False and only warns of missing weights: an adapter of another network would seem to
+        # work. This runs before the first weight is copied.
+        loaded = weights_by_adapter(state_dict, f"{prefix}model.", self.prefix)
+        homeless = loaded.pop(None, {})
+        own = weights_by_adapter(dict(self.model.named_parameters()), "", self.prefix)
+        for adapter, found in loaded.items():
+            if adapter in self.peft_config:
+                try:
+                    check_adapter_weights(own.get(adapter, {}), {**found, **homeless}, adapter)
+                except ValueError:
+                    self._take_off_if_empty(adapter)
+                    raise
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _take_off_if_empty(self, adapter: str) -> None:
+        """Leave the network as it was before PEFT made room for an adapter whose weights then did not fit.
+
+        Only if nothing can be lost: the delta is zero, and the adapter was made for loading, not for training.
+        """
+        layers = [layer for layer in self.modules() if isinstance(layer, CoLoRALayer) and adapter in layer.rank]
+        if not self.peft_config[adapter].inference_mode or not all(layer.is_empty(adapter) for layer in layers):
+            return
+        if list(self.peft_config) == [adapter]:
+            self.unload()
+        elif adapter not in self.active_adapters:
+            self.delete_adapter(adapter)
 
 
-def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The layers that `target_modules`, `exclude_modules` and `layers_to_transform` choose, in network order."""
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-        chosen = {name: layers[name] for name in layers if name in linear and _match(config, linear, name)}
-    elif config.target_modules is not None:
-        chosen = _matched_layers(config, model, layers)
-    elif isinstance(config.ranks, dict):
-        _check_known(config.ranks, layers, "ranks")
-        named = set(config.ranks)
-        chosen = {name: layer for name, layer in layers.items() if name in named and _match(config, named, name)}
-    else:
-        # Suffixes, not full names: PEFT applies layers_to_transform to suffixes only.
-        suffixes = {name.rpartition(".")[2] for name in layers}
-        chosen = {name: layer for name, layer in layers.items() if _match(config, suffixes, name)}
-        if config.layers_to_transform is not None:
-            chosen = {name: layer for name, layer in chosen.items() if "." in name}
-    if not chosen:
+def _pass_adapter_names(
+    name: str, adapter_names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Hook before the forward pass of layer `name`, which gets `adapter_names` as an argument.
+
+    Raises:
+        ValueError: Its input does not have one row for each name.
+    """
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        # PEFT's wrapper of modules_to_save fails on adapters that have no copy of their own.
+        own = module._adapters
+        adapter_names = [adapter if adapter in own else BASE_NAME for adapter in adapter_names]
+    if args and args[0].shape[0] != len(adapter_names):
         raise ValueError(
-            f"Nothing is targeted: target_modules={config.target_modules!r} with "
-            f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} "
-            f"matches no layer of {type(model).__name__}; "
-            f"layers that can be adapted: {', '.join(list(layers)[:5]) or 'none'}{', ...' if len(layers) > 5 else ''}."
+            f"The adapter_names are {len(adapter_names)} but layer {name!r} receives {args[0].shape[0]} samples: give "
+            "one name for each sample; a network that folds other dimensions into the batch cannot mix adapters."
         )
-    return chosen
-
-
-def _matched_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The layers that `target_modules` matches by PEFT's rules.
-
-    Raises:
-        TypeError: It matches a module that cannot be adapted.
-    """
-    chosen = {}
-    wrapped: str | None = None  # prefix of the last adapted layer, whose inside is no target
-    for name, module in model.named_modules():
-        if not name or (wrapped is not None and name.startswith(wrapped)):
-            continue
-        if isinstance(module, CoLoRALayer):
-            wrapped = f"{name}."
-        if not _match(config, config.target_modules, name):
-            continue
-        if name not in layers:
-            reason = why_not_adaptable(module) or "the module around it reads its weight without calling it"
-            raise TypeError(
-                f"The targeted layer {name!r} is a {type(module).__name__} and cannot be adapted: {reason}. "
-                "Narrow target_modules or name it in exclude_modules."
-            )
-        chosen[name] = layers[name]
-    return chosen
-
-
-def _check_used_once(targets: dict[str, nn.Module], model: nn.Module) -> None:
-    """Check that each target has one place in `model` and a weight that no other module holds.
-
-    A block that is registered twice is fine: the layer is replaced inside the block, so for both.
-
-    Raises:
-        ValueError: PEFT would replace a target in one of its two places only, or merging would write into the weight
-            of another module; names both.
-    """
-    places: dict[int, list[str]] = defaultdict(list)
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for child_name, child in module._modules.items():
-            places[id(child)].append(f"{name}.{child_name}".removeprefix("."))
-        for parameter in module._parameters.values():
-            owners[id(parameter)].append(name.removesuffix(".base_layer"))
-    for name, layer in targets.items():
-        for place in places[id(layer)]:
-            if place.removesuffix(".base_layer") != name:
-                raise ValueError(
-                    f"The targeted layer {name!r} is also registered as {place!r}, where it would stay without an "
-                    f"adapter: register it once, or leave {name!r} alone (exclude_modules or rank 0)."
-                )
-        for owner in owners[id(layer.weight)]:
-            if owner != name:
-                raise ValueError(
-                    f"The targeted layer {name!r} shares its weight with {owner!r}, which merging would change, too: "
-                    "give each a weight of its own, or leave both alone (exclude_modules or rank 0)."
-                )
-
-
-def _match(config: CoLoRAConfig, target_modules: set[str] | str, name: str) -> Any:
-    """PEFT's own rule on whether `name` is targeted, with `target_modules` in place of those of `config`."""
-    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters")
-    view = SimpleNamespace(**{field: getattr(config, field) for field in fields}, target_modules=target_modules)
-    return check_target_module_exists(view, name)
-
-
-def _check_known(names: dict[str, Any], layers: dict[str, nn.Module], what: str) -> None:
-    """Check that each of `names` is a layer that can be adapted.
-
-    Raises:
-        ValueError: One is not; names it and its nearest relatives.
-    """
-    for name in names:
-        if name not in layers:
-            raise ValueError(unknown_layer_message(name, layers, what))
+    return args, {**kwargs, "adapter_names": adapter_names}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adaptable import ADAPTABLE_KINDS
+from .offloading import is_offloaded
 
 __all__ = ["factors_save_time", "run_with_factors", "run_with_weight"]
 
@@ -26,19 +27,28 @@ _convolution_backward = torch.ops.aten.convolution_backward
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a call of `layer` does what its kind does and nothing more: no subclass, no hook."""
-    hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    return not hooked and type(layer).forward in _PLAIN_FORWARDS
+    """Whether a call of `layer` does what its kind does and nothing more: no subclass, no hook.
+
+    What brings offloaded weights back does not count: the weight to run with is here.
+    """
+    hooked = "forward" in layer.__dict__ and not is_offloaded(layer)
+    return not (hooked or layer._forward_hooks or layer._forward_pre_hooks) and type(layer).forward in _PLAIN_FORWARDS
 
 
 def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Output of `layer` for `x` as if `weight` were its weight; further arguments as `layer.forward` takes them.
 
     Raises:
+        NotImplementedError: An offloaded layer has a forward pass of its own.
         TypeError: `layer.forward` does not take the further arguments.
     """
     surplus = (args or kwargs) and not isinstance(layer, nn.ConvTranspose2d)
     if surplus or not is_plain(layer):
+        if is_offloaded(layer):
+            raise NotImplementedError(
+                f"A {type(layer).__name__} with a forward pass of its own cannot be adapted while it is offloaded: "
+                "keep it on a device in the device_map, or leave it alone (exclude_modules or rank 0)."
+            )
         # A subclass or a hook (device_map, feature extraction) adds to the forward pass: let it run, on our weight.
         # A plain layer takes x alone and refuses anything more in its own words.
         return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)

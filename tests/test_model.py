@@ -106,18 +106,6 @@ def test_unload_and_disable_give_back_the_base(case):
     assert torch.equal(model.unload()(x), bare(x))
 
 
-def test_name_of_the_adapter_does_not_matter(case, tmp_path):
-    bare, model, x, settings = case
-    torch.manual_seed(5)
-    one = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(**settings, init_weights=False))
-    torch.manual_seed(5)
-    other = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(**settings, init_weights=False), adapter_name="rain")
-    assert torch.equal(one(x), other(x))
-    other.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / "rain", adapter_name="fog")
-    assert torch.equal(again(x), one(x))
-
-
 # --- several adapters -------------------------------------------------------------------------------------------
 
 
@@ -163,22 +151,6 @@ def test_adapters_loaded_into_one_network_switch(two, tmp_path):
     for name in ("haze", "rain", "haze"):
         loaded.set_adapter(name)
         torch.testing.assert_close(loaded(x), expected[name], rtol=0, atol=1e-6)
-
-
-def test_adapter_names_for_each_sample_are_refused_and_none_is_not(two):
-    _, model, x = two
-    expected = model(x)
-    with pytest.raises(NotImplementedError, match=r"set_adapter\.$"):
-        model(x, adapter_names=["haze", "rain"])
-    assert torch.equal(model(x, adapter_names=None), expected)
-
-
-def test_only_the_active_adapter_is_trainable(two):
-    _, model, _ = two
-    for name in ("rain", "haze"):
-        model.set_adapter(name)
-        trainable = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
-        assert trainable == {name}
 
 
 def test_deleting_cleans_up(two):

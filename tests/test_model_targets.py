@@ -99,7 +99,7 @@ def test_ranks_survive_more_targets_than_peft_lists():
     [
         ({"ranks": {"conv": 1, "heads": 1}}, ValueError, "'heads'.*did you mean 'head'"),
         ({"ranks": {"conv": 1, "blocks.0.norm": 1}}, ValueError, "'blocks.0.norm'"),
-        ({"ranks": {"conv": 1}, "target_modules": ["conv"]}, ValueError, "'blocks.0.conv' is missing from `ranks`"),
+        ({"ranks": {"conv": 1, "up": 0}, "target_modules": ["conv", "up"]}, ValueError, "'blocks.0.conv' is missing"),
         ({"ranks": {"conv": 1}, "exclude_modules": ["conv"]}, ValueError, "^Nothing.*matches no layer of Restorer"),
         ({"ranks": 0}, ValueError, "All ranks are 0"),
         ({"ranks": {"conv": 0}}, ValueError, "All ranks are 0"),

@@ -1,0 +1,170 @@
+"""Weighted sums of adapters: two tasks in one adapter, or one task taken away from another.
+
+With delta_i = s_i B_i A_i of adapter i (its scaling s_i) and weights w_i, negative ones included:
+
+- "cat": sum of w_i delta_i, exactly. Factors stand side by side, so ranks add up; where they would cost as much as the
+  weight, the sum is kept dense.
+- "svd": the nearest matrix to that sum of rank `svd_rank`, or of the highest rank that an adapter has in the layer. A
+  dense layer keeps the sum.
+- "linear": factors are averaged, (sum a_i B_i)(sum b_i A_i) with a_i = sqrt|w_i s_i| and b_i = a_i sign(w_i s_i). The
+  result has cross terms B_i A_j: cheap and rough, here as in PEFT's LoRA, and exact in dense layers.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .adaptable import weight_matrix_shape
+from .allocation import is_dense, stored_rank
+from .config import CoLoRAConfig
+from .delta_store import check_adapter_name
+from .layer import CoLoRALayer
+from .messages import some
+from .scaling import adapter_scaling
+
+__all__ = ["COMBINATION_TYPES", "blend_adapters"]
+
+COMBINATION_TYPES = ("cat", "linear", "svd")
+
+
+@torch.no_grad()
+def blend_adapters(
+    layers: Mapping[str, CoLoRALayer],
+    configs: Mapping[str, CoLoRAConfig],
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+    svd_rank: int | None,
+) -> tuple[CoLoRAConfig, dict[str, dict[str, Tensor]]]:
+    """Configuration and weights of the weighted sum; nothing is changed.
+
+    Args:
+        layers: Adapted layers by full name.
+        configs: Configurations of the adapters by name.
+        adapters: Which to add up; each at most once.
+        weights: A finite factor for each.
+        adapter_name: Name that the sum is to get.
+        combination_type: "cat", "svd" or "linear"; see the module.
+        svd_rank: Rank for "svd"; None takes the highest of the adapters' ranks, layer by layer.
+
+    Returns:
+        The configuration, and by layer what `CoLoRALayer.place_adapter` takes.
+
+    Raises:
+        ValueError: A name is unknown or taken, the weights do not fit, the combination type or rank is none, an
+            adapter trains more than deltas, or ranks differ under "linear".
+    """
+    _check_arguments(configs, adapters, weights, adapter_name, combination_type, svd_rank)
+    colora_alpha = configs[adapters[0]].colora_alpha
+    ranks = dict.fromkeys((name for adapter in adapters for name in configs[adapter].ranks), 0)
+    blends = {}
+    for name, layer in layers.items():
+        parts = [
+            (adapter, weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if adapter in layer.rank and weight != 0
+        ]
+        if parts:
+            ranks[name] = _blended_rank(name, layer, [adapter for adapter, _ in parts], combination_type, svd_rank)
+            blends[name] = _blended_weights(layer, parts, ranks[name], colora_alpha, combination_type)
+    return _blended_config(configs[adapters[0]], {name: ranks[name] for name in ranks}), blends
+
+
+def _check_arguments(
+    configs: Mapping[str, CoLoRAConfig],
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+    svd_rank: int | None,
+) -> None:
+    unknown = [adapter for adapter in adapters if adapter not in configs]
+    if unknown or not adapters:
+        raise ValueError(f"There is no adapter {some(unknown)} to blend: name some of {some(sorted(configs))}.")
+    if len(set(adapters)) != len(adapters):
+        raise ValueError(f"The adapters to blend are {some(adapters)}: name each once, and add up its weights.")
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"The weights are {list(weights)}: give a finite number for each of {some(adapters)}.")
+    if not any(weights):
+        raise ValueError("All weights are 0, so the blend would be the base network: use disable_adapter() for that.")
+    check_adapter_name(adapter_name)
+    if adapter_name in configs:
+        raise ValueError(f"There is already an adapter {adapter_name!r}: delete it first, or choose another name.")
+    if combination_type not in COMBINATION_TYPES:
+        raise ValueError(
+            f"The combination_type is {combination_type!r}: choose one of {', '.join(COMBINATION_TYPES)}."
+        )
+    if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
+        raise ValueError(f"The svd_rank is {svd_rank}: give a rank of at least 1, and only with 'svd'.")
+    for adapter in adapters:
+        if configs[adapter].modules_to_save or configs[adapter].bias != "none":
+            raise ValueError(
+                f"Adapter {adapter!r} trains whole modules or biases (modules_to_save, bias), which have no delta "
+                "to add up: blend adapters without them."
+            )
+
+
+def _blended_rank(
+    name: str, layer: CoLoRALayer, adapters: list[str], combination_type: str, svd_rank: int | None
+) -> int:
+    """Rank of the sum in one layer, as configurations write it.
+
+    Raises:
+        ValueError: Under "linear", the adapters' ranks differ.
+    """
+    d, k = weight_matrix_shape(layer)
+    own = [layer.rank[adapter] for adapter in adapters]
+    if combination_type == "cat":
+        return stored_rank(sum(own), d, k)
+    if combination_type == "svd":
+        return stored_rank(min(svd_rank or max(own), d, k), d, k)
+    if len(set(own)) > 1:
+        raise ValueError(
+            f"Layer {name!r} has ranks {own} in {some(adapters)}, which combination_type='linear' cannot average: use "
+            "'cat' or 'svd'."
+        )
+    return own[0]
+
+
+def _blended_weights(
+    layer: CoLoRALayer, parts: Iterable[tuple[str, float]], rank: int, colora_alpha: float, combination_type: str
+) -> dict[str, Tensor]:
+    """Parameters of the sum in one layer, of (d, k) or (r, k) and (d, r), by parameter name."""
+    d, k = weight_matrix_shape(layer)
+    scaling = adapter_scaling(rank, d, k, colora_alpha)
+    if is_dense(rank, d, k):
+        return {"colora_dense": _sum_of_deltas(layer, parts) / scaling}
+    if combination_type == "svd":
+        left, sizes, right = torch.linalg.svd(_sum_of_deltas(layer, parts).float(), full_matrices=False)
+        # Both factors alike, as training leaves them; contiguous, or safetensors refuses them.
+        roots = (sizes[:rank] / scaling).sqrt()
+        return {"colora_A": (roots[:, None] * right[:rank]).contiguous(), "colora_B": left[:, :rank] * roots}
+    factors = [(layer.colora_B[adapter], layer.colora_A[adapter], w * layer.scaling[adapter]) for adapter, w in parts]
+    if combination_type == "cat":
+        up = torch.cat([share / scaling * up for up, _, share in factors], dim=1)
+        return {"colora_A": torch.cat([down for _, down, _ in factors]), "colora_B": up}
+    up = sum(math.sqrt(abs(share)) * up for up, _, share in factors)
+    down = sum(math.copysign(math.sqrt(abs(share)), share) * down for _, down, share in factors)
+    return {"colora_A": down, "colora_B": up / scaling}
+
+
+def _sum_of_deltas(layer: CoLoRALayer, parts: Iterable[tuple[str, float]]) -> Tensor:
+    return sum(weight * layer.delta_matrix(adapter) for adapter, weight in parts)
+
+
+def _blended_config(first: CoLoRAConfig, ranks: dict[str, int]) -> CoLoRAConfig:
+    """What a blend is saved with: the ranks alone say where it is."""
+    return replace(
+        first,
+        ranks=ranks,
+        target_modules={name for name, rank in ranks.items() if rank > 0},
+        exclude_modules=None,
+        contributions=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        inference_mode=True,
+    )

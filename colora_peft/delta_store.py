@@ -1,0 +1,185 @@
+"""What an adapted layer holds: its base layer, and for each adapter a delta of a rank of its own.
+
+Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
+"""
+
+import math
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .adaptable import weight_matrix_shape
+from .allocation import is_dense, stored_rank
+from .scaling import adapter_scaling
+
+__all__ = ["DeltaStore", "check_adapter_name"]
+
+INITIAL_STD = 0.1
+"""Standard deviation of B, and of a dense delta, under `init_weights=False`."""
+
+_TAKEN_NAMES = frozenset(dir(nn.ParameterDict()))
+
+
+def check_adapter_name(name: str) -> None:
+    """Check that an adapter may be called `name`.
+
+    Raises:
+        ValueError: PyTorch could not hold parameters under that name.
+    """
+    if not name or "." in name:
+        raise ValueError(f"The adapter name {name!r} cannot be part of parameter names: use letters, digits, -, _.")
+    if name in _TAKEN_NAMES:
+        raise ValueError(f"The adapter name {name!r} is that of an attribute of nn.ParameterDict: choose another.")
+
+
+class DeltaStore(nn.Module, BaseTunerLayer):
+    """The parameters of the adapters of one layer, by adapter name, and the deltas that they make.
+
+    Parameters: `colora_A` (r, k) and `colora_B` (d, r), or `colora_dense` (d, k) where factors would cost as much. All
+    are matrices: `.to(memory_format=torch.channels_last)` would give a parameter of four dimensions strides that
+    safetensors refuses.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("colora_A", "colora_B", "colora_dense")
+    other_param_names: tuple[str, ...] = ("rank", "colora_alpha", "scaling")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        linear = isinstance(base_layer, nn.Linear)
+        self.in_features: int = base_layer.in_features if linear else base_layer.in_channels
+        self.out_features: int = base_layer.out_features if linear else base_layer.out_channels
+        self.colora_A = nn.ParameterDict()
+        self.colora_B = nn.ParameterDict()
+        self.colora_dense = nn.ParameterDict()
+        self.rank: dict[str, int] = {}
+        self.colora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+
+    def _weights_changed(self) -> None:
+        """Called after every change of what the layer computes."""
+
+    def update_layer(self, adapter_name: str, rank: int, colora_alpha: float, init_weights: bool = True) -> None:
+        """Add adapter `adapter_name` of `rank` >= 1, or make it anew; A is drawn from torch's global generator.
+
+        With `init_weights` the delta starts at zero, otherwise at random (for tests).
+        """
+        d, k = weight_matrix_shape(self.get_base_layer())
+        if is_dense(rank, d, k):
+            start = {"colora_dense": torch.zeros(d, k)}
+        else:
+            start = {"colora_A": torch.empty(rank, k), "colora_B": torch.zeros(d, rank)}
+        self.place_adapter(adapter_name, rank, colora_alpha, start)
+        # Registered first, drawn then: PEFT's low_cpu_mem_usage moves parameters to `meta` on registration.
+        if adapter_name in self.colora_A:
+            nn.init.normal_(self.colora_A[adapter_name], std=1 / math.sqrt(k))
+        if not init_weights:
+            up = self.colora_dense if adapter_name in self.colora_dense else self.colora_B
+            nn.init.normal_(up[adapter_name], std=INITIAL_STD)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def place_adapter(self, adapter_name: str, rank: int, colora_alpha: float, weights: dict[str, Tensor]) -> None:
+        """Give this layer the adapter `adapter_name` with these weights, in place of an older one of that name.
+
+        Args:
+            adapter_name: Which becomes neither active nor inactive by this.
+            rank: At least 1.
+            colora_alpha: Gain; with the rank it gives the scaling.
+            weights: `colora_A` (r, k) and `colora_B` (d, r), or `colora_dense` (d, k) if the rank is dense.
+        """
+        d, k = weight_matrix_shape(self.get_base_layer())
+        self._drop(adapter_name)
+        for parameter_name, tensor in weights.items():
+            getattr(self, parameter_name)[adapter_name] = nn.Parameter(tensor)
+        self.rank[adapter_name] = stored_rank(rank, d, k)
+        self.colora_alpha[adapter_name] = colora_alpha
+        self.set_scale(adapter_name, 1.0)
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Take `adapter_name` out of this layer; unlike `delete_adapter`, whichever is active stays so."""
+        self._drop(adapter_name)
+        self._weights_changed()
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Call adapter `old` `new`; nothing else changes."""
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            if old in getattr(self, attribute):
+                getattr(self, attribute)[new] = getattr(self, attribute).pop(old)
+        self._active_adapter = [new if name == old else name for name in self.active_adapters]
+        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
+        self._weights_changed()
+
+    def _drop(self, adapter_name: str) -> None:
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            if adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the delta of `adapter` as it was trained by `scale`: 0 is the base, 1 the adapter, more is more.
+
+        Raises:
+            ValueError: The adapter is merged, and unmerging would take out another delta than was merged.
+        """
+        if adapter in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter!r} is merged: call unmerge_adapter() before you scale it.")
+        if adapter in self.rank:
+            self.scaling[adapter] = scale * self._trained_scaling(adapter)
+            self._weights_changed()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the deltas of the active adapters by `scale`, on top of what was set before."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.set_scale(adapter, scale * self.scaling[adapter] / self._trained_scaling(adapter))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; None undoes all scaling of the active adapters."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                now = self.scaling[adapter] / self._trained_scaling(adapter)
+                self.set_scale(adapter, 1.0 if scale is None else now / scale)
+
+    def _trained_scaling(self, adapter: str) -> float:
+        d, k = weight_matrix_shape(self.get_base_layer())
+        return adapter_scaling(self.rank[adapter], d, k, self.colora_alpha[adapter])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """delta_W of `adapter` in W0's shape and dtype, differentiable in the adapter's parameters.
+
+        Raises:
+            ValueError: This layer has no such adapter.
+        """
+        if adapter not in self.scaling:
+            raise ValueError(f"This layer has no adapter {adapter!r}, only {sorted(self.scaling)}.")
+        weight = self.get_base_layer().weight
+        device_type = weight.device.type
+        if torch.is_autocast_enabled(device_type):
+            # Autocast would build the delta in 16 bits: merged and unmerged would differ.
+            with torch.autocast(device_type, enabled=False):
+                return self.delta_matrix(adapter).view(weight.shape).to(weight.dtype)
+        return self.delta_matrix(adapter).view(weight.shape).to(weight.dtype)
+
+    def delta_matrix(self, adapter: str) -> Tensor:
+        """The delta as a (d, k) matrix; the scaling goes onto B, which has fewer numbers than the product."""
+        if adapter in self.colora_dense:
+            return self.scaling[adapter] * self.colora_dense[adapter]
+        return (self.scaling[adapter] * self.colora_B[adapter]) @ self.colora_A[adapter]
+
+    def is_empty(self, adapter: str) -> bool:
+        """Whether the delta of `adapter` is zero because its B, or its dense delta, is, or has no values yet."""
+        up = self.colora_dense[adapter] if adapter in self.colora_dense else self.colora_B[adapter]
+        return up.is_meta or not up.any()
+
+    def effective_weight(self) -> Tensor:
+        """W0 plus the deltas of the active adapters, in W0's shape and dtype; W0 itself if none is in this layer.
+
+        Adapters are added one by one, as `merge` does, so that both round alike.
+        """
+        weight = self.get_base_layer().weight
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                weight = weight + self.get_delta_weight(adapter)
+        return weight

@@ -1,0 +1,148 @@
+"""Another adapter in a network that was compiled, without compiling it again.
+
+`prepare_model_for_compiled_hotswap` gives every layer a buffer with the effective weight and lets the forward pass
+read that alone. Adapters of any ranks, on any layers, then differ in the content of those buffers: nothing is padded,
+and the compiled network does what the bare one does. The price is one more copy of the adaptable weights. The names
+are those of `peft.utils.hotswap`, which serves LoRA.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from .adaptable import adaptable_layers, weight_matrix_shape
+from .allocation import is_dense
+from .config import CoLoRAConfig
+from .layer import CoLoRALayer
+from .loading import check_adapter_weights, weights_by_adapter
+from .messages import some
+from .model import CoLoRAModel
+from .targets import resolve_ranks
+
+__all__ = ["hotswap_adapter", "prepare_model_for_compiled_hotswap"]
+
+
+def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
+    """Let `model` be compiled for inference once, whatever adapters come later.
+
+    After it, `torch.compile(model)` survives `hotswap_adapter`, merging, and a layer's `set_scale`. PeftModel's own
+    forward pass depends on the name of the active adapter; `torch.compile(model.get_base_model())` does not, and
+    survives `set_adapter` and `disable_adapter()` as well. Writing into the `.data` of weights is seen at the next
+    `model.eval()`. Training is as before.
+
+    Raises:
+        TypeError: `model` is not a PeftModel with CoLoRA adapters.
+        ValueError: It is compiled already.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model is compiled already: prepare it for hot-swapping before torch.compile.")
+    tuner = _tuner_of(model)
+    bare = {name: layer for name, layer in adaptable_layers(tuner.model).items() if not _adapted(tuner, name)}
+    for name, layer in bare.items():
+        parent = tuner.model.get_submodule(name.rpartition(".")[0])
+        wrapped = CoLoRALayer(layer).train(layer.training)
+        wrapped.set_adapter(tuner.active_adapters)
+        tuner._replace_module(parent, name.rpartition(".")[2], wrapped, layer)
+    for module in tuner.modules():
+        if isinstance(module, CoLoRALayer):
+            module.pin_weight()
+
+
+def hotswap_adapter(
+    model: PeftModel, model_id: str | os.PathLike, adapter_name: str = "default", **hub_options: Any
+) -> None:
+    """Put the adapter of `model_id` in the place of `adapter_name`, whatever their ranks and layers.
+
+    Everything is read and checked before the first layer is changed.
+
+    Args:
+        model: A PeftModel, compiled or not.
+        model_id: Folder of an adapter, or its name on the Hub.
+        adapter_name: Adapter to replace; the new one takes over its name and whether it is active, and is frozen.
+        hub_options: `revision`, `subfolder`, `token`, `cache_dir`, ... as in `PeftModel.from_pretrained`.
+
+    Raises:
+        TypeError: `model` is not a PeftModel with CoLoRA adapters, or the new adapter is of another method.
+        ValueError: There is no such adapter, it is merged, one of the two trains more than deltas, or the new one does
+            not fit the network.
+    """
+    tuner = _tuner_of(getattr(model, "_orig_mod", model))
+    config = PeftConfig.from_pretrained(os.fspath(model_id), **hub_options)
+    if not isinstance(config, CoLoRAConfig):
+        raise TypeError(f"The adapter {str(model_id)!r} is of type {config.peft_type}: hotswap_adapter swaps CoLoRA.")
+    _check_swap(tuner, adapter_name, config)
+    config.ranks = resolve_ranks(config, tuner.model)
+    layers = {name: _adapted(tuner, name) for name in config.ranks}
+    lacking = [name for name, rank in config.ranks.items() if rank and layers[name] is None]
+    if lacking:
+        raise ValueError(
+            f"The new adapter also adapts {some(lacking, 5)}, which {adapter_name!r} leaves alone: call "
+            "prepare_model_for_compiled_hotswap(model) once before, and before torch.compile."
+        )
+    weights = load_peft_weights(os.fspath(model_id), device="cpu", **hub_options)
+    named = {f"{key}.{adapter_name}": tensor for key, tensor in weights.items()}
+    found = weights_by_adapter(named, "base_model.model.", tuner.prefix).get(adapter_name, {})
+    expected = _expected_weights(config.ranks, adaptable_layers(tuner.model))
+    check_adapter_weights(expected, found, adapter_name)
+    _swap(tuner, adapter_name, config, found)
+
+
+def _tuner_of(model: nn.Module) -> CoLoRAModel:
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, PeftModel) or not isinstance(tuner, CoLoRAModel):
+        raise TypeError(f"A {type(model).__name__} carries no CoLoRA adapters: pass what get_peft_model returned.")
+    return tuner
+
+
+def _adapted(tuner: CoLoRAModel, name: str) -> CoLoRALayer | None:
+    layer = tuner.model.get_submodule(name)
+    return layer if isinstance(layer, CoLoRALayer) else None
+
+
+def _check_swap(tuner: CoLoRAModel, adapter_name: str, new: CoLoRAConfig) -> None:
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r} to replace, only {some(sorted(tuner.peft_config))}.")
+    if any(adapter_name in layer.merged_adapters for layer in tuner.modules() if isinstance(layer, CoLoRALayer)):
+        raise ValueError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before you swap it.")
+    for which, config in (("old", tuner.peft_config[adapter_name]), ("new", new)):
+        if config.modules_to_save or config.bias != "none":
+            raise ValueError(
+                f"The {which} adapter trains whole modules or biases (modules_to_save, bias), which cannot be "
+                "swapped: use load_adapter and set_adapter."
+            )
+
+
+def _expected_weights(ranks: Mapping[str, int], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Tensors without storage, of the shapes that an adapter of these ranks has, by "layer.parameter"."""
+    expected = {}
+    for name, rank in ranks.items():
+        d, k = weight_matrix_shape(layers[name])
+        if is_dense(rank, d, k):
+            expected[f"{name}.colora_dense"] = torch.empty(d, k, device="meta")
+        elif rank:
+            expected[f"{name}.colora_A"] = torch.empty(rank, k, device="meta")
+            expected[f"{name}.colora_B"] = torch.empty(d, rank, device="meta")
+    return expected
+
+
+def _swap(tuner: CoLoRAModel, adapter_name: str, config: CoLoRAConfig, weights: Mapping[str, Tensor]) -> None:
+    for name, layer in tuner.model.named_modules():
+        if not isinstance(layer, CoLoRALayer):
+            continue
+        if config.ranks.get(name, 0) == 0:
+            layer.remove_adapter(adapter_name)
+            continue
+        own = {
+            parameter: weights[f"{name}.{parameter}"].to(layer.weight.device, copy=True)
+            for parameter in layer.adapter_layer_names
+            if f"{name}.{parameter}" in weights
+        }
+        layer.place_adapter(adapter_name, config.ranks[name], config.colora_alpha, own)
+        layer.set_requires_grad(adapter_name, False)
+    config.inference_mode = True
+    tuner.peft_config[adapter_name] = config

@@ -1,0 +1,178 @@
+"""Which layers of a network a configuration adapts, and the rank of each.
+
+PEFT matches target names by suffix; ranks are by exact name. So targets are matched once, before anything is changed,
+and from then on `config.ranks` alone says what is wrapped.
+"""
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from .adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
+from .allocation import allocate_ranks, check_same_names, stored_rank, unknown_layer_message
+from .config import CoLoRAConfig
+from .layer import CoLoRALayer
+from .offloading import is_offloaded
+
+__all__ = ["check_not_offloaded", "matches", "resolve_ranks"]
+
+
+def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
+    """Rank of every targeted layer by full name, in network order, 0 included: given, or allocated under the budget.
+
+    Raises:
+        TypeError: A targeted layer cannot be adapted.
+        ValueError: Nothing is targeted, every rank is 0, `ranks` or `contributions` name an unknown layer or lack a
+            targeted one, a targeted layer or its weight is in use in a second place, or `model` is itself a layer.
+    """
+    layers = adaptable_layers(model)
+    if "" in layers:
+        raise ValueError(
+            f"The model is a single {type(model).__name__} layer, which PEFT cannot replace: wrap it in a module, "
+            "for example nn.Sequential(model)."
+        )
+    targets = _targeted_layers(config, model, layers)
+    given = config.ranks if isinstance(config.ranks, dict) else {}
+    _check_used_once({name: layer for name, layer in targets.items() if given.get(name) != 0}, model)
+    shapes = {name: weight_matrix_shape(layer) for name, layer in targets.items()}
+    if isinstance(config.ranks, dict):
+        check_same_names(config.ranks, shapes, "ranks")
+        ranks = {name: config.ranks[name] for name in shapes}
+    elif config.ranks is not None:
+        ranks = dict.fromkeys(shapes, config.ranks)
+    else:
+        scores = config.contributions
+        if scores is not None:
+            _check_known(scores, layers, "contributions")
+            # Scores are measured once for the whole network and serve any choice of targets.
+            scores = {name: score for name, score in scores.items() if name in shapes}
+        return allocate_ranks(shapes, scores, config.parameter_budget, config.beta, config.delta_min)
+    if not any(ranks.values()):
+        raise ValueError("All ranks are 0, so nothing would be trained: give at least one layer a rank of 1.")
+    return {name: stored_rank(rank, *shapes[name]) for name, rank in ranks.items()}
+
+
+def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that `target_modules`, `exclude_modules` and `layers_to_transform` choose, in network order."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        chosen = {name: layers[name] for name in layers if name in linear and matches(config, linear, name)}
+    elif config.target_modules is not None and not _names_what_ranks_name(config):
+        chosen = _matched_layers(config, model, layers)
+    elif isinstance(config.ranks, dict):
+        _check_known(config.ranks, layers, "ranks")
+        named = set(config.ranks)
+        chosen = {name: layer for name, layer in layers.items() if name in named and matches(config, named, name)}
+    else:
+        # Suffixes, not full names: PEFT applies layers_to_transform to suffixes only.
+        suffixes = {name.rpartition(".")[2] for name in layers}
+        chosen = {name: layer for name, layer in layers.items() if matches(config, suffixes, name)}
+        if config.layers_to_transform is not None:
+            chosen = {name: layer for name, layer in chosen.items() if "." in name}
+    if not chosen:
+        raise ValueError(
+            f"Nothing is targeted: target_modules={config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} "
+            f"matches no layer of {type(model).__name__}; "
+            f"layers that can be adapted: {', '.join(list(layers)[:5]) or 'none'}{', ...' if len(layers) > 5 else ''}."
+        )
+    return chosen
+
+
+def _names_what_ranks_name(config: CoLoRAConfig) -> bool:
+    """Whether `target_modules` are full names, those of `ranks` which are not 0: then nothing is matched by suffix.
+
+    This is how a resolved configuration is saved.
+    """
+    return isinstance(config.ranks, dict) and config.target_modules == {n for n, rank in config.ranks.items() if rank}
+
+
+def _matched_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that `target_modules` matches by PEFT's rules.
+
+    Raises:
+        TypeError: It matches a module that cannot be adapted.
+    """
+    chosen = {}
+    wrapped: str | None = None  # prefix of the last adapted layer, whose inside is no target
+    for name, module in model.named_modules():
+        if not name or (wrapped is not None and name.startswith(wrapped)):
+            continue
+        if isinstance(module, CoLoRALayer):
+            wrapped = f"{name}."
+        if not matches(config, config.target_modules, name):
+            continue
+        if name not in layers:
+            reason = why_not_adaptable(module) or "the module around it reads its weight without calling it"
+            raise TypeError(
+                f"The targeted layer {name!r} is a {type(module).__name__} and cannot be adapted: {reason}. "
+                "Narrow target_modules or name it in exclude_modules."
+            )
+        chosen[name] = layers[name]
+    return chosen
+
+
+def _check_used_once(targets: dict[str, nn.Module], model: nn.Module) -> None:
+    """Check that each target has one place in `model` and a weight that no other module holds.
+
+    A block that is registered twice is fine: the layer is replaced inside the block, so for both.
+
+    Raises:
+        ValueError: PEFT would replace a target in one of its two places only, or merging would write into the weight
+            of another module; names both.
+    """
+    places: dict[int, list[str]] = defaultdict(list)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for child_name, child in module._modules.items():
+            places[id(child)].append(f"{name}.{child_name}".removeprefix("."))
+        for parameter in module._parameters.values():
+            owners[id(parameter)].append(name.removesuffix(".base_layer"))
+    for name, layer in targets.items():
+        for place in places[id(layer)]:
+            if place.removesuffix(".base_layer") != name:
+                raise ValueError(
+                    f"The targeted layer {name!r} is also registered as {place!r}, where it would stay without an "
+                    f"adapter: register it once, or leave {name!r} alone (exclude_modules or rank 0)."
+                )
+        for owner in owners[id(layer.weight)]:
+            if owner != name:
+                raise ValueError(
+                    f"The targeted layer {name!r} shares its weight with {owner!r}, which merging would change, too: "
+                    "give each a weight of its own, or leave both alone (exclude_modules or rank 0)."
+                )
+
+
+def check_not_offloaded(ranks: dict[str, int], model: nn.Module) -> None:
+    """Check that the weight of every layer with a rank is in memory, so that an adapter for it can be trained.
+
+    Raises:
+        ValueError: One is offloaded; PEFT would put its adapter where the weight is: nowhere.
+    """
+    for name, rank in ranks.items():
+        if rank and is_offloaded(model.get_submodule(name)):
+            raise ValueError(
+                f"The targeted layer {name!r} is offloaded (device_map, cpu_offload): adapt the network before you "
+                "dispatch it, or leave the layer alone (exclude_modules or rank 0)."
+            )
+
+
+def matches(config: CoLoRAConfig, target_modules: set[str] | str, name: str) -> Any:
+    """PEFT's own rule on whether `name` is targeted, with `target_modules` in place of those of `config`."""
+    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters")
+    view = SimpleNamespace(**{field: getattr(config, field) for field in fields}, target_modules=target_modules)
+    return check_target_module_exists(view, name)
+
+
+def _check_known(names: dict[str, Any], layers: dict[str, nn.Module], what: str) -> None:
+    """Check that each of `names` is a layer that can be adapted.
+
+    Raises:
+        ValueError: One is not; names it and its nearest relatives.
+    """
+    for name in names:
+        if name not in layers:
+            raise ValueError(unknown_layer_message(name, layers, what))
