@@ -10,6 +10,7 @@ which takes 2 r (d + k) multiplications for each pixel in place of the d k of dL
 again for the gradient of the input: neither W nor anything of u is kept from the forward to the backward pass.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from .adaptable import ADAPTABLE_KINDS
 from .offloading import is_offloaded
 
 __all__ = ["factors_save_time", "run_with_factors", "run_with_weight"]
+
+MINIMUM_MULTIPLICATIONS = 100_000_000
+"""Of the gradient of a whole weight, from which on that of its factors is faster."""
 
 _PLAIN_FORWARDS: frozenset[Callable] = frozenset(kind.forward for kind in ADAPTABLE_KINDS)
 _convolution_backward = torch.ops.aten.convolution_backward
@@ -74,10 +78,11 @@ def _conv_transpose(
 def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
     """Whether `run_with_factors` takes `layer` and `x`, and trains a delta of `rank` faster than `run_with_weight`.
 
-    The rule is our measurement on two CPU cores (`examples/benchmark_speed.py`): the small convolutions run at full
-    speed from about 8 channels on, so fewer are counted as 8, and their multiplications at a quarter of the speed of
-    large ones. On a GPU, under autocast and inside `torch.compile` the usual backward pass is taken: there the
-    gradient of a weight is bound by memory, not by multiplications, and the rule has not been measured.
+    The rule is our measurement on two CPU cores: the small convolutions run at full speed from about 8 channels on, so
+    fewer are counted as 8, and multiplications in them at a quarter of the speed of large ones; several calls in place
+    of one need `MINIMUM_MULTIPLICATIONS` to pay off (break-even between 34 and 134 million on 30 pairs of layer and
+    picture). On a GPU, under autocast and inside `torch.compile` the usual backward pass is taken: there the gradient
+    of a weight is bound by memory rather than by multiplications, and the rule has not been measured.
     """
     if isinstance(layer, nn.ConvTranspose2d) or not is_plain(layer):
         return False
@@ -88,8 +93,11 @@ def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
     if x.dtype != weight.dtype or 4 * max(rank, 8) * (d + k) > d * k:
         return False
     if isinstance(layer, nn.Linear):
-        return x.dim() >= 2
-    return layer.groups == 1 and x.dim() == weight.dim() and not isinstance(layer.padding, str)
+        return x.dim() >= 2 and x.numel() * d >= MINIMUM_MULTIPLICATIONS
+    if layer.groups != 1 or x.dim() != weight.dim() or isinstance(layer.padding, str):
+        return False
+    pixels = x.numel() // (x.shape[1] * math.prod(layer.stride))
+    return pixels * d * k >= MINIMUM_MULTIPLICATIONS
 
 
 def run_with_factors(layer: nn.Module, up: Tensor, down: Tensor, x: Tensor) -> Tensor:

@@ -178,3 +178,23 @@ def test_training_and_evaluation_mode_agree(kind):
         results.append([output.detach(), *[p.grad.clone() for p in layer.parameters() if p.requires_grad]])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.real_sizes
+def test_factors_are_trained_alone_only_where_that_pays():
+    """Enough work, and few enough multiplications in the factors."""
+    wide, thin = nn.Conv2d(256, 512, 1), nn.Conv2d(32, 64, 1)
+    patch, picture = torch.empty(1, 256, 16, 16), torch.empty(4, 256, 32, 32)
+    assert factors_save_time(wide, 12, picture) and not factors_save_time(wide, 12, patch)
+    assert not factors_save_time(wide, 100, picture)
+    assert not factors_save_time(thin, 1, torch.empty(2, 32, 256, 256))
+    strided = nn.Conv2d(256, 512, 2, stride=2)
+    assert factors_save_time(strided, 12, picture) and not factors_save_time(strided, 12, patch)
+    assert not factors_save_time(wide, 12, picture.to(torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not factors_save_time(wide, 12, picture)
+    linear = nn.Linear(256, 512)
+    assert factors_save_time(linear, 12, torch.empty(2, 4096, 256))
+    assert not factors_save_time(linear, 12, torch.empty(8, 256)) and not factors_save_time(
+        linear, 12, torch.empty(256)
+    )
