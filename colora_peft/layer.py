@@ -38,9 +38,8 @@ class CoLoRALayer(DeltaStore):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """As the base layer's forward, with the effective weight, or that of a name of its own for each sample."""
         kept = self._kept
-        if kept is not None and adapter_names is None and not torch.compiler.is_compiling():
-            if kept.is_current(self.scaling):
-                return run_with_weight(kept.base, kept.weight, x, *args, **kwargs)
+        if kept is not None and adapter_names is None and kept.is_current(self.scaling):
+            return run_with_weight(kept.base, kept.weight, x, *args, **kwargs)
         if is_offloaded(self.base_layer) and not self.disable_adapters and not self.merged:
             with onloaded(self):
                 weight = self.effective_weight()

@@ -10,7 +10,9 @@ __all__ = ["is_offloaded", "onloaded"]
 
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether the weights of `layer` itself are elsewhere between its calls."""
-    return getattr(layer.__dict__.get("_hf_hook"), "offload", False)
+    hook = layer.__dict__.get("_hf_hook")
+    # The outermost module has several hooks in one.
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
 @contextmanager

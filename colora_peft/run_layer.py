@@ -11,14 +11,13 @@ again for the gradient of the input: neither W nor anything of u is kept from th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adaptable import ADAPTABLE_KINDS
 from .offloading import is_offloaded
 
 __all__ = ["factors_save_time", "run_with_factors", "run_with_weight"]
@@ -26,7 +25,6 @@ __all__ = ["factors_save_time", "run_with_factors", "run_with_weight"]
 MINIMUM_MULTIPLICATIONS = 100_000_000
 """Of the gradient of a whole weight, from which on that of its factors is faster."""
 
-_PLAIN_FORWARDS: frozenset[Callable] = frozenset(kind.forward for kind in ADAPTABLE_KINDS)
 _convolution_backward = torch.ops.aten.convolution_backward
 
 
@@ -35,8 +33,9 @@ def is_plain(layer: nn.Module) -> bool:
 
     What brings offloaded weights back does not count: the weight to run with is here.
     """
-    hooked = "forward" in layer.__dict__ and not is_offloaded(layer)
-    return not (hooked or layer._forward_hooks or layer._forward_pre_hooks) and type(layer).forward in _PLAIN_FORWARDS
+    if layer._forward_hooks or layer._forward_pre_hooks or ("forward" in layer.__dict__ and not is_offloaded(layer)):
+        return False
+    return type(layer).forward in _PLAIN_RUNS
 
 
 def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,24 +45,36 @@ def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **k
         NotImplementedError: An offloaded layer has a forward pass of its own.
         TypeError: `layer.forward` does not take the further arguments.
     """
-    surplus = (args or kwargs) and not isinstance(layer, nn.ConvTranspose2d)
-    if surplus or not is_plain(layer):
-        if is_offloaded(layer):
-            raise NotImplementedError(
-                f"A {type(layer).__name__} with a forward pass of its own cannot be adapted while it is offloaded: "
-                "keep it on a device in the device_map, or leave it alone (exclude_modules or rank 0)."
-            )
-        # A subclass or a hook (device_map, feature extraction) adds to the forward pass: let it run, on our weight.
-        # A plain layer takes x alone and refuses anything more in its own words.
-        return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
-    if isinstance(layer, nn.ConvTranspose2d):
-        return _conv_transpose(layer, weight, x, *args, **kwargs)
+    run = _PLAIN_RUNS.get(type(layer).forward)
+    if run is not None and is_plain(layer) and (run is _run_conv_transpose or not args and not kwargs):
+        return run(layer, weight, x, *args, **kwargs)
+    if is_offloaded(layer):
+        raise NotImplementedError(
+            f"A {type(layer).__name__} with a forward pass of its own cannot be adapted while it is offloaded: "
+            "keep it on a device in the device_map, or leave it alone (exclude_modules or rank 0)."
+        )
+    # A subclass or a hook (device_map, feature extraction) adds to the forward pass: let it run, on our weight. And a
+    # plain layer takes x alone and refuses anything more in its own words.
+    return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)
+
+
+def _run_linear(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight, layer.bias)
+
+
+def _run_conv(layer: nn.Conv1d | nn.Conv3d, weight: Tensor, x: Tensor) -> Tensor:
     return layer._conv_forward(x, weight, layer.bias)
 
 
-def _conv_transpose(
+def _run_conv2d(layer: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+    # The commonest layer, spared what Python costs: nn.Module's __getattr__, and a call.
+    bias = layer._parameters["bias"]
+    if layer.padding_mode != "zeros":
+        return layer._conv_forward(x, weight, bias)
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _run_conv_transpose(
     layer: nn.ConvTranspose2d, weight: Tensor, x: Tensor, output_size: list[int] | None = None
 ) -> Tensor:
     """As nn.ConvTranspose2d.forward; `output_size` picks one of the sizes that stride leaves open."""
@@ -73,6 +84,15 @@ def _conv_transpose(
     return F.conv_transpose2d(
         x, weight, layer.bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation
     )
+
+
+_PLAIN_RUNS: Mapping[Callable, Callable] = {
+    nn.Linear.forward: _run_linear,
+    nn.Conv1d.forward: _run_conv,
+    nn.Conv2d.forward: _run_conv2d,
+    nn.Conv3d.forward: _run_conv,
+    nn.ConvTranspose2d.forward: _run_conv_transpose,
+}
 
 
 def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
