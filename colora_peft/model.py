@@ -158,10 +158,15 @@ class CoLoRAModel(BaseTuner):
         loaded = weights_by_adapter(state_dict, f"{prefix}model.", self.prefix)
         homeless = loaded.pop(None, {})
         own = weights_by_adapter(dict(self.model.named_parameters()), "", self.prefix)
+        # A block that is registered twice has two names, and some versions of PEFT save it under both.
+        all_own = weights_by_adapter(dict(self.model.named_parameters(remove_duplicate=False)), "", self.prefix)
         for adapter, found in loaded.items():
             if adapter in self.peft_config:
+                expected = own.get(adapter, {})
+                second_names = all_own.get(adapter, {}).keys() - expected.keys()
+                found = {name: tensor for name, tensor in found.items() if name not in second_names}
                 try:
-                    check_adapter_weights(own.get(adapter, {}), {**found, **homeless}, adapter)
+                    check_adapter_weights(expected, {**found, **homeless}, adapter)
                 except ValueError:
                     self._take_off_if_empty(adapter)
                     raise

@@ -2,8 +2,10 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_networks import network
 from torch import nn
@@ -42,7 +44,7 @@ def test_exact_sums(weights, settings, tmp_path):
     bare, model, x = adapted()
     model.add_weighted_adapter(["haze", "rain"], list(weights), "blend", **settings)
     expected = summed(bare, model, dict(zip(["haze", "rain"], weights, strict=True)))(x)
-    model.set_adapter("blend", inference_mode=True)
+    model.set_adapter("blend")
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / "blend").eval()
@@ -105,6 +107,8 @@ class Mlp(nn.Module):
 @pytest.mark.parametrize("weights", [*WEIGHTS, (1.5, 0.3)], ids=str)
 def test_linear_is_what_pefts_lora_computes(weights):
     """The same factors in stock LoRA, blended there: cross terms and signs included."""
+    if min(weights) < 0 and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("this PEFT blends LoRA with negative weights otherwise")
     torch.manual_seed(0)
     bare, x = Mlp().eval(), torch.randn(4, 12)
     ours = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(ranks=2, init_weights=False), "haze").eval()

@@ -2,10 +2,10 @@
 
 import copy
 
+import peft
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_peft_model
-from peft.tuners.lora import save_as_lora as pefts_save_as_lora
+from peft import PeftModel, get_peft_model
 from tiny_networks import network
 from torch import nn
 
@@ -72,20 +72,25 @@ class Mlp(nn.Module):
         return self.last(torch.relu(self.inner["last"](x)))
 
 
+converts = pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT does not convert to LoRA yet")
+
+
+@converts
 @pytest.mark.parametrize("settings", [{"parameter_budget": 0.5}, {"target_modules": ["last"], "ranks": 2}], ids=str)
 @pytest.mark.parametrize("rank", [4, 0.999999])
 def test_pefts_own_conversion_of_linear_layers(settings, rank, tmp_path):
     torch.manual_seed(0)
     bare, x = Mlp().eval(), torch.randn(3, 12)
     model = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(init_weights=False, **settings)).eval()
-    pefts_save_as_lora(tmp_path, model, rank=rank)
+    peft.tuners.lora.save_as_lora(tmp_path, model, rank=rank)
     lora = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path).eval()
     assert lora.peft_config["default"].peft_type == "LORA"
     torch.testing.assert_close(lora(x), model(x), rtol=0, atol=1e-3 if isinstance(rank, float) else 1e-5)
     assert not torch.allclose(model(x), bare(x), atol=1e-2)
 
 
+@converts
 def test_pefts_own_conversion_refuses_convolutions():
     _, model, _ = adapted(ranks=1)
     with pytest.raises(TypeError, match="CoLoRALayer"):
-        convert_to_lora(model, rank=2)
+        peft.convert_to_lora(model, rank=2)

@@ -173,7 +173,7 @@ FAULTS = {
     "unexpected": ({}, lambda w: w.update({"base_model.model.x.colora_A": torch.rand(1)}), "unexpected: x.colora_A"),
     "rank": ({"ranks": {**RANKS["rain"], "conv": 1}}, None, r"conv.colora_A \(2, 27\) instead of \(1, 27\)"),
     "layer": ({"ranks": {"tail": 1}, "target_modules": None}, None, "'tail'"),
-    "biases": ({"bias": "all"}, None, "new adapter trains whole modules or biases"),
+    "whole modules": ({"modules_to_save": ["blocks"]}, None, "new adapter trains whole modules or biases"),
     "version": ({"method_version": 99}, None, "newer colora_peft"),
 }
 

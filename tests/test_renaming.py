@@ -28,13 +28,12 @@ def test_outputs_order_and_state_stay(two, state):
     expected = {name: (model.set_adapter(name), model(x))[1] for name in ("rain", "haze")}
     if state == "inactive":
         model.set_adapter("rain")
-    parameters = {name.replace("haze", "fog"): id(p) for name, p in model.named_parameters()}
-    trained = {name.replace("haze", "fog") for name, p in model.named_parameters() if p.requires_grad}
     if state == "merged":
         model.merge_adapter()
     if state == "disabled":
         model.base_model.disable_adapter_layers()
-        trained = set()
+    parameters = {name.replace("haze", "fog"): id(p) for name, p in model.named_parameters()}
+    trained = {name.replace("haze", "fog") for name, p in model.named_parameters() if p.requires_grad}
     rename_adapter(model, "haze", "fog")
     assert list(model.peft_config) == ["fog", "rain"]
     assert model.active_adapter == ("rain" if state == "inactive" else "fog") == model.active_adapters[0]
