@@ -58,7 +58,7 @@ class SpeedArguments:
     inference_shapes: list[str] = field(default_factory=lambda: ["2x256", "2x64"], metadata={"help": "Of inference."})
     rounds: int = field(default=4, metadata={"help": "Turns that each variant takes, after one that does not count."})
     repeats: int = field(
-        default=3, metadata={"help": "Times that the networks are made anew: where they lie in memory matters, too."}
+        default=2, metadata={"help": "Times that the networks are made anew: where they lie in memory matters, too."}
     )
     parameter_budget: float = field(default=0.07, metadata={"help": "Share of the weights, the same in every layer."})
     output_dir: str = field(
