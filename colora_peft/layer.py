@@ -41,6 +41,11 @@ class CoLoRALayer(DeltaStore):
         if kept is not None and adapter_names is None and kept.is_current(self.scaling):
             return run_with_weight(kept.base, kept.weight, x, *args, **kwargs)
         if is_offloaded(self.base_layer) and not self.disable_adapters and not self.merged:
+            if adapter_names is not None:
+                raise NotImplementedError(
+                    "A batch with adapter_names cannot run through offloaded layers: keep them on a device in the "
+                    "device_map, or run one adapter at a time (set_adapter)."
+                )
             with onloaded(self):
                 weight = self.effective_weight()
                 return run_with_weight(self.base_layer, weight, x.to(weight.device), *args, **kwargs).to(x.device)
@@ -180,6 +185,12 @@ class CoLoRALayer(DeltaStore):
         # .to(), .half(), .cuda(): without this the kept weight would hold on to memory of the old device.
         self._kept = None
         return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> "CoLoRALayer":
+        # The kept weight is on the first GPU.
+        replica = super()._replicate_for_data_parallel()
+        replica._kept = None
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles start without the kept weight, which they can compute.

@@ -160,8 +160,10 @@ class CoLoRAModel(BaseTuner):
         own = weights_by_adapter(dict(self.model.named_parameters()), "", self.prefix)
         # A block that is registered twice has two names, and some versions of PEFT save it under both.
         all_own = weights_by_adapter(dict(self.model.named_parameters(remove_duplicate=False)), "", self.prefix)
+        # FSDP and activation checkpointing put a part of their own into parameter names, not into state dicts.
+        wrapped = any("_wrapped_module" in name for name, _ in self.model.named_modules())
         for adapter, found in loaded.items():
-            if adapter in self.peft_config:
+            if adapter in self.peft_config and not wrapped:
                 expected = own.get(adapter, {})
                 second_names = all_own.get(adapter, {}).keys() - expected.keys()
                 found = {name: tensor for name, tensor in found.items() if name not in second_names}
@@ -178,7 +180,10 @@ class CoLoRAModel(BaseTuner):
         Only if nothing can be lost: the delta is zero, and the adapter was made for loading, not for training.
         """
         layers = [layer for layer in self.modules() if isinstance(layer, CoLoRALayer) and adapter in layer.rank]
-        if not self.peft_config[adapter].inference_mode or not all(layer.is_empty(adapter) for layer in layers):
+        config = self.peft_config[adapter]
+        if config.modules_to_save or config.bias != "none":
+            return
+        if not config.inference_mode or not all(layer.is_empty(adapter) for layer in layers):
             return
         if list(self.peft_config) == [adapter]:
             self.unload()

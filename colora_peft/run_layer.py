@@ -68,7 +68,8 @@ def _run_conv(layer: nn.Conv1d | nn.Conv3d, weight: Tensor, x: Tensor) -> Tensor
 
 def _run_conv2d(layer: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     # The commonest layer, spared what Python costs: nn.Module's __getattr__, and a call.
-    bias = layer._parameters["bias"]
+    parameters = layer._parameters
+    bias = parameters["bias"] if "bias" in parameters else layer.bias  # computed, or a replica's
     if layer.padding_mode != "zeros":
         return layer._conv_forward(x, weight, bias)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
