@@ -298,3 +298,17 @@ def test_compiles_without_a_graph_break(kind, rank):
     layer.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)
+
+
+def test_a_computed_bias_is_used():
+    bare = nn.Conv2d(4, 6, 3)
+    nn.utils.parametrize.register_parametrization(bare, "bias", nn.Identity())
+    layer, x = adapted(bare, init_weights=False), torch.randn(1, 4, 6, 6)
+    expected = run_with_weight(nn.Conv2d(4, 6, 3, bias=False), layer.effective_weight(), x) + bare.bias[:, None, None]
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_replica_does_not_take_the_kept_weight_along():
+    layer = adapted(nn.Conv2d(4, 6, 3), init_weights=False).requires_grad_(False).eval()
+    layer(torch.randn(1, 4, 6, 6))
+    assert layer._kept is not None and layer._replicate_for_data_parallel()._kept is None

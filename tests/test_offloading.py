@@ -60,3 +60,11 @@ def test_an_offloaded_layer_with_its_own_forward_pass_is_named():
     cpu_offload(layer, execution_device=torch.device("cpu"))
     with pytest.raises(NotImplementedError, match="ScaledConv.*keep it on a device"):
         run_with_weight(layer, weight, torch.rand(1, 4, 5, 5))
+
+
+def test_a_mixed_batch_through_offloaded_layers_is_refused():
+    bare, x = network()
+    model = get_peft_model(bare, CoLoRAConfig(ranks=1, init_weights=False), "haze").eval()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="offloaded"):
+        model(x, adapter_names=["haze", "__base__"])
