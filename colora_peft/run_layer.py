@@ -101,8 +101,8 @@ def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
 
     The rule is our measurement on two CPU cores: the small convolutions run at full speed from about 8 channels on, so
     fewer are counted as 8, and multiplications in them at a quarter of the speed of large ones; several calls in place
-    of one need `MINIMUM_MULTIPLICATIONS` to pay off (seen in a trial that is not committed). On a GPU, under autocast and inside `torch.compile` the usual backward pass is taken: there the gradient
-    of a weight is bound by memory rather than by multiplications, and the rule has not been measured.
+    of one need `MINIMUM_MULTIPLICATIONS` to pay off (seen in a trial that is not committed). On a GPU, under autocast
+    and inside `torch.compile` the usual backward pass is taken: there the rule has not been measured.
     """
     if isinstance(layer, nn.ConvTranspose2d) or not is_plain(layer):
         return False
