@@ -1,11 +1,14 @@
-"""Does a trained magnitude, as in DoRA, help CoLoRA? An experiment: the product has none.
+"""Does a DoRA-style magnitude help CoLoRA? Measured on training pairs only; it is not part of the product.
 
     python examples/compare_magnitude.py --train_dirs path/to/underwater/train path/to/noise/train
 
-DoRA (Liu et al., ICML 2024, arXiv 2402.09353) trains W = m * (W0 + delta) / ||W0 + delta||, the norm over the inputs
-of each output and without a gradient of its own. Both variants of a task and seed share pairs, patches, scores, ranks
-and initial adapters. Some pairs of each folder validate; a test split is never touched. Cells are kept in one JSON
-file and not run again.
+DoRA (Liu et al., ICML 2024, arXiv 2402.09353) trains the length of each row of a weight apart from its direction. The
+delta of CoLoRA lives on the weight, so a subclass of its layer is all that takes (magnitude_layer.py). Both variants
+of one task and seed share pairs, patches, contribution scores and initial adapters. The magnitudes come on top of the
+budget that both share; the table counts them.
+
+Cells are kept in one JSON file and not run again; each call ends by printing the tables of the grid it was asked for.
+An interrupted grid measures the scores of a task and seed again: the same ones on one CPU set-up.
 """
 
 from __future__ import annotations
@@ -14,179 +17,295 @@ import json
 import math
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from finetune import FinetuneArguments, measure_contributions
-from search_learning_rates import HERE, SearchArguments, network_fingerprint, split_pairs
-from torch import Tensor, nn
+from magnitude_layer import add_magnitudes
+from peft import PeftModel
+from search_learning_rates import HERE, SearchArguments, cell_settings, split_pairs
+from torch import nn
 from transformers import AutoModelForImageToImage, HfArgumentParser
 
-import colora_peft.models  # noqa: F401 - registers the backbones
-from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.cards import hardware_name
 from colora_peft.evaluation import evaluate
 from colora_peft.files import write_json, write_text
+from colora_peft.pairs import PairedImageFolder, PairSource, check_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.training import TrainingDiverged, train, use_all_cores
 from colora_peft.tuning import prepare_for_tuning, trained_parameters
 
-VARIANTS = ("plain", "magnitude")
+PLAIN, MAGNITUDE = VARIANTS = ("plain", "magnitude")
+HELPFUL_DB = 0.1
+"""A smaller gain would not be worth one more kind of parameter."""
+HELPFUL_STANDARD_ERRORS = 2.0
+
+Cell = dict[str, object]
+Grid = dict[tuple[str, str, float, int], Cell]
+"""Cells by task, variant, learning rate and seed."""
 
 
 @dataclass
 class MagnitudeArguments:
     """Flags of the comparison."""
 
-    train_dirs: list[str] = field(metadata={"help": "Folders with input/ and target/, one for each task."})
-    learning_rates: list[float] = field(default_factory=lambda: [3e-3, 1e-2], metadata={"help": "For each variant."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Pairs, patches and adapters."})
-    max_train_steps: int = field(default=200, metadata={"help": "Steps of each cell."})
+    train_dirs: list[str] = field(metadata={"help": "One folder TASK/train with input/ and target/ for each task."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-3, 1e-2], metadata={"help": "Learning rates; each variant counts at its best."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of pairs, patches and adapters."})
+    max_train_steps: int = field(default=300, metadata={"help": "Steps of each cell."})
+    resolution: int = field(default=FinetuneArguments.resolution, metadata={"help": "Side of the patches."})
+    per_device_train_batch_size: int = field(
+        default=FinetuneArguments.per_device_train_batch_size, metadata={"help": "Patches a step."}
+    )
+    probe_steps: int = field(
+        default=FinetuneArguments.probe_steps, metadata={"help": "Steps of the tuning that measures contributions."}
+    )
     train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
-    validation_pairs: int = field(default=12, metadata={"help": "Other pairs of the folder, to validate on."})
+    validation_pairs: int = field(default=18, metadata={"help": "Other pairs of the folder to validate on."})
     results: str = field(
         default=str(HERE / "benchmark_results" / "magnitude.json"), metadata={"help": "File of the cells."}
     )
 
+    def __post_init__(self) -> None:
+        lists = {"train_dirs": self.tasks(), "learning_rates": self.learning_rates, "seeds": self.seeds}
+        for name, values in lists.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
+        for name in ("train_pairs", "validation_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        for learning_rate, seed in product(self.learning_rates, self.seeds):
+            self.of_run("", learning_rate, seed)  # refuses wrong values before the first cell
 
-class MagnitudeLayer(CoLoRALayer):
-    """A layer whose effective weight keeps the direction of W0 + delta, and has a trained length for each output."""
+    def tasks(self) -> list[str]:
+        """Their names: of the folders above `train`."""
+        return [Path(folder).resolve().parent.name for folder in self.train_dirs]
 
-    def effective_weight(self) -> Tensor:
-        weight = super().effective_weight()
-        return self.colora_magnitude * weight / _lengths(self, weight).detach()
+    def of_task(self, train_dir: str) -> SearchArguments:
+        """The same task as search_learning_rates.py describes and splits it."""
+        return SearchArguments(train_dir=train_dir, **self._shared(), **self._pair_counts())
 
-    def _factors_to_train(self, x: Tensor) -> None:
-        return None  # the gradients of factors alone are those of W0 + B A
+    def of_run(self, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
+        return FinetuneArguments(
+            output_dir=output_dir,
+            learning_rate=learning_rate,
+            seed=seed,
+            probe_steps=self.probe_steps,
+            checkpointing_steps=self.max_train_steps,
+            **self._shared(),
+        )
 
+    def _shared(self) -> dict[str, int]:
+        names = ("max_train_steps", "resolution", "per_device_train_batch_size")
+        return {name: getattr(self, name) for name in names}
 
-def _lengths(layer: CoLoRALayer, weight: Tensor) -> Tensor:
-    """Norm of `weight` over all that belongs to one output, in a shape that broadcasts."""
-    output_dim = 1 if isinstance(layer.get_base_layer(), nn.ConvTranspose2d) else 0
-    others = [dim for dim in range(weight.dim()) if dim != output_dim]
-    return weight.square().sum(others, keepdim=True).sqrt().clamp_min(1e-12)
+    def _pair_counts(self) -> dict[str, int]:
+        return {"train_pairs": self.train_pairs, "validation_pairs": self.validation_pairs}
 
-
-def add_magnitudes(model: nn.Module) -> None:
-    """Give each adapted layer of `model` a magnitude, with which it still computes the same."""
-    for layer in model.modules():
-        if isinstance(layer, CoLoRALayer):
-            weight = layer.get_base_layer().weight.detach()
-            layer.colora_magnitude = nn.Parameter(_lengths(layer, weight))
-            layer.__class__ = MagnitudeLayer
-
-
-def cell_settings(
-    args: MagnitudeArguments, train_dir: str, variant: str, learning_rate: float, seed: int
-) -> dict[str, object]:
-    """Everything that decides the outcome of a cell."""
-    return {
-        "task": Path(train_dir).resolve().parent.name,
-        "model_sha256": network_fingerprint(),
-        "variant": variant,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "max_train_steps": args.max_train_steps,
-        "train_pairs": args.train_pairs,
-        "validation_pairs": args.validation_pairs,
-    }
+    def settings(self, train_dir: str, variant: str, learning_rate: float, seed: int) -> Cell:
+        """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
+        shared = cell_settings(self.of_task(train_dir), "colora", learning_rate, seed)
+        return {**shared, "probe_steps": self.probe_steps, "variant": variant}
 
 
-def run_cell(
-    settings: dict[str, object], train_dir: str, accelerator: Accelerator, scores: dict[tuple, dict[str, float]]
-) -> dict[str, object]:
-    """Train and validate once; `scores` keeps the contributions of each task and seed between cells."""
-    seed, steps = settings["seed"], settings["max_train_steps"]
-    search = SearchArguments(train_dir)
-    search = replace(search, train_pairs=settings["train_pairs"], validation_pairs=settings["validation_pairs"])
-    chosen, validation = split_pairs(search, seed)
+# ------------------------------------------------------------------------------------------------------------ cells
+
+
+class Draw(NamedTuple):
+    """What all cells of one task and seed share."""
+
+    task: SearchArguments
+    seed: int
+    patches: PairedPatches
+    validation: PairSource
+    scores: dict[str, float]
+
+
+def load_network(accelerator: Accelerator) -> nn.Module:
+    network = AutoModelForImageToImage.from_pretrained(FinetuneArguments.model_name_or_path, dtype=torch.float32)
+    return network.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def draw(args: MagnitudeArguments, train_dir: str, seed: int, accelerator: Accelerator) -> Draw:
+    """Split the pairs of a task by the seed and measure the contributions on those to train on."""
     set_seed(seed)
-    model = AutoModelForImageToImage.from_pretrained(FinetuneArguments.model_name_or_path, dtype=torch.float32)
-    model.to(accelerator.device, memory_format=torch.channels_last)
+    task = args.of_task(train_dir)
+    chosen, validation = split_pairs(task, seed)
+    patches = PairedPatches(chosen, args.resolution, seed)
+    run = args.of_run("", args.learning_rates[0], seed)
+    scores = measure_contributions(load_network(accelerator), patches, run, accelerator).scores
+    return Draw(task, seed, patches, validation, scores)
+
+
+def adapted_network(drawn: Draw, variant: str, accelerator: Accelerator) -> PeftModel:
+    """The network as training starts: both variants have the same ranks and the same initial factors."""
+    run = FinetuneArguments(parameter_budget=drawn.task.parameter_budget, beta=drawn.task.beta)
+    network = load_network(accelerator)
+    set_seed(drawn.seed)  # directly before the adapters are drawn
+    model = prepare_for_tuning(network, "colora", run.adapter_config(drawn.scores))
+    return add_magnitudes(model) if variant == MAGNITUDE else model
+
+
+def run_cell(settings: Cell, args: MagnitudeArguments, drawn: Draw, accelerator: Accelerator) -> Cell:
+    """Train and validate once."""
+    model = adapted_network(drawn, settings["variant"], accelerator)
+    sizes = trained_parameters(model)
     with tempfile.TemporaryDirectory() as folder:
-        run = FinetuneArguments(output_dir=folder, learning_rate=settings["learning_rate"], seed=seed)
-        run = replace(run, max_train_steps=steps, checkpointing_steps=steps)
-        patches = PairedPatches(chosen, run.resolution, seed)
-        key = (settings["task"], seed)
-        if key not in scores:
-            scores[key] = measure_contributions(model, patches, run, accelerator).scores
-        model = prepare_for_tuning(model, "colora", CoLoRAConfig(contributions=scores[key]))
-        if settings["variant"] == "magnitude":
-            add_magnitudes(model)
-        sizes = trained_parameters(model)
+        run = args.of_run(folder, settings["learning_rate"], drawn.seed)
         try:
-            model, seconds = train(model, patches, run, accelerator)
-            quality = evaluate(model, validation, accelerator.device, "validation")
+            model, seconds = train(model, drawn.patches, run, accelerator)
+            quality = evaluate(model, drawn.validation, accelerator.device, "validation")
         except TrainingDiverged as error:
-            return {**settings, "failed": str(error)}
+            return {**settings, **sizes, "failed": str(error)}
         finally:
             accelerator.free_memory()
     return {**settings, **quality, **sizes, "seconds": seconds, "hardware": hardware_name(accelerator.device)}
 
 
-def best_by_seed(cells: list[dict[str, object]], task: str, variant: str) -> tuple[float, dict[int, float]]:
-    """The learning rate with the highest mean PSNR, and the PSNR by seed there."""
-    by_rate: dict[float, dict[int, float]] = {}
-    for cell in cells:
-        if (cell["task"], cell["variant"]) == (task, variant):
-            by_rate.setdefault(cell["learning_rate"], {})[cell["seed"]] = cell.get("psnr", -math.inf)
-    rate = max(by_rate, key=lambda rate: mean(by_rate[rate].values()))
-    return rate, by_rate[rate]
+def run_grid(args: MagnitudeArguments, accelerator: Accelerator) -> Grid:
+    """Run the cells that the results file lacks, saving after each; all cells of the grid."""
+    results = Path(args.results)
+    cells: list[Cell] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
+    grid: Grid = {}
+    for seed, (train_dir, task) in product(args.seeds, zip(args.train_dirs, args.tasks(), strict=True)):
+        drawn = None
+        for variant, rate in product(VARIANTS, args.learning_rates):
+            settings = args.settings(train_dir, variant, rate, seed)
+            cell = next((known for known in cells if settings.items() <= known.items()), None)
+            if cell is None:
+                print(settings)
+                drawn = drawn or draw(args, train_dir, seed, accelerator)
+                cell = run_cell(settings, args, drawn, accelerator)
+                cells.append(cell)
+                results.parent.mkdir(parents=True, exist_ok=True)
+                write_json(results, cells)
+                print(f"-> {cell.get('psnr', math.nan):.2f} dB", flush=True)
+            grid[task, variant, rate, seed] = cell
+    return grid
 
 
-def report(cells: list[dict[str, object]]) -> str:
-    """Markdown: each cell's mean, then the paired differences and what follows from them."""
-    lines = ["| task | variant | trained parameters | learning rate | PSNR (dB), mean over seeds |", "|---" * 5 + "|"]
-    kinds = sorted(
-        {(c["task"], c["variant"], c["learning_rate"]) for c in cells}, key=lambda k: (k[0], k[1] != "plain")
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+class Comparison(NamedTuple):
+    """Of the variants, each at the learning rate that is best for it in the mean over the seeds (NaN: none)."""
+
+    rates: dict[str, float]
+    differences: list[float]
+    """Validation PSNR (dB) with the magnitude less that without, of each seed."""
+
+    @property
+    def difference(self) -> float:
+        return mean(self.differences)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over the seeds; NaN for a single one, and where the difference is (`stdev` refuses NaN)."""
+        count = len(self.differences)
+        if count < 2 or math.isnan(self.difference):
+            return math.nan
+        return stdev(self.differences) / math.sqrt(count)
+
+
+def mean_psnr(grid: Grid, args: MagnitudeArguments, task: str, variant: str, rate: float) -> float:
+    """Over the seeds, in dB; NaN if a run diverged."""
+    return mean(grid[task, variant, rate, seed].get("psnr", math.nan) for seed in args.seeds)
+
+
+def compare(grid: Grid, args: MagnitudeArguments, task: str) -> Comparison:
+    rates = {}
+    for variant in VARIANTS:
+        means = {rate: mean_psnr(grid, args, task, variant, rate) for rate in args.learning_rates}
+        finite = {rate: value for rate, value in means.items() if not math.isnan(value)}
+        rates[variant] = max(finite, key=finite.__getitem__, default=math.nan)
+    if any(math.isnan(rate) for rate in rates.values()):
+        return Comparison(rates, [math.nan] * len(args.seeds))
+    plain, magnitude = (
+        [grid[task, variant, rates[variant], seed]["psnr"] for seed in args.seeds] for variant in VARIANTS
     )
-    for kind in kinds:
-        own = [c for c in cells if (c["task"], c["variant"], c["learning_rate"]) == kind]
-        psnr = [cell.get("psnr", math.nan) for cell in own]
-        size = own[0].get("trainable_parameters", "diverged")
-        lines.append(f"| {kind[0]} | {kind[1]} | {size} | {kind[2]:g} | {mean(psnr):.2f} ({len(psnr)} seeds) |")
-    differences = []
-    for task in sorted({cell["task"] for cell in cells}):
-        (plain_rate, plain), (rate, magnitude) = (best_by_seed(cells, task, variant) for variant in VARIANTS)
-        own = [magnitude[seed] - plain[seed] for seed in plain if seed in magnitude]
-        differences += own
-        lines.append(
-            f"\n{task}: magnitude at {rate:g} minus plain at {plain_rate:g}: {mean(own):+.2f} dB "
-            f"({', '.join(f'{value:+.2f}' for value in own)})."
-        )
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    helps = mean(differences) > max(2 * error, 0.1)
-    lines.append(
-        f"\nOver all tasks and seeds: {mean(differences):+.2f} dB, standard error {error:.2f}: a magnitude "
-        f"{'helps' if helps else 'does not measurably help'}."
+    return Comparison(rates, [after - before for before, after in zip(plain, magnitude, strict=True)])
+
+
+def verdict(comparisons: dict[str, Comparison]) -> str:
+    """One sentence: the mean over the tasks against its standard error, the tasks' errors being independent."""
+    difference = mean(comparison.difference for comparison in comparisons.values())
+    error = math.hypot(*(comparison.standard_error for comparison in comparisons.values())) / len(comparisons)
+    if math.isnan(difference) or math.isnan(error):
+        return "No verdict: that takes two seeds and, for each variant and task, a learning rate that never diverged."
+    helps = difference > HELPFUL_DB and difference > HELPFUL_STANDARD_ERRORS * error
+    return (
+        f"A DoRA-style magnitude {'helps' if helps else 'does not measurably help'}: the mean paired difference on "
+        f"{', '.join(comparisons)} is {difference:+.2f} dB with a standard error of {error:.2f} dB (to help, it must "
+        f"exceed {HELPFUL_DB:g} dB and {HELPFUL_STANDARD_ERRORS:g} standard errors)."
     )
+
+
+def quality_table(grid: Grid, args: MagnitudeArguments, comparisons: dict[str, Comparison]) -> str:
+    """Markdown: one row per task and variant; parameters and seconds of training are means over its runs."""
+    rates = args.learning_rates
+    header = ["task", "variant", "input", *(f"dB at {rate:g}" for rate in rates), "trained parameters", "seconds"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for task, variant in product(comparisons, VARIANTS):
+        cells = [grid[task, variant, rate, seed] for rate, seed in product(rates, args.seeds)]
+        done = [cell for cell in cells if "psnr" in cell]
+        shown = []
+        for rate in rates:
+            value = mean_psnr(grid, args, task, variant, rate)
+            text = "diverged" if math.isnan(value) else f"{value:.2f}"
+            shown.append(f"**{text}**" if rate == comparisons[task].rates[variant] else text)
+        inputs, seconds = (mean(cell[key] for cell in done) if done else math.nan for key in ("psnr_input", "seconds"))
+        parameters = mean(cell["trainable_parameters"] for cell in cells)
+        columns = [task, variant, f"{inputs:.2f}", *shown, f"{parameters:,.0f}", f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def difference_table(comparisons: dict[str, Comparison]) -> str:
+    """Markdown: one row per task, magnitude less plain."""
+    lines = ["| task | difference (dB) | standard error | of each seed |", "|---|---|---|---|"]
+    for task, comparison in comparisons.items():
+        seeds = ", ".join(f"{difference:+.2f}" for difference in comparison.differences)
+        lines.append(f"| {task} | {comparison.difference:+.2f} | {comparison.standard_error:.2f} | {seeds} |")
+    return "\n".join(lines)
+
+
+def report(grid: Grid, args: MagnitudeArguments) -> str:
+    comparisons = {task: compare(grid, args, task) for task in args.tasks()}
+    hardware = sorted({str(cell["hardware"]) for cell in grid.values() if "hardware" in cell})
+    return (
+        f"{verdict(comparisons)}\n\n"
+        f"Mean validation PSNR over the seeds {', '.join(map(str, args.seeds))}, by learning rate; the best of each "
+        f"row in bold. {args.train_pairs} training pairs, {args.validation_pairs} others of the training folder to "
+        f"validate on, {args.max_train_steps} steps of {args.per_device_train_batch_size} x {args.resolution}. The "
+        f"seconds are of training ({'; '.join(hardware)}).\n\n{quality_table(grid, args, comparisons)}\n\n"
+        "Magnitude less plain, paired by seed, each at its best learning rate, which is chosen on the same validation "
+        f"pairs:\n\n{difference_table(comparisons)}\n"
+    )
+
+
+def check_tasks(args: MagnitudeArguments) -> None:
+    """Read everything once, before the first cell; raises ValueError or FileNotFoundError as the sources do."""
+    for train_dir in args.train_dirs:
+        split_pairs(args.of_task(train_dir), args.seeds[0])
+        reason = "the training patch: lower --resolution or remove the pair"
+        check_pairs(PairedImageFolder(train_dir), args.resolution, reason)
 
 
 def main(args: MagnitudeArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
-    results = Path(args.results)
-    cells = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
-    scores: dict[tuple, dict[str, float]] = {}
-    for seed in args.seeds:
-        for train_dir in args.train_dirs:
-            for learning_rate in args.learning_rates:
-                for variant in VARIANTS:
-                    settings = cell_settings(args, train_dir, variant, learning_rate, seed)
-                    if any(settings.items() <= cell.items() for cell in cells):
-                        continue
-                    cells.append(run_cell(settings, train_dir, accelerator, scores))
-                    results.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(results, cells)
-                    print(f"{settings} -> {cells[-1].get('psnr', math.nan):.2f} dB", flush=True)
-    text = report(cells)
-    write_text(results.with_suffix(".md"), f"Made by `python examples/compare_magnitude.py`.\n\n{text}\n")
-    print(text)
+    check_tasks(args)
+    text = report(run_grid(args, accelerator), args)
+    write_text(Path(args.results).with_suffix(".md"), text)
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":
