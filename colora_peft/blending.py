@@ -139,7 +139,9 @@ def _blended_weights(
     if is_dense(rank, d, k):
         return {"colora_dense": _sum_of_deltas(layer, parts) / scaling}
     if combination_type == "svd":
-        left, sizes, right = torch.linalg.svd(_sum_of_deltas(layer, parts).float(), full_matrices=False)
+        delta = _sum_of_deltas(layer, parts)
+        dtype = torch.promote_types(delta.dtype, torch.float32)  # PyTorch has no SVD of 16 bits
+        left, sizes, right = (part.to(delta.dtype) for part in torch.linalg.svd(delta.to(dtype), full_matrices=False))
         # Both factors alike, as training leaves them; contiguous, or safetensors refuses them.
         roots = (sizes[:rank] / scaling).sqrt()
         return {"colora_A": (roots[:, None] * right[:rank]).contiguous(), "colora_B": left[:, :rank] * roots}

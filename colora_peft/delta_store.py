@@ -4,6 +4,8 @@ Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W
 """
 
 import math
+from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +15,7 @@ from .adaptable import weight_matrix_shape
 from .allocation import is_dense, stored_rank
 from .scaling import adapter_scaling
 
-__all__ = ["DeltaStore", "check_adapter_name"]
+__all__ = ["DeltaStore", "check_adapter_name", "rename_key"]
 
 INITIAL_STD = 0.1
 """Standard deviation of B, and of a dense delta, under `init_weights=False`."""
@@ -31,6 +33,14 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(f"The adapter name {name!r} cannot be part of parameter names: use letters, digits, -, _.")
     if name in _TAKEN_NAMES:
         raise ValueError(f"The adapter name {name!r} is that of an attribute of nn.ParameterDict: choose another.")
+
+
+def rename_key(entries: MutableMapping[str, Any] | nn.ParameterDict | nn.ModuleDict, old: str, new: str) -> None:
+    """Call entry `old`, if there is one, `new`, in place and without a change of the order."""
+    if old in entries:
+        renamed = {new if name == old else name: entry for name, entry in entries.items()}
+        entries.clear()
+        entries.update(renamed)
 
 
 class DeltaStore(nn.Module, BaseTunerLayer):
@@ -106,8 +116,7 @@ class DeltaStore(nn.Module, BaseTunerLayer):
     def rename_adapter(self, old: str, new: str) -> None:
         """Call adapter `old` `new`; nothing else changes."""
         for attribute in self.adapter_layer_names + self.other_param_names:
-            if old in getattr(self, attribute):
-                getattr(self, attribute)[new] = getattr(self, attribute).pop(old)
+            rename_key(getattr(self, attribute), old, new)
         self._active_adapter = [new if name == old else name for name in self.active_adapters]
         self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
         self._weights_changed()
@@ -136,7 +145,13 @@ class DeltaStore(nn.Module, BaseTunerLayer):
                 self.set_scale(adapter, scale * self.scaling[adapter] / self._trained_scaling(adapter))
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer(scale)`; None undoes all scaling of the active adapters."""
+        """Undo `scale_layer(scale)`; None undoes all scaling of the active adapters.
+
+        Raises:
+            ValueError: `scale` is 0, which leaves nothing to undo.
+        """
+        if scale == 0:
+            raise ValueError("A scaling by 0 cannot be divided out: unscale_layer() undoes all scaling at once.")
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 now = self.scaling[adapter] / self._trained_scaling(adapter)

@@ -21,7 +21,8 @@ from .config import CoLoRAConfig
 from .layer import CoLoRALayer
 from .loading import check_adapter_weights, weights_by_adapter
 from .messages import some
-from .model import CoLoRAModel
+from .model import CoLoRAModel, tuner_of
+from .offloading import check_nothing_offloaded
 from .targets import resolve_ranks
 
 __all__ = ["hotswap_adapter", "prepare_model_for_compiled_hotswap"]
@@ -32,21 +33,31 @@ def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
 
     After it, `torch.compile(model)` survives `hotswap_adapter`, merging, and a layer's `set_scale`. PeftModel's own
     forward pass depends on the name of the active adapter; `torch.compile(model.get_base_model())` does not, and
-    survives `set_adapter` and `disable_adapter()` as well. Writing into the `.data` of weights is seen at the next
-    `model.eval()`. Training is as before.
+    survives `set_adapter` and `disable_adapter()` as well. Weights that are written to by hand are seen at the next
+    `model.eval()`. Training is as before, and so are gradients in evaluation mode, but not in compiled code: there no
+    adapter gets a gradient in evaluation mode.
 
     Raises:
         TypeError: `model` is not a PeftModel with CoLoRA adapters.
-        ValueError: It is compiled already.
+        ValueError: It is compiled already, is offloaded, or an adapter trains biases.
     """
-    if hasattr(model, "_orig_mod"):
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("The model is compiled already: prepare it for hot-swapping before torch.compile.")
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model)
+    check_nothing_offloaded(model, "prepare_model_for_compiled_hotswap")
+    with_biases = [name for name, config in tuner.peft_config.items() if config.bias != "none"]
+    if with_biases:
+        raise ValueError(
+            f"Adapter {some(with_biases)} trains biases, which are stored under other names in a prepared network: "
+            "hot-swapping is for adapters with bias='none'."
+        )
+    disabled = any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, CoLoRALayer))
     bare = {name: layer for name, layer in adaptable_layers(tuner.model).items() if not _adapted(tuner, name)}
     for name, layer in bare.items():
         parent = tuner.model.get_submodule(name.rpartition(".")[0])
         wrapped = CoLoRALayer(layer).train(layer.training)
         wrapped.set_adapter(tuner.active_adapters)
+        wrapped.enable_adapters(not disabled)
         tuner._replace_module(parent, name.rpartition(".")[2], wrapped, layer)
     for module in tuner.modules():
         if isinstance(module, CoLoRALayer):
@@ -68,10 +79,11 @@ def hotswap_adapter(
 
     Raises:
         TypeError: `model` is not a PeftModel with CoLoRA adapters, or the new adapter is of another method.
-        ValueError: There is no such adapter, it is merged, one of the two trains more than deltas, or the new one does
-            not fit the network.
+        ValueError: There is no such adapter, it is merged, one of the two trains more than deltas, the new one does
+            not fit the network, or the network is offloaded.
     """
-    tuner = _tuner_of(getattr(model, "_orig_mod", model))
+    tuner = tuner_of(getattr(model, "_orig_mod", model))
+    check_nothing_offloaded(tuner.model, "hotswap_adapter")
     config = PeftConfig.from_pretrained(os.fspath(model_id), **hub_options)
     if not isinstance(config, CoLoRAConfig):
         raise TypeError(f"The adapter {str(model_id)!r} is of type {config.peft_type}: hotswap_adapter swaps CoLoRA.")
@@ -90,13 +102,6 @@ def hotswap_adapter(
     expected = _expected_weights(config.ranks, adaptable_layers(tuner.model))
     check_adapter_weights(expected, found, adapter_name)
     _swap(tuner, adapter_name, config, found)
-
-
-def _tuner_of(model: nn.Module) -> CoLoRAModel:
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, PeftModel) or not isinstance(tuner, CoLoRAModel):
-        raise TypeError(f"A {type(model).__name__} carries no CoLoRA adapters: pass what get_peft_model returned.")
-    return tuner
 
 
 def _adapted(tuner: CoLoRAModel, name: str) -> CoLoRALayer | None:
@@ -130,6 +135,12 @@ def _expected_weights(ranks: Mapping[str, int], layers: Mapping[str, nn.Module])
     return expected
 
 
+def _as_loaded(weight: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, in float32 where the file has 16 bits: so PEFT loads adapters."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return weight.to(device, torch.float32 if half else weight.dtype, copy=True)
+
+
 def _swap(tuner: CoLoRAModel, adapter_name: str, config: CoLoRAConfig, weights: Mapping[str, Tensor]) -> None:
     for name, layer in tuner.model.named_modules():
         if not isinstance(layer, CoLoRALayer):
@@ -138,7 +149,7 @@ def _swap(tuner: CoLoRAModel, adapter_name: str, config: CoLoRAConfig, weights: 
             layer.remove_adapter(adapter_name)
             continue
         own = {
-            parameter: weights[f"{name}.{parameter}"].to(layer.weight.device, copy=True)
+            parameter: _as_loaded(weights[f"{name}.{parameter}"], layer.weight.device)
             for parameter in layer.adapter_layer_names
             if f"{name}.{parameter}" in weights
         }

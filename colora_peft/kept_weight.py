@@ -38,8 +38,6 @@ class KeptWeight(NamedTuple):
 
     def is_current(self, scaling: dict[str, float]) -> bool:
         """Whether the weight may be used now; `scaling` is the layer's. Runs at every call of every layer."""
-        if torch.compiler.is_compiling():
-            return False
         for adapter, factor in self.scaling.items():
             if scaling.get(adapter) != factor:
                 return False

@@ -7,6 +7,7 @@ their own, and no second branch runs over the feature maps.
 Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class CoLoRALayer(DeltaStore):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """As the base layer's forward, with the effective weight, or that of a name of its own for each sample."""
-        kept = self._kept
+        # Not read while compiling: whether there is one would be a reason to compile again.
+        kept = None if torch.compiler.is_compiling() else self._kept
         if kept is not None and adapter_names is None and kept.is_current(self.scaling):
             return run_with_weight(kept.base, kept.weight, x, *args, **kwargs)
         if is_offloaded(self.base_layer) and not self.disable_adapters and not self.merged:
@@ -51,7 +53,7 @@ class CoLoRALayer(DeltaStore):
                 return run_with_weight(self.base_layer, weight, x.to(weight.device), *args, **kwargs).to(x.device)
         if adapter_names is not None and not self.disable_adapters:
             return self._forward_mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.pinned_weight is not None and not self.training:
+        if self.pinned_weight is not None and not self.training and not self._needs_gradient():
             return run_with_weight(self.base_layer, self.pinned_weight, x, *args, **kwargs)
         if self.disable_adapters:
             if self.merged:
@@ -84,6 +86,14 @@ class CoLoRALayer(DeltaStore):
         order = sorted(range(len(adapter_names)), key=sum(rows, []).__getitem__)
         return torch.cat(outputs)[order]
 
+    def _needs_gradient(self) -> bool:
+        """Whether a gradient is to flow into an active adapter, outside of compiled code."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        containers = (self.colora_A, self.colora_B, self.colora_dense)
+        adapters = self.active_adapters
+        return any(a in weights and weights[a].requires_grad for a in adapters for weights in containers)
+
     def _factors_to_train(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """(scaling * B, A) of the active adapter if there is one, it is trained, and its factors are faster alone."""
         adapters = [adapter for adapter in self.active_adapters if adapter in self.scaling]
@@ -112,25 +122,30 @@ class CoLoRALayer(DeltaStore):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the deltas of `adapter_names` (None: the active ones) into W0, all of them or, on an error, none.
 
-        That holds for this layer. Where PEFT merges a whole network, the layers before a refused one stay merged:
-        after `merge_adapter`, `unmerge_adapter` undoes them.
-
         Raises:
             ValueError: Under `safe_merge`, the merged weight would not be finite; W0 is left as it was.
         """
-        weight = self.get_base_layer().weight
         adapters = [adapter for adapter in check_adapters_to_merge(self, adapter_names) if adapter in self.scaling]
-        merged = weight.data
+        if adapters:
+            self.get_base_layer().weight.data = self.merged_weight(adapters, safe_merge)
+        self.merged_adapters += adapters
+        self._weights_changed()
+
+    @torch.no_grad()
+    def merged_weight(self, adapters: Iterable[str], safe_merge: bool = False) -> Tensor:
+        """W0 as it is plus the deltas of `adapters`; nothing is changed.
+
+        Raises:
+            ValueError: Under `safe_merge`, it would not be finite.
+        """
+        merged = self.get_base_layer().weight.data
         for adapter in adapters:
-            merged = merged + self.get_delta_weight(adapter).detach()
+            merged = merged + self.get_delta_weight(adapter)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"Merging adapter {adapter!r} gives NaN or infinite weights: it is broken, train or load it again."
                 )
-        if adapters:
-            weight.data = merged
-        self.merged_adapters += adapters
-        self._weights_changed()
+        return merged
 
     def unmerge(self) -> None:
         """Take the merged deltas out of W0 again.
@@ -166,7 +181,10 @@ class CoLoRALayer(DeltaStore):
 
     def pin_weight(self, pinned: bool = True) -> None:
         """Run in evaluation mode on a buffer that changes its content and never its place; see colora_peft.hotswap."""
-        self.pinned_weight = self.get_base_layer().weight.detach().clone() if pinned else None
+        if not pinned:
+            self.pinned_weight = None
+        elif self.pinned_weight is None:
+            self.pinned_weight = self.get_base_layer().weight.detach().clone()
         self._weights_changed()
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .config import CoLoRAConfig
 from .layer import CoLoRALayer
+from .offloading import check_nothing_offloaded
 
 _LORA_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LORA_BIAS = {"none": "none", "all": "all", "colora_only": "lora_only"}
@@ -53,10 +54,11 @@ def save_as_lora(
 
     Raises:
         TypeError: `model` carries no PEFT adapters.
-        ValueError: The adapter is unknown or not CoLoRA's, adapters are merged, a folder cannot serve, LoRA cannot
-            express some layers and `merged_base` is None, or it can express none.
+        ValueError: The adapter is unknown or not CoLoRA's, adapters are merged, the network is offloaded, a folder
+            cannot serve, LoRA cannot express some layers and `merged_base` is None, or it can express none.
     """
     network, config = _network_and_config(model, adapter_name)
+    check_nothing_offloaded(network, "save_as_lora")
     _check_folders(path, merged_base, config.base_model_name_or_path)
     layers = _adapted_layers(network, adapter_name)
     obstacles = {name: reason for name, layer in layers.items() if (reason := lora_obstacle(layer)) is not None}

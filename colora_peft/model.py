@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .delta_store import check_adapter_name
 from .layer import CoLoRALayer
 from .loading import check_adapter_weights, weights_by_adapter
 from .messages import some
+from .offloading import check_nothing_offloaded, is_offloaded
 from .targets import check_not_offloaded, matches, resolve_ranks
 
 BASE_NAME = "__base__"
@@ -30,6 +32,9 @@ class CoLoRAModel(BaseTuner):
     prefix: str = "colora_"
     tuner_layer_cls = CoLoRALayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    _loading: str | None = None
+    """The adapter whose weights PEFT is about to load."""
 
     def _prepare_adapter_config(self, peft_config: CoLoRAConfig, model_config: dict[str, Any]) -> CoLoRAConfig:
         # PEFT would look up defaults by architecture; here None means every layer, which _prepare_model resolves.
@@ -118,6 +123,8 @@ class CoLoRAModel(BaseTuner):
         Raises:
             ValueError: The model is in training mode or merged, or there is no adapter of such a name.
         """
+        if isinstance(adapter_names, str) or not adapter_names:
+            raise ValueError(f"The adapter_names are {adapter_names!r}: give a list with one name for each sample.")
         if self.training:
             raise ValueError("A batch with adapter_names is for inference: call model.eval() first.")
         layers = [layer for layer in self.modules() if isinstance(layer, CoLoRALayer)]
@@ -143,6 +150,7 @@ class CoLoRAModel(BaseTuner):
         As in PEFT's LoRA, but for the default "cat" (there "svd"): it is exact and costs nothing at inference, because
         the delta lives on the weight. The new adapter is frozen and not active; `set_adapter` activates it.
         """
+        check_nothing_offloaded(self.model, "add_weighted_adapter")
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, CoLoRALayer)}
         config, deltas = blend_adapters(
             layers, self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank
@@ -152,27 +160,111 @@ class CoLoRAModel(BaseTuner):
             layers[name].set_requires_grad(adapter_name, False)
         self.peft_config[adapter_name] = config
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # PEFT loads with strict=False and only warns of missing weights: an adapter of another network would seem to
-        # work. This runs before the first weight is copied.
-        loaded = weights_by_adapter(state_dict, f"{prefix}model.", self.prefix)
-        homeless = loaded.pop(None, {})
-        own = weights_by_adapter(dict(self.model.named_parameters()), "", self.prefix)
-        # A block that is registered twice has two names, and some versions of PEFT save it under both.
-        all_own = weights_by_adapter(dict(self.model.named_parameters(remove_duplicate=False)), "", self.prefix)
-        # FSDP and activation checkpointing put a part of their own into parameter names, not into state dicts.
-        wrapped = any("_wrapped_module" in name for name, _ in self.model.named_modules())
-        for adapter, found in loaded.items():
-            if adapter in self.peft_config and not wrapped:
-                expected = own.get(adapter, {})
-                second_names = all_own.get(adapter, {}).keys() - expected.keys()
-                found = {name: tensor for name, tensor in found.items() if name not in second_names}
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As BaseTuner.merge_adapter; under `safe_merge`, all layers are checked before the first is changed."""
+        if safe_merge:
+            self._check_safe_to_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_safe_to_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_safe_to_merge(self, adapter_names: list[str] | None) -> None:
+        """Check that merging would leave every weight finite. Offloaded layers are checked one by one as they merge.
+
+        Raises:
+            ValueError: It would not; names the layer.
+        """
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, CoLoRALayer) and not is_offloaded(layer.get_base_layer()):
+                adapters = [a for a in adapter_names or layer.active_adapters if a in layer.scaling]
                 try:
-                    check_adapter_weights(expected, {**found, **homeless}, adapter)
-                except ValueError:
-                    self._take_off_if_empty(adapter)
-                    raise
+                    layer.merged_weight([a for a in adapters if a not in layer.merged_adapters], safe_merge=True)
+                except ValueError as error:
+                    raise ValueError(f"Layer {name!r} cannot be merged, and none was. {error}") from None
+
+    # PEFT loads an adapter with strict=False and only warns of missing weights: that of another network would seem to
+    # work. From 0.21 on it passes here on its way, and nowhere else; before, any state dict with adapter weights is
+    # taken for that of an adapter.
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: CoLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, CoLoRAModel):
+            # PEFT does not find the place of weights inside of wrappers for checkpointing.
+            own = {f"base_model.model.{name}" for name in tuner._own_weights().get(adapter_name, {})}
+            remapped = {f"{key}.{adapter_name}" if key in own else key: tensor for key, tensor in remapped.items()}
+            tuner._check_fit(remapped, "base_model.model.", [adapter_name], check_shapes=False)
+            tuner._loading = adapter_name
+        return remapped
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # Before the first weight is copied. PEFT has left out by now what ignore_mismatched_sizes lets it ignore.
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            self._check_shapes(state_dict, f"{prefix}model.", loading)
+        elif not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+            found = weights_by_adapter(state_dict, f"{prefix}model.", self.prefix)
+            self._check_fit(state_dict, f"{prefix}model.", [name for name in found if name in self.peft_config])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _own_weights(self, remove_duplicate: bool = True) -> dict[str | None, dict[str, Tensor]]:
+        """Adapter weights of the network by adapter, under the names that state dicts have for them."""
+        parameters = self.model.named_parameters(remove_duplicate=remove_duplicate)
+        named = {name.replace("_checkpoint_wrapped_module.", ""): parameter for name, parameter in parameters}
+        return weights_by_adapter(named, "", self.prefix)
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP has put flat parameters in the place of those that state dicts name."""
+        return any("_fsdp_wrapped_module" in name for name, _ in self.model.named_modules())
+
+    def _check_fit(
+        self, state_dict: dict[str, Tensor], prefix: str, adapters: list[str], check_shapes: bool = True
+    ) -> None:
+        """Check that `state_dict` holds all weights of `adapters` and no adapter weights without a place.
+
+        Raises:
+            ValueError: It does not. An adapter that was made for it is taken off again.
+        """
+        if self._is_sharded():
+            return
+        loaded = weights_by_adapter(state_dict, prefix, self.prefix)
+        own, all_own = self._own_weights(), self._own_weights(remove_duplicate=False)
+        for adapter in adapters:
+            expected = own.get(adapter, {})
+            # A block that is registered twice has two names, and some versions of PEFT save it under both.
+            second_names = all_own.get(adapter, {}).keys() - expected.keys()
+            found = {name: t for name, t in loaded.get(adapter, {}).items() if name not in second_names}
+            try:
+                check_adapter_weights(expected, {**found, **loaded.get(None, {})}, adapter, check_shapes)
+            except ValueError:
+                self._take_off_if_empty(adapter)
+                raise
+
+    def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str, adapter: str) -> None:
+        """Check the shapes of those weights of `adapter` that `state_dict` holds.
+
+        Raises:
+            ValueError: One differs. An adapter that was made for it is taken off again.
+        """
+        found = weights_by_adapter(state_dict, prefix, self.prefix).get(adapter, {})
+        own = {} if self._is_sharded() else self._own_weights(remove_duplicate=False).get(adapter, {})
+        common = [name for name in found if name in own]
+        try:
+            check_adapter_weights({n: own[n] for n in common}, {n: found[n] for n in common}, adapter)
+        except ValueError:
+            self._take_off_if_empty(adapter)
+            raise
 
     def _take_off_if_empty(self, adapter: str) -> None:
         """Leave the network as it was before PEFT made room for an adapter whose weights then did not fit.
@@ -189,6 +281,18 @@ class CoLoRAModel(BaseTuner):
             self.unload()
         elif adapter not in self.active_adapters:
             self.delete_adapter(adapter)
+
+
+def tuner_of(model: nn.Module) -> CoLoRAModel:
+    """The tuner inside what get_peft_model returned.
+
+    Raises:
+        TypeError: `model` is something else.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, PeftModel) or not isinstance(tuner, CoLoRAModel):
+        raise TypeError(f"A {type(model).__name__} carries no CoLoRA adapters: pass what get_peft_model returned.")
+    return tuner
 
 
 def _pass_adapter_names(

@@ -1,11 +1,13 @@
 """Layers whose weights Accelerate keeps on the CPU or the disk between calls (`device_map`, `cpu_offload`)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-__all__ = ["is_offloaded", "onloaded"]
+from .messages import some
+
+__all__ = ["check_nothing_offloaded", "is_offloaded", "onloaded"]
 
 
 def is_offloaded(layer: nn.Module) -> bool:
@@ -18,11 +20,23 @@ def is_offloaded(layer: nn.Module) -> bool:
 @contextmanager
 def onloaded(layer: nn.Module) -> Iterator[None]:
     """The weights of `layer` and of all inside it on the device where it runs."""
-    hooked = [module for module in layer.modules() if is_offloaded(module)]
-    try:
-        for module in hooked:
-            module._hf_hook.pre_forward(module)
+    with ExitStack() as entered:
+        for module in layer.modules():
+            if is_offloaded(module):
+                module._hf_hook.pre_forward(module)
+                entered.callback(module._hf_hook.post_forward, module, None)
         yield
-    finally:
-        for module in hooked:
-            module._hf_hook.post_forward(module, None)
+
+
+def check_nothing_offloaded(model: nn.Module, what: str) -> None:
+    """Check that all weights of `model` are in memory, for the operation `what`, which reads or replaces them.
+
+    Raises:
+        ValueError: Some are not: what Accelerate brings back is by name, and what is read meanwhile has no values.
+    """
+    offloaded = [name or type(model).__name__ for name, module in model.named_modules() if is_offloaded(module)]
+    if offloaded:
+        raise ValueError(
+            f"{what} needs all weights in memory, but {some(offloaded)} are offloaded (device_map, cpu_offload): load "
+            "the network without a device_map that offloads, do it there, and dispatch it afterwards."
+        )

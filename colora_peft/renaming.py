@@ -2,11 +2,12 @@
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
 
-from .delta_store import check_adapter_name
+from .delta_store import check_adapter_name, rename_key
 from .layer import CoLoRALayer
 from .messages import some
+from .model import tuner_of
+from .offloading import check_nothing_offloaded
 
 __all__ = ["rename_adapter"]
 
@@ -15,18 +16,18 @@ def rename_adapter(model: PeftModel, old: str, new: str) -> None:
     """Give adapter `old` of `model` the name `new`: parameters, order and state (active, merged, trained) stay.
 
     Raises:
-        ValueError: There is no adapter `old`, `new` is taken, or PyTorch cannot hold parameters under it.
+        TypeError: `model` is not a PeftModel with CoLoRA adapters.
+        ValueError: There is no adapter `old`, `new` is taken, PyTorch cannot hold parameters under it, or the network
+            is offloaded.
     """
-    configs = model.peft_config
+    configs = tuner_of(model).peft_config
+    check_nothing_offloaded(model, "rename_adapter")
     if old not in configs:
         raise ValueError(f"There is no adapter {old!r} to rename, only {some(sorted(configs))}.")
     if new in configs:
         raise ValueError(f"There is already an adapter {new!r}: delete it first, or choose another name.")
     check_adapter_name(new)
-    # In place, because the tuner and the network share this dictionary.
-    renamed = {new if name == old else name: config for name, config in configs.items()}
-    configs.clear()
-    configs.update(renamed)
+    rename_key(configs, old, new)  # in place, because the tuner and the network share this dictionary
     for module in model.modules():
         if isinstance(module, CoLoRALayer):
             module.rename_adapter(old, new)
@@ -40,8 +41,7 @@ def rename_adapter(model: PeftModel, old: str, new: str) -> None:
 
 
 def _rename_in_wrapper(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:
-    modules: nn.ModuleDict = wrapper.modules_to_save
-    modules[new] = modules.pop(old)
+    rename_key(wrapper.modules_to_save, old, new)
     wrapper._adapters.discard(old)
     wrapper._adapters.add(new)
     if wrapper._active_adapter == old:

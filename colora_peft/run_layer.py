@@ -171,6 +171,20 @@ class _FactoredWeight(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         *tensors, bias, ctx.geometry = inputs
         ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """Derivative along `tangents` of x, weight, up, down and bias; None is zero."""
+        x, weight, up, down = ctx.saved_tensors
+        run = F.linear if ctx.geometry is None else ctx.geometry.forward
+        x_tangent, weight_tangent, up_tangent, down_tangent, bias_tangent, _ = (
+            torch.zeros_like(value) if tangent is None and value is not None else tangent
+            for tangent, value in zip(tangents, (x, weight, up, down, None, None), strict=True)
+        )
+        delta_tangent = up_tangent @ down + up @ down_tangent
+        along_weight = run(x, weight_tangent + delta_tangent.view(weight.shape), bias_tangent)
+        return along_weight + run(x_tangent, weight + (up @ down).view(weight.shape))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from contract_networks import (
+    Row,
     all_rows,
     assert_same,
     far,
@@ -264,3 +265,16 @@ def test_status_tells_the_truth(row):
             assert one.enabled is not disabled and one.active_adapters == one.available_adapters == ["default"]
             assert one.requires_grad == {"default": not disabled} and one.devices == {"default": ["cpu"]}
         assert all(layer.merged_adapters == (["default"] if merged else []) for layer in tuned)
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_safe_merge_changes_nothing_where_one_layer_is_broken(how):
+    row = Row("wide", "factors")
+    model = row.adapted()
+    name, last = [(n, m) for n, m in model.base_model.model.named_modules() if isinstance(m, CoLoRALayer)][-1]
+    last.colora_B["default"].data[0, 0] = torch.inf
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"Layer '{name}' cannot be merged, and none was"):
+        getattr(model, how)(safe_merge=True)
+    assert_same(before, model.state_dict())
+    assert not any(m.merged for m in model.modules() if isinstance(m, CoLoRALayer))

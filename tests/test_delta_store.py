@@ -94,3 +94,11 @@ def test_pefts_own_conversion_refuses_convolutions():
     _, model, _ = adapted(ranks=1)
     with pytest.raises(TypeError, match="CoLoRALayer"):
         peft.convert_to_lora(model, rank=2)
+
+
+def test_a_scaling_by_zero_is_not_divided_out():
+    layer = CoLoRALayer(nn.Linear(4, 4))
+    layer.update_layer("default", 1, 1.0)
+    layer.set_adapter("default")
+    with pytest.raises(ValueError, match="unscale_layer.. undoes all"):
+        layer.unscale_layer(0)

@@ -206,3 +206,57 @@ def test_what_cannot_be_swapped_is_said(files, tmp_path):
     get_peft_model(copy.deepcopy(bare), LoraConfig(target_modules=["gate"])).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="LORA"):
         hotswap_adapter(loaded(files), tmp_path)
+
+
+@torch.no_grad()
+def test_a_disabled_network_stays_disabled_when_prepared_and_a_second_preparation_keeps_the_buffers(files):
+    bare, x, outputs, folders = files
+    model = loaded(files, prepared=False)
+    model.base_model.disable_adapter_layers()
+    prepare_model_for_compiled_hotswap(model)
+    assert {layer.disable_adapters for layer in model.modules() if isinstance(layer, CoLoRALayer)} == {True}
+    buffers = [layer.pinned_weight for layer in model.modules() if isinstance(layer, CoLoRALayer)]
+    prepare_model_for_compiled_hotswap(model)
+    after = [layer.pinned_weight for layer in model.modules() if isinstance(layer, CoLoRALayer)]
+    assert all(one is other for one, other in zip(buffers, after, strict=True))
+    torch.testing.assert_close(model(x), bare(x), rtol=0, atol=1e-6)
+    hotswap_adapter(model, folders["rain"])
+    model.base_model.enable_adapter_layers()
+    torch.testing.assert_close(model(x), outputs["rain"], rtol=0, atol=1e-5)
+
+
+def test_gradients_flow_in_evaluation_mode_as_before(files):
+    bare, x, _, folders = files
+    model = PeftModel.from_pretrained(copy.deepcopy(bare), folders["haze"], is_trainable=True).eval()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def gradients():
+        wanted = dict(model.named_parameters())
+        return torch.autograd.grad(model(x).square().sum(), [wanted[name] for name in names])
+
+    expected = gradients()
+    prepare_model_for_compiled_hotswap(model)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_of_16_bits_is_swapped_in_as_it_would_be_loaded(files, tmp_path):
+    bare, _, _, folders = files
+    folder = broken(folders["rain"], tmp_path / "half", None, lambda w: w.update({k: v.half() for k, v in w.items()}))
+    model = loaded(files)
+    hotswap_adapter(model, folder)
+    expected = PeftModel.from_pretrained(copy.deepcopy(bare), folder).state_dict()
+    own = {name: weight for name, weight in model.state_dict().items() if "colora_" in name}
+    assert own and {weight.dtype for weight in own.values()} == {torch.float32}
+    assert all(torch.equal(weight, expected[name]) for name, weight in own.items())
+
+
+def test_adapters_with_biases_and_a_compiled_base_network_are_refused(files):
+    bare, _, _, _ = files
+    model = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(ranks=1, bias="all"))
+    with pytest.raises(ValueError, match="'?default'? trains biases"):
+        prepare_model_for_compiled_hotswap(model)
+    model = loaded(files, prepared=False)
+    model.base_model.model = torch.compile(model.base_model.model)
+    with pytest.raises(ValueError, match="before torch.compile"):
+        prepare_model_for_compiled_hotswap(model)

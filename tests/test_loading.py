@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from tiny_networks import Sequence, network
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.loading import check_adapter_weights, weights_by_adapter
@@ -132,3 +134,51 @@ def test_weights_are_sorted_by_adapter():
         "two": ["a.b.colora_dense"],
     }
     check_adapter_weights(found["one"], found["one"], "one")
+
+
+since_021 = pytest.mark.skipif(
+    not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"), reason="older PEFT does not say what it loads"
+)
+
+
+@since_021
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_file_without_weights_of_the_adapter_is_refused(foreign, tmp_path):
+    def strip(weights):
+        weights.clear()
+        if foreign:
+            weights["base_model.model.conv.lora_A.weight"] = torch.rand(2, 27)
+
+    bare, x, _, folder = saved(tmp_path, None, strip)
+    base = copy.deepcopy(bare)
+    with pytest.raises(ValueError, match="missing: conv.colora_A"):
+        PeftModel.from_pretrained(base, folder)
+    assert torch.equal(base(x), bare(x))
+
+
+@since_021
+def test_only_the_loading_of_adapters_is_strict(tmp_path):
+    bare, x, _, folder = saved(tmp_path)
+    model = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(ranks=dict(RANKS)))
+    part = {f"{PREFIX}conv.colora_B.default": torch.ones(8, 2)}
+    assert model.load_state_dict(part, strict=False).missing_keys
+    assert model.base_model.model.conv.colora_B["default"].eq(1).all()
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights[f"{PREFIX}conv.colora_A"] = torch.rand(7, 27)
+    with pytest.warns(UserWarning, match="conv.colora_A"):
+        set_peft_model_state_dict(model, weights, ignore_mismatched_sizes=True)
+    assert model.base_model.model.head.colora_A["default"].equal(weights[f"{PREFIX}head.colora_A"])
+
+
+@since_021
+def test_blocks_wrapped_for_checkpointing_are_loaded_and_checked(tmp_path):
+    bare, x, expected, folder = saved(tmp_path)
+    model = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(ranks=dict(RANKS)))
+    network_ = model.base_model.model
+    network_.conv = checkpoint_wrapper(network_.conv)
+    weights = load_file(folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, weights)
+    torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=1e-6)
+    del weights[f"{PREFIX}conv.colora_A"]
+    with pytest.raises(ValueError, match="missing: conv.colora_A"):
+        set_peft_model_state_dict(model, weights)

@@ -108,3 +108,11 @@ def test_what_cannot_be_mixed_is_said(change, names, message):
     change(model)
     with pytest.raises(ValueError, match=message):
         model(x, adapter_names=names)
+
+
+@pytest.mark.parametrize("adapter_names", ["haze", []])
+def test_names_must_be_a_list_of_some(adapter_names):
+    bare, x = network()
+    model = get_peft_model(bare, CoLoRAConfig(ranks=1), "haze").eval()
+    with pytest.raises(ValueError, match="give a list with one name for each sample"):
+        model(x, adapter_names=adapter_names)

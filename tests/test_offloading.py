@@ -9,7 +9,14 @@ from peft import get_peft_model
 from tiny_networks import network
 from torch import nn
 
-from colora_peft import CoLoRAConfig, CoLoRALayer
+from colora_peft import (
+    CoLoRAConfig,
+    CoLoRALayer,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    rename_adapter,
+    save_as_lora,
+)
 from colora_peft.offloading import is_offloaded, onloaded
 from colora_peft.run_layer import run_with_weight
 
@@ -68,3 +75,36 @@ def test_a_mixed_batch_through_offloaded_layers_is_refused():
     cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(NotImplementedError, match="offloaded"):
         model(x, adapter_names=["haze", "__base__"])
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("hotswap_adapter", lambda model, folder: hotswap_adapter(model, folder / "haze", "haze")),
+        ("prepare_model_for_compiled_hotswap", lambda model, _: prepare_model_for_compiled_hotswap(model)),
+        ("rename_adapter", lambda model, _: rename_adapter(model, "haze", "fog")),
+        ("add_weighted_adapter", lambda model, _: model.add_weighted_adapter(["haze"], [2.0], "more")),
+        ("save_as_lora", lambda model, folder: save_as_lora(folder / "lora", model, "haze")),
+    ],
+)
+def test_what_needs_all_weights_is_refused_before_anything_is_changed(name, call, tmp_path):
+    bare, x = network()
+    model = get_peft_model(bare, CoLoRAConfig(ranks=1, init_weights=False), "haze").eval()
+    model.save_pretrained(tmp_path)
+    expected = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=f"{name} needs all weights in memory, but .*conv.* offloaded"):
+        call(model, tmp_path)
+    assert set(model.state_dict()) == names and list(model.peft_config) == ["haze"]
+    assert not (tmp_path / "lora").exists()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
+
+
+def test_weights_go_away_again_where_bringing_the_next_ones_fails():
+    layers = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3))
+    cpu_offload(layers, execution_device=torch.device("cpu"))
+    layers[1]._hf_hook.weights_map = None
+    with pytest.raises(TypeError), onloaded(layers):
+        pass
+    assert layers[0].weight.is_meta

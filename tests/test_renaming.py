@@ -32,12 +32,12 @@ def test_outputs_order_and_state_stay(two, state):
         model.merge_adapter()
     if state == "disabled":
         model.base_model.disable_adapter_layers()
-    parameters = {name.replace("haze", "fog"): id(p) for name, p in model.named_parameters()}
+    parameters = [(name.replace("haze", "fog"), id(p)) for name, p in model.named_parameters()]
     trained = {name.replace("haze", "fog") for name, p in model.named_parameters() if p.requires_grad}
     rename_adapter(model, "haze", "fog")
     assert list(model.peft_config) == ["fog", "rain"]
     assert model.active_adapter == ("rain" if state == "inactive" else "fog") == model.active_adapters[0]
-    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert [(name, id(p)) for name, p in model.named_parameters()] == parameters
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     if state == "merged":
         torch.testing.assert_close(model(x), expected["haze"], rtol=0, atol=1e-5)
@@ -87,3 +87,8 @@ def test_bad_names_are_refused(two, old, new, message):
         rename_adapter(model, old, new)
     assert list(model.peft_config) == ["haze", "rain"]
     assert set(model.state_dict()) == names and torch.equal(model(x), before)
+
+
+def test_a_network_without_adapters_is_refused():
+    with pytest.raises(TypeError, match="carries no CoLoRA adapters"):
+        rename_adapter(network()[0], "haze", "fog")

@@ -198,3 +198,21 @@ def test_factors_are_trained_alone_only_where_that_pays():
     assert not factors_save_time(linear, 12, torch.empty(8, 256)) and not factors_save_time(
         linear, 12, torch.empty(256)
     )
+
+
+@pytest.mark.parametrize("case", ["linear", "conv2d", "conv2d_reflect"])
+def test_forward_derivative_is_that_of_the_whole_weight(case):
+    make, shape = CASES[case]
+    layer = make().double().requires_grad_(False)
+    d, k = layer.weight.shape[0], layer.weight[0].numel()
+    points = [torch.randn(size, dtype=torch.double) for size in (shape, (d, 2), (2, k))]
+    tangents = [torch.randn_like(point) for point in points]
+
+    def factored(x, up, down):
+        return run_with_factors(layer, up, down, x)
+
+    def whole(x, up, down):
+        return run_with_weight(layer, layer.weight + (up @ down).view_as(layer.weight), x)
+
+    actual, expected = (torch.func.jvp(run, tuple(points), tuple(tangents)) for run in (factored, whole))
+    torch.testing.assert_close(actual, expected)
