@@ -12,7 +12,7 @@ With delta_i = s_i B_i A_i of adapter i (its scaling s_i) and weights w_i, negat
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,31 +25,73 @@ from .layer import CoLoRALayer
 from .messages import some
 from .scaling import adapter_scaling
 
-__all__ = ["COMBINATION_TYPES", "blend_adapters"]
+__all__ = ["COMBINATION_TYPES", "Blend", "blend_adapters"]
 
 COMBINATION_TYPES = ("cat", "linear", "svd")
 
 
+@dataclass(frozen=True)
+class Blend:
+    """What is to be added up, and how."""
+
+    adapters: list[str]
+    """Each at most once."""
+    weights: list[float]
+    """A finite factor for each."""
+    adapter_name: str
+    """Name that the sum is to get."""
+    combination_type: str = "cat"
+    """One of COMBINATION_TYPES; see the module."""
+    svd_rank: int | None = None
+    """Rank for "svd"; None takes the highest of the adapters' ranks, layer by layer."""
+
+    def check(self, configs: Mapping[str, CoLoRAConfig]) -> None:
+        """Check that it can be made of the adapters in `configs`.
+
+        Raises:
+            ValueError: It cannot, as far as that does not depend on the layers.
+        """
+        adapters, weights = self.adapters, self.weights
+        unknown = [adapter for adapter in adapters if adapter not in configs]
+        if unknown or not adapters:
+            raise ValueError(f"There is no adapter {some(unknown)} to blend: name some of {some(sorted(configs))}.")
+        if len(set(adapters)) != len(adapters):
+            raise ValueError(f"The adapters to blend are {some(adapters)}: name each once, and add up its weights.")
+        if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"The weights are {list(weights)}: give a finite number for each of {some(adapters)}.")
+        if not any(weights):
+            raise ValueError(
+                "All weights are 0, so the blend would be the base network: use disable_adapter() instead."
+            )
+        check_adapter_name(self.adapter_name)
+        if self.adapter_name in configs:
+            raise ValueError(
+                f"There is already an adapter {self.adapter_name!r}: delete it first, or choose another name."
+            )
+        if self.combination_type not in COMBINATION_TYPES:
+            raise ValueError(
+                f"The combination_type is {self.combination_type!r}: choose one of {', '.join(COMBINATION_TYPES)}."
+            )
+        if self.svd_rank is not None and (self.combination_type != "svd" or self.svd_rank < 1):
+            raise ValueError(f"The svd_rank is {self.svd_rank}: give a rank of at least 1, and only with 'svd'.")
+        for adapter in adapters:
+            if configs[adapter].modules_to_save or configs[adapter].bias != "none":
+                raise ValueError(
+                    f"Adapter {adapter!r} trains whole modules or biases (modules_to_save, bias), which have no delta "
+                    "to add up: blend adapters without them."
+                )
+
+
 @torch.no_grad()
 def blend_adapters(
-    layers: Mapping[str, CoLoRALayer],
-    configs: Mapping[str, CoLoRAConfig],
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str,
-    svd_rank: int | None,
+    layers: Mapping[str, CoLoRALayer], configs: Mapping[str, CoLoRAConfig], blend: Blend
 ) -> tuple[CoLoRAConfig, dict[str, dict[str, Tensor]]]:
     """Configuration and weights of the weighted sum; nothing is changed.
 
     Args:
         layers: Adapted layers by full name.
         configs: Configurations of the adapters by name.
-        adapters: Which to add up; each at most once.
-        weights: A finite factor for each.
-        adapter_name: Name that the sum is to get.
-        combination_type: "cat", "svd" or "linear"; see the module.
-        svd_rank: Rank for "svd"; None takes the highest of the adapters' ranks, layer by layer.
+        blend: Which of them to add up, and how.
 
     Returns:
         The configuration, and by layer what `CoLoRALayer.place_adapter` takes.
@@ -58,59 +100,24 @@ def blend_adapters(
         ValueError: A name is unknown or taken, the weights do not fit, the combination type or rank is none, an
             adapter trains more than deltas, or ranks differ under "linear".
     """
-    _check_arguments(configs, adapters, weights, adapter_name, combination_type, svd_rank)
+    blend.check(configs)
+    adapters = blend.adapters
     colora_alpha = configs[adapters[0]].colora_alpha
     ranks = dict.fromkeys((name for adapter in adapters for name in configs[adapter].ranks), 0)
     blends = {}
     for name, layer in layers.items():
         parts = [
             (adapter, weight)
-            for adapter, weight in zip(adapters, weights, strict=True)
+            for adapter, weight in zip(adapters, blend.weights, strict=True)
             if adapter in layer.rank and weight != 0
         ]
         if parts:
-            ranks[name] = _blended_rank(name, layer, [adapter for adapter, _ in parts], combination_type, svd_rank)
-            blends[name] = _blended_weights(layer, parts, ranks[name], colora_alpha, combination_type)
+            ranks[name] = _blended_rank(name, layer, [adapter for adapter, _ in parts], blend)
+            blends[name] = _blended_weights(layer, parts, ranks[name], colora_alpha, blend.combination_type)
     return _blended_config(configs[adapters[0]], {name: ranks[name] for name in ranks}), blends
 
 
-def _check_arguments(
-    configs: Mapping[str, CoLoRAConfig],
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str,
-    svd_rank: int | None,
-) -> None:
-    unknown = [adapter for adapter in adapters if adapter not in configs]
-    if unknown or not adapters:
-        raise ValueError(f"There is no adapter {some(unknown)} to blend: name some of {some(sorted(configs))}.")
-    if len(set(adapters)) != len(adapters):
-        raise ValueError(f"The adapters to blend are {some(adapters)}: name each once, and add up its weights.")
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"The weights are {list(weights)}: give a finite number for each of {some(adapters)}.")
-    if not any(weights):
-        raise ValueError("All weights are 0, so the blend would be the base network: use disable_adapter() for that.")
-    check_adapter_name(adapter_name)
-    if adapter_name in configs:
-        raise ValueError(f"There is already an adapter {adapter_name!r}: delete it first, or choose another name.")
-    if combination_type not in COMBINATION_TYPES:
-        raise ValueError(
-            f"The combination_type is {combination_type!r}: choose one of {', '.join(COMBINATION_TYPES)}."
-        )
-    if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
-        raise ValueError(f"The svd_rank is {svd_rank}: give a rank of at least 1, and only with 'svd'.")
-    for adapter in adapters:
-        if configs[adapter].modules_to_save or configs[adapter].bias != "none":
-            raise ValueError(
-                f"Adapter {adapter!r} trains whole modules or biases (modules_to_save, bias), which have no delta "
-                "to add up: blend adapters without them."
-            )
-
-
-def _blended_rank(
-    name: str, layer: CoLoRALayer, adapters: list[str], combination_type: str, svd_rank: int | None
-) -> int:
+def _blended_rank(name: str, layer: CoLoRALayer, adapters: list[str], blend: Blend) -> int:
     """Rank of the sum in one layer, as configurations write it.
 
     Raises:
@@ -118,10 +125,10 @@ def _blended_rank(
     """
     d, k = weight_matrix_shape(layer)
     own = [layer.rank[adapter] for adapter in adapters]
-    if combination_type == "cat":
+    if blend.combination_type == "cat":
         return stored_rank(sum(own), d, k)
-    if combination_type == "svd":
-        return stored_rank(min(svd_rank or max(own), d, k), d, k)
+    if blend.combination_type == "svd":
+        return stored_rank(min(blend.svd_rank or max(own), d, k), d, k)
     if len(set(own)) > 1:
         raise ValueError(
             f"Layer {name!r} has ranks {own} in {some(adapters)}, which combination_type='linear' cannot average: use "

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .blending import blend_adapters
+from .blending import Blend, blend_adapters
 from .config import CoLoRAConfig
 from .delta_store import check_adapter_name
 from .layer import CoLoRALayer
@@ -152,9 +152,8 @@ class CoLoRAModel(BaseTuner):
         """
         check_nothing_offloaded(self.model, "add_weighted_adapter")
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, CoLoRALayer)}
-        config, deltas = blend_adapters(
-            layers, self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank
-        )
+        blend = Blend(adapters, weights, adapter_name, combination_type, svd_rank)
+        config, deltas = blend_adapters(layers, self.peft_config, blend)
         for name, delta in deltas.items():
             layers[name].place_adapter(adapter_name, config.ranks[name], config.colora_alpha, delta)
             layers[name].set_requires_grad(adapter_name, False)

@@ -252,8 +252,8 @@ def test_an_adapter_of_16_bits_is_swapped_in_as_it_would_be_loaded(files, tmp_pa
 
 
 def test_adapters_with_biases_and_a_compiled_base_network_are_refused(files):
-    bare, _, _, _ = files
-    model = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(ranks=1, bias="all"))
+    model = loaded(files, prepared=False)
+    model.peft_config["default"].bias = "all"
     with pytest.raises(ValueError, match="'?default'? trains biases"):
         prepare_model_for_compiled_hotswap(model)
     model = loaded(files, prepared=False)
