@@ -18,6 +18,13 @@ RAIN = {"conv": 2, "blocks.0.conv": 1000, "blocks.0.mix": 1000, "down": 4, "up":
 WEIGHTS = [(1.0, 1.0), (0.5, 0.5), (1.5, -0.7), (-1.0, 0.0)]
 
 
+@pytest.fixture(params=[True, False], ids=["grad", "no_grad"], autouse=True)
+def grad_mode(request):
+    """Without gradients, layers keep their weight between calls: it must not outlive a change."""
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
 def adapted(haze=HAZE, rain=RAIN):
     """(bare network, the same with adapters `haze` and `rain`, input)."""
     bare, x = network()
