@@ -40,9 +40,9 @@ class Blend:
     """A finite factor for each."""
     adapter_name: str
     """Name that the sum is to get."""
-    combination_type: str = "cat"
+    combination_type: str
     """One of COMBINATION_TYPES; see the module."""
-    svd_rank: int | None = None
+    svd_rank: int | None
     """Rank for "svd"; None takes the highest of the adapters' ranks, layer by layer."""
 
     def check(self, configs: Mapping[str, CoLoRAConfig]) -> None:

@@ -203,7 +203,7 @@ class CoLoRAModel(BaseTuner):
             # PEFT does not find the place of weights inside of wrappers for checkpointing.
             own = {f"base_model.model.{name}" for name in tuner._own_weights().get(adapter_name, {})}
             remapped = {f"{key}.{adapter_name}" if key in own else key: tensor for key, tensor in remapped.items()}
-            tuner._check_fit(remapped, "base_model.model.", [adapter_name], check_shapes=False)
+            tuner._check_fit(remapped, "base_model.model.", adapter_name, shapes=False)
             tuner._loading = adapter_name
         return remapped
 
@@ -211,10 +211,11 @@ class CoLoRAModel(BaseTuner):
         # Before the first weight is copied. PEFT has left out by now what ignore_mismatched_sizes lets it ignore.
         loading, self._loading = self._loading, None
         if loading is not None:
-            self._check_shapes(state_dict, f"{prefix}model.", loading)
+            self._check_fit(state_dict, f"{prefix}model.", loading, names=False)
         elif not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
-            found = weights_by_adapter(state_dict, f"{prefix}model.", self.prefix)
-            self._check_fit(state_dict, f"{prefix}model.", [name for name in found if name in self.peft_config])
+            for adapter in weights_by_adapter(state_dict, f"{prefix}model.", self.prefix):
+                if adapter in self.peft_config:
+                    self._check_fit(state_dict, f"{prefix}model.", adapter)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _own_weights(self, remove_duplicate: bool = True) -> dict[str | None, dict[str, Tensor]]:
@@ -228,9 +229,9 @@ class CoLoRAModel(BaseTuner):
         return any("_fsdp_wrapped_module" in name for name, _ in self.model.named_modules())
 
     def _check_fit(
-        self, state_dict: dict[str, Tensor], prefix: str, adapters: list[str], check_shapes: bool = True
+        self, state_dict: dict[str, Tensor], prefix: str, adapter: str, names: bool = True, shapes: bool = True
     ) -> None:
-        """Check that `state_dict` holds all weights of `adapters` and no adapter weights without a place.
+        """Check that `state_dict` holds all weights of `adapter` and none without a place (names), and their shapes.
 
         Raises:
             ValueError: It does not. An adapter that was made for it is taken off again.
@@ -238,29 +239,16 @@ class CoLoRAModel(BaseTuner):
         if self._is_sharded():
             return
         loaded = weights_by_adapter(state_dict, prefix, self.prefix)
-        own, all_own = self._own_weights(), self._own_weights(remove_duplicate=False)
-        for adapter in adapters:
-            expected = own.get(adapter, {})
-            # A block that is registered twice has two names, and some versions of PEFT save it under both.
-            second_names = all_own.get(adapter, {}).keys() - expected.keys()
-            found = {name: t for name, t in loaded.get(adapter, {}).items() if name not in second_names}
-            try:
-                check_adapter_weights(expected, {**found, **loaded.get(None, {})}, adapter, check_shapes)
-            except ValueError:
-                self._take_off_if_empty(adapter)
-                raise
-
-    def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str, adapter: str) -> None:
-        """Check the shapes of those weights of `adapter` that `state_dict` holds.
-
-        Raises:
-            ValueError: One differs. An adapter that was made for it is taken off again.
-        """
-        found = weights_by_adapter(state_dict, prefix, self.prefix).get(adapter, {})
-        own = {} if self._is_sharded() else self._own_weights(remove_duplicate=False).get(adapter, {})
-        common = [name for name in found if name in own]
+        expected = self._own_weights().get(adapter, {})
+        # A block that is registered twice has two names, and some versions of PEFT save it under both.
+        second_names = self._own_weights(remove_duplicate=False).get(adapter, {}).keys() - expected.keys()
+        found = {name: t for name, t in loaded.get(adapter, {}).items() if name not in second_names}
+        found |= loaded.get(None, {})
+        if not names:
+            expected = {name: tensor for name, tensor in expected.items() if name in found}
+            found = {name: found[name] for name in expected}
         try:
-            check_adapter_weights({n: own[n] for n in common}, {n: found[n] for n in common}, adapter)
+            check_adapter_weights(expected, found, adapter, shapes)
         except ValueError:
             self._take_off_if_empty(adapter)
             raise

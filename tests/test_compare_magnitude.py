@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import EXAMPLES, load_example, write_pairs
-from test_layer import CASES, STORAGES, adapted, shake
+from test_layer import STORAGES, make_case, shake
 
 from colora_peft import adaptable_layers
 
@@ -20,18 +20,17 @@ for name in ("finetune", "search_learning_rates", "magnitude_layer"):  # which t
 compare_magnitude = load_example("compare_magnitude")
 MagnitudeLayer = load_example("magnitude_layer").MagnitudeLayer
 
+# The magnitude depends on the kind of weight alone, not on how the layer pads or strides.
+KINDS = ("linear", "conv2d", "conv2d_depthwise", "conv3d", "conv_transpose2d", "conv_transpose2d_grouped")
 QUICK = ["--learning_rates", "1e-3", "--seeds", "1", "--max_train_steps", "2", "--resolution", "32"]
 QUICK += ["--per_device_train_batch_size", "2", "--probe_steps", "1", "--train_pairs", "3", "--validation_pairs", "2"]
 
 
-@pytest.fixture(params=[(case, storage) for case in CASES for storage in STORAGES], ids="-".join)
+@pytest.fixture(params=[(case, storage) for case in KINDS for storage in STORAGES], ids="-".join)
 def case(request):
     """(bare layer, the same with adapter and magnitude, input); the adapter is the identity."""
-    name, storage = request.param
-    make, shape = CASES[name]
-    torch.manual_seed(0)
-    bare = make().requires_grad_(False)
-    return bare, MagnitudeLayer.convert(adapted(bare, rank=STORAGES[storage])), torch.randn(shape)
+    bare, layer, x = make_case(*request.param)
+    return bare, MagnitudeLayer.convert(layer), x
 
 
 def test_new_magnitude_is_the_identity(case):

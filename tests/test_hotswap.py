@@ -254,7 +254,7 @@ def test_an_adapter_of_16_bits_is_swapped_in_as_it_would_be_loaded(files, tmp_pa
 def test_adapters_with_biases_and_a_compiled_base_network_are_refused(files):
     model = loaded(files, prepared=False)
     model.peft_config["default"].bias = "all"
-    with pytest.raises(ValueError, match="'?default'? trains biases"):
+    with pytest.raises(ValueError, match="default trains biases"):
         prepare_model_for_compiled_hotswap(model)
     model = loaded(files, prepared=False)
     model.base_model.model = torch.compile(model.base_model.model)

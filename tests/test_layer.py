@@ -46,8 +46,11 @@ STORAGES = {"factors": 1, "dense": 1000}
 
 @pytest.fixture(params=[(case, storage) for case in CASES for storage in STORAGES], ids="-".join)
 def case(request):
+    return make_case(*request.param)
+
+
+def make_case(name, storage):
     """(bare layer, the same layer adapted and active, input); the adapter is the identity."""
-    name, storage = request.param
     make, shape = CASES[name]
     torch.manual_seed(0)
     bare = make().requires_grad_(False)
