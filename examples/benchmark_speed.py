@@ -9,6 +9,7 @@ within a round. Results go to one JSON file for each kind of hardware, with its 
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import statistics
@@ -39,7 +40,7 @@ from speed_variants import (
 )
 from transformers import HfArgumentParser
 
-from colora_peft import hotswap_adapter
+from colora_peft import hotswap_adapter, prepare_model_for_compiled_hotswap
 from colora_peft.cards import hardware_name
 from colora_peft.files import write_json, write_text
 
@@ -195,10 +196,28 @@ def switching(args: SpeedArguments, network_name: str) -> Iterator[Row]:
 
             runs = {"load_adapter": load, "set_adapter": switch, "run": run, "set_adapter and run": switch_and_run}
             if variant == "colora":
-                runs["hotswap_adapter"] = lambda model=model, folder=folder: hotswap_adapter(model, folder, "two")
+                runs |= swapping(model, folder, batch)
             for name, seconds in take_turns(runs, args.rounds, lambda: None).items():
                 yield {"network": network_name, "mode": "cpu fp32", "what": name, "shape": "1x64", "variant": variant,
                        "seconds": statistics.median(seconds)}  # fmt: skip
+
+
+def swapping(model: PeftModel, folder: str, batch: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """Swapping an adapter in place, alone and with a run after it; and in a copy that is prepared for it."""
+    prepared = copy.deepcopy(model)
+    prepared.set_adapter("two", inference_mode=True)
+    prepare_model_for_compiled_hotswap(prepared)
+
+    def swap_and_run() -> None:
+        hotswap_adapter(prepared, folder, "two")
+        with torch.no_grad():
+            prepared(batch)
+
+    return {
+        "hotswap_adapter": lambda: hotswap_adapter(model, folder, "two"),
+        "hotswap_adapter, prepared": lambda: hotswap_adapter(prepared, folder, "two"),
+        "hotswap_adapter and run, prepared": swap_and_run,
+    }
 
 
 def disk(args: SpeedArguments, network_name: str) -> Iterator[Row]:

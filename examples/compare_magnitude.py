@@ -13,7 +13,6 @@ An interrupted grid measures the scores of a task and seed again: the same ones 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -23,30 +22,26 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from finetune import FinetuneArguments, measure_contributions
+from grid_cells import RESULTS, Cell, CellFile, load_network, split_pairs, task_name, train_and_validate
 from magnitude_layer import add_magnitudes
 from peft import PeftModel
-from search_learning_rates import HERE, SearchArguments, cell_settings, split_pairs
-from torch import nn
-from transformers import AutoModelForImageToImage, HfArgumentParser
+from search_learning_rates import SearchArguments, cell_settings
+from transformers import HfArgumentParser
 
-from colora_peft.cards import hardware_name
-from colora_peft.evaluation import evaluate
-from colora_peft.files import write_json, write_text
+from colora_peft.files import write_text
 from colora_peft.pairs import PairedImageFolder, PairSource, check_pairs
 from colora_peft.patches import PairedPatches
-from colora_peft.training import TrainingDiverged, train, use_all_cores
-from colora_peft.tuning import prepare_for_tuning, trained_parameters
+from colora_peft.training import use_all_cores
+from colora_peft.tuning import prepare_for_tuning
 
 PLAIN, MAGNITUDE = VARIANTS = ("plain", "magnitude")
 HELPFUL_DB = 0.1
 """A smaller gain would not be worth one more kind of parameter."""
 HELPFUL_STANDARD_ERRORS = 2.0
 
-Cell = dict[str, object]
 Grid = dict[tuple[str, str, float, int], Cell]
 """Cells by task, variant, learning rate and seed."""
 
@@ -70,9 +65,7 @@ class MagnitudeArguments:
     )
     train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
     validation_pairs: int = field(default=18, metadata={"help": "Other pairs of the folder to validate on."})
-    results: str = field(
-        default=str(HERE / "benchmark_results" / "magnitude.json"), metadata={"help": "File of the cells."}
-    )
+    results: str = field(default=str(RESULTS / "magnitude.json"), metadata={"help": "File of the cells."})
 
     def __post_init__(self) -> None:
         lists = {"train_dirs": self.tasks(), "learning_rates": self.learning_rates, "seeds": self.seeds}
@@ -87,7 +80,7 @@ class MagnitudeArguments:
 
     def tasks(self) -> list[str]:
         """Their names: of the folders above `train`."""
-        return [Path(folder).resolve().parent.name for folder in self.train_dirs]
+        return [task_name(folder) for folder in self.train_dirs]
 
     def of_task(self, train_dir: str) -> SearchArguments:
         """The same task as search_learning_rates.py describes and splits it."""
@@ -129,16 +122,11 @@ class Draw(NamedTuple):
     scores: dict[str, float]
 
 
-def load_network(accelerator: Accelerator) -> nn.Module:
-    network = AutoModelForImageToImage.from_pretrained(FinetuneArguments.model_name_or_path, dtype=torch.float32)
-    return network.to(accelerator.device, memory_format=torch.channels_last)
-
-
 def draw(args: MagnitudeArguments, train_dir: str, seed: int, accelerator: Accelerator) -> Draw:
     """Split the pairs of a task by the seed and measure the contributions on those to train on."""
     set_seed(seed)
     task = args.of_task(train_dir)
-    chosen, validation = split_pairs(task, seed)
+    chosen, validation = split_pairs(train_dir, args.train_pairs, args.validation_pairs, seed)
     patches = PairedPatches(chosen, args.resolution, seed)
     run = args.of_run("", args.learning_rates[0], seed)
     scores = measure_contributions(load_network(accelerator), patches, run, accelerator).scores
@@ -157,36 +145,25 @@ def adapted_network(drawn: Draw, variant: str, accelerator: Accelerator) -> Peft
 def run_cell(settings: Cell, args: MagnitudeArguments, drawn: Draw, accelerator: Accelerator) -> Cell:
     """Train and validate once."""
     model = adapted_network(drawn, settings["variant"], accelerator)
-    sizes = trained_parameters(model)
     with tempfile.TemporaryDirectory() as folder:
         run = args.of_run(folder, settings["learning_rate"], drawn.seed)
-        try:
-            model, seconds = train(model, drawn.patches, run, accelerator)
-            quality = evaluate(model, drawn.validation, accelerator.device, "validation")
-        except TrainingDiverged as error:
-            return {**settings, **sizes, "failed": str(error)}
-        finally:
-            accelerator.free_memory()
-    return {**settings, **quality, **sizes, "seconds": seconds, "hardware": hardware_name(accelerator.device)}
+        return {**settings, **train_and_validate(model, drawn.patches, drawn.validation, run, accelerator)}
 
 
 def run_grid(args: MagnitudeArguments, accelerator: Accelerator) -> Grid:
     """Run the cells that the results file lacks, saving after each; all cells of the grid."""
-    results = Path(args.results)
-    cells: list[Cell] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
+    file = CellFile(args.results)
     grid: Grid = {}
     for seed, (train_dir, task) in product(args.seeds, zip(args.train_dirs, args.tasks(), strict=True)):
         drawn = None
         for variant, rate in product(VARIANTS, args.learning_rates):
             settings = args.settings(train_dir, variant, rate, seed)
-            cell = next((known for known in cells if settings.items() <= known.items()), None)
+            cell = file.find(settings)
             if cell is None:
                 print(settings)
                 drawn = drawn or draw(args, train_dir, seed, accelerator)
                 cell = run_cell(settings, args, drawn, accelerator)
-                cells.append(cell)
-                results.parent.mkdir(parents=True, exist_ok=True)
-                write_json(results, cells)
+                file.add(cell)
                 print(f"-> {cell.get('psnr', math.nan):.2f} dB", flush=True)
             grid[task, variant, rate, seed] = cell
     return grid
@@ -294,7 +271,7 @@ def report(grid: Grid, args: MagnitudeArguments) -> str:
 def check_tasks(args: MagnitudeArguments) -> None:
     """Read everything once, before the first cell; raises ValueError or FileNotFoundError as the sources do."""
     for train_dir in args.train_dirs:
-        split_pairs(args.of_task(train_dir), args.seeds[0])
+        split_pairs(train_dir, args.train_pairs, args.validation_pairs, args.seeds[0])  # any seed: sizes are equal
         reason = "the training patch: lower --resolution or remove the pair"
         check_pairs(PairedImageFolder(train_dir), args.resolution, reason)
 

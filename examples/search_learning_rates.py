@@ -9,35 +9,34 @@ over many calls; each call ends by printing the table.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from pathlib import Path
 from statistics import mean
 from typing import Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from finetune import FinetuneArguments, measure_contributions
-from transformers import AutoModelForImageToImage, HfArgumentParser
+from grid_cells import (
+    RESULTS,
+    Cell,
+    CellFile,
+    load_network,
+    network_fingerprint,
+    split_pairs,
+    task_name,
+    train_and_validate,
+)
+from transformers import HfArgumentParser
 
-import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import CoLoRAConfig
-from colora_peft.cards import hardware_name
-from colora_peft.evaluation import evaluate
-from colora_peft.files import write_json, write_text
-from colora_peft.pairs import PairedImageFolder, PairSource, PairSubset, draw_pairs
+from colora_peft.files import write_text
 from colora_peft.patches import PairedPatches
-from colora_peft.training import TrainingDiverged, train, use_all_cores
-from colora_peft.tuning import METHODS, prepare_for_tuning, trained_parameters
-
-HERE = Path(__file__).parent
+from colora_peft.training import use_all_cores
+from colora_peft.tuning import METHODS, prepare_for_tuning
 
 
 @dataclass
@@ -68,22 +67,13 @@ class SearchArguments:
         metadata={"help": "block: neighbours in the list, another block for each seed, as if from the same place; "
                   "colours: the pairs whose colours are the strangest, as if from another place."},
     )  # fmt: skip
-    results: str = field(
-        default=str(HERE / "benchmark_results" / "learning_rates.json"), metadata={"help": "File of the cells."}
-    )
+    results: str = field(default=str(RESULTS / "learning_rates.json"), metadata={"help": "File of the cells."})
 
 
-@cache
-def network_fingerprint() -> str:
-    """First digits of the hash of the weights that every cell starts from."""
-    weights = Path(FinetuneArguments.model_name_or_path) / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-
-
-def cell_settings(args: SearchArguments, method: str, learning_rate: float, seed: int) -> dict[str, object]:
+def cell_settings(args: SearchArguments, method: str, learning_rate: float, seed: int) -> Cell:
     """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
     settings = {
-        "task": Path(args.train_dir).resolve().parent.name,
+        "task": task_name(args.train_dir),
         "model_sha256": network_fingerprint(),
         "method": method,
         "learning_rate": learning_rate,
@@ -103,39 +93,14 @@ def cell_settings(args: SearchArguments, method: str, learning_rate: float, seed
     return settings
 
 
-def split_pairs(args: SearchArguments, seed: int) -> tuple[PairSource, PairSource]:
-    """Pairs to train on, drawn by the seed, and others to validate on."""
-    pairs = PairedImageFolder(args.train_dir)
-    if len(pairs) < args.train_pairs + args.validation_pairs:
-        raise ValueError(
-            f"{args.train_dir} holds {len(pairs)} pairs, too few to train on {args.train_pairs} and validate on "
-            f"{args.validation_pairs}."
-        )
-    if args.validation == "colours":
-        held_out = strangest_colours(pairs, args.validation_pairs)
-    else:
-        first = seed % (len(pairs) // args.validation_pairs) * args.validation_pairs
-        held_out = list(range(first, first + args.validation_pairs))
-    others = PairSubset(pairs, [index for index in range(len(pairs)) if index not in held_out])
-    return draw_pairs(others, args.train_pairs, seed)[0], PairSubset(pairs, held_out)
-
-
-def strangest_colours(pairs: PairSource, count: int) -> list[int]:
-    """The pairs whose inputs' mean colours lie farthest from the median one."""
-    colours = torch.stack([pairs[index][0].mean((1, 2)) for index in range(len(pairs))])
-    distances = (colours - colours.median(0).values).norm(dim=1)
-    return sorted(distances.topk(count).indices.tolist())
-
-
 def run_cell(
-    settings: dict[str, object], args: SearchArguments, accelerator: Accelerator, scores: dict[int, dict[str, float]]
-) -> dict[str, object]:
+    settings: Cell, args: SearchArguments, accelerator: Accelerator, scores: dict[int, dict[str, float]]
+) -> Cell:
     """Train and validate once. `scores` keeps the contributions of each seed between cells."""
     seed, method = settings["seed"], settings["method"]
     set_seed(seed)
-    chosen, validation = split_pairs(args, seed)
-    model = AutoModelForImageToImage.from_pretrained(FinetuneArguments.model_name_or_path, dtype=torch.float32)
-    model.to(accelerator.device, memory_format=torch.channels_last)
+    chosen, validation = split_pairs(args.train_dir, args.train_pairs, args.validation_pairs, seed, args.validation)
+    model = load_network(accelerator)
     with tempfile.TemporaryDirectory() as folder:
         run = FinetuneArguments(
             output_dir=folder,
@@ -159,22 +124,14 @@ def run_cell(
         )
         # `lora` allocates by the budget; given ranks are an adapter like any other.
         model = prepare_for_tuning(model, "colora" if args.uniform_rank else method, config)
-        sizes = trained_parameters(model)
-        try:
-            model, seconds = train(model, patches, run, accelerator)
-            quality = evaluate(model, validation, accelerator.device, "validation")
-        except TrainingDiverged as error:
-            return {**settings, "failed": str(error)}
-        finally:
-            accelerator.free_memory()
-    return {**settings, **quality, **sizes, "seconds": seconds, "hardware": hardware_name(accelerator.device)}
+        return {**settings, **train_and_validate(model, patches, validation, run, accelerator)}
 
 
-def table(cells: list[dict[str, object]]) -> str:
+def table(cells: list[Cell]) -> str:
     """Markdown: one row per method and setting, one column per learning rate, mean validation PSNR over the seeds."""
     rows = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        rows[row_name(cell)][cell["learning_rate"]].append(cell.get("psnr", float("nan")))
+        rows[row_name(cell)][cell["learning_rate"]].append(cell.get("psnr", math.nan))
     rates = sorted({rate for row in rows.values() for rate in row})
     lines = [
         "| dB at learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
@@ -193,7 +150,7 @@ def table(cells: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def row_name(cell: dict[str, object]) -> str:
+def row_name(cell: Cell) -> str:
     name = f"{cell['task']}, {cell['method']}"
     if cell.get("uniform_rank") is not None:
         return f"{name}, rank {cell['uniform_rank']}, alpha {cell['colora_alpha']:g}"
@@ -209,24 +166,21 @@ def main(args: SearchArguments) -> None:
         raise ValueError("--uniform_rank is for --methods lora.")
     accelerator = Accelerator()
     use_all_cores(accelerator)
-    results = Path(args.results)
-    cells = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
+    file = CellFile(args.results)
     scores: dict[int, dict[str, float]] = {}
     for seed in args.seeds:
         for method in args.methods:
             for learning_rate in args.learning_rates:
                 settings = cell_settings(args, method, learning_rate, seed)
-                if any(settings.items() <= cell.items() for cell in cells):
+                if file.find(settings) is not None:
                     continue
                 print(settings)
-                cells.append(run_cell(settings, args, accelerator, scores))
-                results.parent.mkdir(parents=True, exist_ok=True)
-                write_json(results, cells)
-                print(f"-> {cells[-1].get('psnr', float('nan')):.2f} dB")
+                file.add(run_cell(settings, args, accelerator, scores))
+                print(f"-> {file.cells[-1].get('psnr', math.nan):.2f} dB")
     report = (
-        f"Mean validation PSNR over the seeds (number of seeds); the best of each row in bold.\n\n{table(cells)}\n"
+        f"Mean validation PSNR over the seeds (number of seeds); the best of each row bold.\n\n{table(file.cells)}\n"
     )
-    write_text(results.with_suffix(".md"), report)
+    write_text(file.path.with_suffix(".md"), report)
     print(f"\n{report}")
 
 

@@ -13,9 +13,15 @@ from conftest import EXAMPLES, load_example, write_pairs
 from test_layer import STORAGES, make_case, shake
 
 from colora_peft import adaptable_layers
+from colora_peft.tuning import trained_parameters
 
 SCRIPT = EXAMPLES / "compare_magnitude.py"
-for name in ("finetune", "search_learning_rates", "magnitude_layer"):  # which the script imports as its neighbours
+for name in (
+    "finetune",
+    "grid_cells",
+    "search_learning_rates",
+    "magnitude_layer",
+):  # its neighbours
     load_example(name)
 compare_magnitude = load_example("compare_magnitude")
 MagnitudeLayer = load_example("magnitude_layer").MagnitudeLayer
@@ -80,7 +86,7 @@ def test_both_variants_start_from_the_same_adapters_and_the_magnitudes_are_count
     for name, parameter in plain.named_parameters():
         assert torch.equal(added.pop(name), parameter), name
     assert added and all(name.endswith("colora_magnitude") for name in added)
-    sizes = [compare_magnitude.trained_parameters(model)["trainable_parameters"] for model in (plain, other)]
+    sizes = [trained_parameters(model)["trainable_parameters"] for model in (plain, other)]
     adapted_layers = [layer for layer in other.modules() if isinstance(layer, MagnitudeLayer)]
     assert sizes[1] - sizes[0] == sum(layer.out_features for layer in adapted_layers)
 

@@ -1,0 +1,119 @@
+"""What grids of experiments share: cells, each a whole fine-tuning measured on other pairs, run once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from finetune import FinetuneArguments
+from torch import nn
+from transformers import AutoModelForImageToImage
+
+from colora_peft.cards import hardware_name
+from colora_peft.evaluation import evaluate
+from colora_peft.files import write_json
+from colora_peft.pairs import PairedImageFolder, PairSource, PairSubset, draw_pairs
+from colora_peft.patches import PairedPatches
+from colora_peft.training import TrainingDiverged, train
+from colora_peft.tuning import trained_parameters
+
+RESULTS = Path(__file__).parent / "benchmark_results"
+
+Cell = dict[str, object]
+"""Settings of a run and what came of it, as JSON keeps them."""
+
+
+class CellFile:
+    """The cells of a grid in one JSON file, growing over many calls; an interrupted one loses one cell at most."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.cells: list[Cell] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+
+    def find(self, settings: Cell) -> Cell | None:
+        """The cell that was run with these settings; settings that decide nothing may be missing in them."""
+        return next((cell for cell in self.cells if settings.items() <= cell.items()), None)
+
+    def add(self, cell: Cell) -> None:
+        self.cells.append(cell)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.cells)
+
+
+def task_name(train_dir: str) -> str:
+    """Of a folder TASK/train."""
+    return Path(train_dir).resolve().parent.name
+
+
+@cache
+def network_fingerprint() -> str:
+    """First digits of the hash of the weights that every cell starts from."""
+    weights = Path(FinetuneArguments.model_name_or_path) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
+def load_network(accelerator: Accelerator) -> nn.Module:
+    network = AutoModelForImageToImage.from_pretrained(FinetuneArguments.model_name_or_path, dtype=torch.float32)
+    return network.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def split_pairs(
+    train_dir: str,
+    train_pairs: int,
+    validation_pairs: int,
+    seed: int,
+    validation: Literal["block", "colours"] = "block",
+) -> tuple[PairSource, PairSource]:
+    """Pairs to train on, drawn by the seed, and others to validate on.
+
+    Args:
+        validation: `block`: neighbours in the list, another block for each seed, as if from the same place;
+            `colours`: the pairs whose colours are the strangest, as if from another place.
+
+    Raises:
+        ValueError: The folder holds too few pairs.
+    """
+    pairs = PairedImageFolder(train_dir)
+    if len(pairs) < train_pairs + validation_pairs:
+        raise ValueError(
+            f"{train_dir} holds {len(pairs)} pairs, too few to train on {train_pairs} and validate on "
+            f"{validation_pairs}."
+        )
+    if validation == "colours":
+        held_out = strangest_colours(pairs, validation_pairs)
+    else:
+        first = seed % (len(pairs) // validation_pairs) * validation_pairs
+        held_out = list(range(first, first + validation_pairs))
+    others = PairSubset(pairs, [index for index in range(len(pairs)) if index not in held_out])
+    return draw_pairs(others, train_pairs, seed)[0], PairSubset(pairs, held_out)
+
+
+def strangest_colours(pairs: PairSource, count: int) -> list[int]:
+    """The pairs whose inputs' mean colours lie farthest from the median one."""
+    colours = torch.stack([pairs[index][0].mean((1, 2)) for index in range(len(pairs))])
+    distances = (colours - colours.median(0).values).norm(dim=1)
+    return sorted(distances.topk(count).indices.tolist())
+
+
+def train_and_validate(
+    model: nn.Module,
+    patches: PairedPatches,
+    validation: PairSource,
+    run: FinetuneArguments,
+    accelerator: Accelerator,
+) -> Cell:
+    """Train once: quality on the pairs to validate on, sizes, seconds and hardware, or that the run has `failed`."""
+    sizes = trained_parameters(model)
+    try:
+        model, seconds = train(model, patches, run, accelerator)
+        quality = evaluate(model, validation, accelerator.device, "validation")
+    except TrainingDiverged as error:
+        return {**sizes, "failed": str(error)}
+    finally:
+        accelerator.free_memory()
+    return {**quality, **sizes, "seconds": seconds, "hardware": hardware_name(accelerator.device)}

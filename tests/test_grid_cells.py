@@ -1,0 +1,56 @@
+"""What the grids of examples/ share: splits, the file of cells, and the scripts over it launched on tiny pairs."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import EXAMPLES, load_example, write_pairs
+
+load_example("finetune")  # its neighbour
+grid_cells = load_example("grid_cells")
+
+
+@pytest.mark.parametrize("validation", ["block", "colours"])
+def test_pairs_to_train_on_and_to_validate_on_are_disjoint_and_repeatable(tmp_path, validation):
+    folder = write_pairs(tmp_path / "pairs", 9)
+    blocks = []
+    for seed in (0, 1, 2):
+        train, held_out = grid_cells.split_pairs(folder, 4, 3, seed, validation)
+        again = grid_cells.split_pairs(folder, 4, 3, seed, validation)
+        assert (train.names, held_out.names) == tuple(pairs.names for pairs in again)
+        assert len(set(train.names)) == 4 and len(held_out) == 3 and not set(train.names) & set(held_out.names)
+        blocks.append(held_out.names)
+    seen = {name for block in blocks for name in block}
+    assert len(seen) == (9 if validation == "block" else 3)
+
+
+def test_file_keeps_what_was_run_and_finds_it_by_its_settings(tmp_path):
+    file = grid_cells.CellFile(tmp_path / "new" / "cells.json")
+    assert file.find({"seed": 0}) is None
+    file.add({"seed": 0, "rate": 0.1, "psnr": 20.0})
+    file.add({"seed": 1, "rate": 0.1, "failed": "The loss is nan."})
+    found = grid_cells.CellFile(file.path)
+    assert found.cells == file.cells
+    assert found.find({"seed": 1, "rate": 0.1})["failed"] and found.find({"seed": 1, "rate": 0.2}) is None
+
+
+def test_launched_search_adds_what_its_file_lacks(tmp_path):
+    folder, results = write_pairs(tmp_path / "swapped" / "train", 6), tmp_path / "rates.json"
+    command = [sys.executable, str(EXAMPLES / "search_learning_rates.py"), "--train_dir", str(folder), "--results",
+               str(results), "--train_pairs", "3", "--validation_pairs", "2", "--seeds", "0", "--max_train_steps", "2",
+               "--resolution", "32", "--per_device_train_batch_size", "1", "--methods", "colora", "full"]  # fmt: skip
+    for rates in (["1e-3"], ["1e-3", "3e-3"]):
+        done = subprocess.run([*command, "--learning_rates", *rates], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    cells = json.loads(results.read_text())
+    assert [(cell["method"], cell["learning_rate"]) for cell in cells] == [
+        ("colora", 1e-3),
+        ("full", 1e-3),
+        ("colora", 3e-3),
+        ("full", 3e-3),
+    ]
+    assert all(math.isfinite(cell["psnr"]) for cell in cells)
+    table = results.with_suffix(".md").read_text()
+    assert table in done.stdout and f"{cells[0]['psnr']:.2f} (1)" in table and table.count("**") == 4
