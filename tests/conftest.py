@@ -70,3 +70,10 @@ def factored_gradients_for_any_size(request, monkeypatch):
     """Let the tiny networks of the tests train their factors as large ones do, unless marked `real_sizes`."""
     if "real_sizes" not in request.keywords:
         monkeypatch.setattr("colora_peft.run_layer.MINIMUM_MULTIPLICATIONS", 0)
+
+
+@pytest.fixture(params=[True, False], ids=["grad", "no_grad"])
+def grad_mode(request):
+    """Without gradients, layers keep their weight between calls: it must not outlive a change."""
+    with torch.set_grad_enabled(request.param):
+        yield

@@ -12,17 +12,12 @@ from torch import nn
 
 from colora_peft import CoLoRAConfig, adaptable_layers
 
+pytestmark = pytest.mark.usefixtures("grad_mode")
+
 # Ranks that differ and agree, dense in one or in both, layers that only one of them adapts.
 HAZE = {"conv": 1, "blocks.0.conv": 1000, "blocks.0.mix": 2, "down": 3, "gate": 2, "head": 1}
 RAIN = {"conv": 2, "blocks.0.conv": 1000, "blocks.0.mix": 1000, "down": 4, "up": 1, "head": 0}
 WEIGHTS = [(1.0, 1.0), (0.5, 0.5), (1.5, -0.7), (-1.0, 0.0)]
-
-
-@pytest.fixture(params=[True, False], ids=["grad", "no_grad"], autouse=True)
-def grad_mode(request):
-    """Without gradients, layers keep their weight between calls: it must not outlive a change."""
-    with torch.set_grad_enabled(request.param):
-        yield
 
 
 def adapted(haze=HAZE, rain=RAIN):

@@ -11,6 +11,8 @@ from tiny_networks import network, tiny_nafnet
 
 from colora_peft import CoLoRAConfig
 
+pytestmark = pytest.mark.usefixtures("grad_mode")
+
 RAIN = {"conv": 2, "up": 1000, "head": 0, "blocks.0.conv": 1000}
 
 

@@ -9,12 +9,7 @@ from tiny_networks import network
 
 from colora_peft import CoLoRAConfig, rename_adapter
 
-
-@pytest.fixture(params=[True, False], ids=["grad", "no_grad"], autouse=True)
-def grad_mode(request):
-    """Without gradients, layers keep their weight between calls: it must not outlive a change."""
-    with torch.set_grad_enabled(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("grad_mode")
 
 
 @pytest.fixture
