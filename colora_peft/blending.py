@@ -52,8 +52,10 @@ class Blend:
             ValueError: It cannot, as far as that does not depend on the layers.
         """
         adapters, weights = self.adapters, self.weights
+        if not adapters:
+            raise ValueError(f"There are no adapters to blend: name some of {some(sorted(configs))}.")
         unknown = [adapter for adapter in adapters if adapter not in configs]
-        if unknown or not adapters:
+        if unknown:
             raise ValueError(f"There is no adapter {some(unknown)} to blend: name some of {some(sorted(configs))}.")
         if len(set(adapters)) != len(adapters):
             raise ValueError(f"The adapters to blend are {some(adapters)}: name each once, and add up its weights.")
@@ -151,7 +153,8 @@ def _blended_weights(
         left, sizes, right = (part.to(delta.dtype) for part in torch.linalg.svd(delta.to(dtype), full_matrices=False))
         # Both factors alike, as training leaves them; contiguous, or safetensors refuses them.
         roots = (sizes[:rank] / scaling).sqrt()
-        return {"colora_A": (roots[:, None] * right[:rank]).contiguous(), "colora_B": left[:, :rank] * roots}
+        down, up = roots[:, None] * right[:rank], left[:, :rank] * roots
+        return {"colora_A": down.contiguous(), "colora_B": up.contiguous()}
     factors = [(layer.colora_B[adapter], layer.colora_A[adapter], w * layer.scaling[adapter]) for adapter, w in parts]
     if combination_type == "cat":
         up = torch.cat([share / scaling * up for up, _, share in factors], dim=1)

@@ -1,9 +1,9 @@
 """Another adapter in a network that was compiled, without compiling it again.
 
-`prepare_model_for_compiled_hotswap` gives every layer a buffer with the effective weight and lets the forward pass
-read that alone. Adapters of any ranks, on any layers, then differ in the content of those buffers: nothing is padded,
-and the compiled network does what the bare one does. The price is one more copy of the adaptable weights. The names
-are those of `peft.utils.hotswap`, which serves LoRA.
+`prepare_model_for_compiled_hotswap` gives every layer a buffer with the effective weight, and what is then compiled
+for evaluation reads that alone. Adapters of any ranks, on any layers, differ in the content of those buffers: nothing
+is padded, and the compiled network does what the bare one does. The price is one more copy of the adaptable weights.
+The names are those of `peft.utils.hotswap`, which serves LoRA.
 """
 
 import os
@@ -33,9 +33,9 @@ def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
 
     After it, `torch.compile(model)` survives `hotswap_adapter`, merging, and a layer's `set_scale`. PeftModel's own
     forward pass depends on the name of the active adapter; `torch.compile(model.get_base_model())` does not, and
-    survives `set_adapter` and `disable_adapter()` as well. Weights that are written to by hand are seen at the next
-    `model.eval()`. Training is as before, and so are gradients in evaluation mode, but not in compiled code: there no
-    adapter gets a gradient in evaluation mode.
+    survives `set_adapter` and `disable_adapter()` as well. What is not compiled runs as before, and so does training.
+    Compiled code in evaluation mode gives no adapter a gradient, and sees weights that were written to by hand or by
+    an optimizer at the next `model.eval()`.
 
     Raises:
         TypeError: `model` is not a PeftModel with CoLoRA adapters.
@@ -112,8 +112,7 @@ def _adapted(tuner: CoLoRAModel, name: str) -> CoLoRALayer | None:
 def _check_swap(tuner: CoLoRAModel, adapter_name: str, new: CoLoRAConfig) -> None:
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, only {some(sorted(tuner.peft_config))}.")
-    if any(adapter_name in layer.merged_adapters for layer in tuner.modules() if isinstance(layer, CoLoRALayer)):
-        raise ValueError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before you swap it.")
+    tuner.check_unmerged(adapter_name)
     for which, config in (("old", tuner.peft_config[adapter_name]), ("new", new)):
         if config.modules_to_save or config.bias != "none":
             raise ValueError(

@@ -53,9 +53,13 @@ class CoLoRALayer(DeltaStore):
                 return run_with_weight(self.base_layer, weight, x.to(weight.device), *args, **kwargs).to(x.device)
         if adapter_names is not None and not self.disable_adapters:
             return self._forward_mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.pinned_weight is not None and not self.training and not self._needs_gradient():
+        if self.pinned_weight is not None and torch.compiler.is_compiling() and not self.training:
             return run_with_weight(self.base_layer, self.pinned_weight, x, *args, **kwargs)
         if self.disable_adapters:
+            if self.merged and is_offloaded(self.base_layer):
+                raise NotImplementedError(
+                    "A merged layer that is offloaded cannot run without its adapters: call unmerge_adapter() first."
+                )
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
@@ -85,14 +89,6 @@ class CoLoRALayer(DeltaStore):
             return outputs[0]
         order = sorted(range(len(adapter_names)), key=sum(rows, []).__getitem__)
         return torch.cat(outputs)[order]
-
-    def _needs_gradient(self) -> bool:
-        """Whether a gradient is to flow into an active adapter, outside of compiled code."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return False
-        containers = (self.colora_A, self.colora_B, self.colora_dense)
-        adapters = self.active_adapters
-        return any(a in weights and weights[a].requires_grad for a in adapters for weights in containers)
 
     def _factors_to_train(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """(scaling * B, A) of the active adapter if there is one, it is trained, and its factors are faster alone."""
@@ -154,9 +150,10 @@ class CoLoRALayer(DeltaStore):
         bfloat16): a copy of W0 would be exact at the price of a second network in memory.
         """
         while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
+            adapter = self.merged_adapters[-1]
             if adapter in self.scaling:
                 self.get_base_layer().weight.data -= self.get_delta_weight(adapter).detach()
+            self.merged_adapters.pop()
         self._weights_changed()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -180,7 +177,10 @@ class CoLoRALayer(DeltaStore):
         return isinstance(self.get_base_layer(), nn.Linear)
 
     def pin_weight(self, pinned: bool = True) -> None:
-        """Run in evaluation mode on a buffer that changes its content and never its place; see colora_peft.hotswap."""
+        """Run, compiled for evaluation, on a buffer that changes its content and never its place.
+
+        See colora_peft.hotswap.
+        """
         if not pinned:
             self.pinned_weight = None
         elif self.pinned_weight is None:

@@ -27,10 +27,10 @@ def weights_by_adapter(
             continue
         key = key.removeprefix(module_prefix)
         name, _, adapter = key.rpartition(".")
-        if adapter.startswith(parameter_prefix):
-            found[None][key] = tensor
-        elif name.rpartition(".")[2].startswith(parameter_prefix):
+        if name.rpartition(".")[2].startswith(parameter_prefix):  # first: adapters may be called like parameters
             found[adapter][name] = tensor
+        elif adapter.startswith(parameter_prefix):
+            found[None][key] = tensor
     return dict(found)
 
 

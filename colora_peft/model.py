@@ -200,6 +200,7 @@ class CoLoRAModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, CoLoRAModel):
+            tuner.check_unmerged(adapter_name)
             # PEFT does not find the place of weights inside of wrappers for checkpointing.
             own = {f"base_model.model.{name}" for name in tuner._own_weights().get(adapter_name, {})}
             remapped = {f"{key}.{adapter_name}" if key in own else key: tensor for key, tensor in remapped.items()}
@@ -223,6 +224,15 @@ class CoLoRAModel(BaseTuner):
         parameters = self.model.named_parameters(remove_duplicate=remove_duplicate)
         named = {name.replace("_checkpoint_wrapped_module.", ""): parameter for name, parameter in parameters}
         return weights_by_adapter(named, "", self.prefix)
+
+    def check_unmerged(self, adapter: str) -> None:
+        """Check that unmerging will not subtract other weights than were added.
+
+        Raises:
+            ValueError: `adapter` is merged.
+        """
+        if any(adapter in layer.merged_adapters for layer in self.modules() if isinstance(layer, CoLoRALayer)):
+            raise ValueError(f"Adapter {adapter!r} is merged: call unmerge_adapter() before you replace its weights.")
 
     def _is_sharded(self) -> bool:
         """Whether FSDP has put flat parameters in the place of those that state dicts name."""

@@ -16,10 +16,11 @@ def rename_adapter(model: PeftModel, old: str, new: str) -> None:
     """Give adapter `old` of `model` the name `new`: parameters, order and state (active, merged, trained) stay.
 
     Raises:
-        TypeError: `model` is not a PeftModel with CoLoRA adapters.
+        TypeError: `model` is not a PeftModel with CoLoRA adapters, compiled or not.
         ValueError: There is no adapter `old`, `new` is taken, PyTorch cannot hold parameters under it, or the network
             is offloaded.
     """
+    model = getattr(model, "_orig_mod", model)
     configs = tuner_of(model).peft_config
     check_nothing_offloaded(model, "rename_adapter")
     if old not in configs:

@@ -29,13 +29,16 @@ _convolution_backward = torch.ops.aten.convolution_backward
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a call of `layer` does what its kind does and nothing more: no subclass, no hook.
+    """Whether a call of `layer` does what its kind does and nothing more: no forward pass of its own, no hook.
 
     What brings offloaded weights back does not count: the weight to run with is here.
     """
-    if layer._forward_hooks or layer._forward_pre_hooks or ("forward" in layer.__dict__ and not is_offloaded(layer)):
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
-    return type(layer).forward in _PLAIN_RUNS
+    if "_conv_forward" in layer.__dict__ or ("forward" in layer.__dict__ and not is_offloaded(layer)):
+        return False
+    kind = type(layer)
+    return kind.forward in _PLAIN_RUNS and getattr(kind, "_conv_forward", None) in _PLAIN_CONV_FORWARDS
 
 
 def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,6 +96,9 @@ _PLAIN_RUNS: Mapping[Callable, Callable] = {
     nn.Conv2d.forward: _run_conv2d,
     nn.Conv3d.forward: _run_conv,
     nn.ConvTranspose2d.forward: _run_conv_transpose,
+}
+_PLAIN_CONV_FORWARDS = {
+    getattr(kind, "_conv_forward", None) for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 }
 
 

@@ -84,6 +84,21 @@ def test_a_prepared_network_can_still_be_trained_and_saved(files, tmp_path):
     assert copy.deepcopy(model)(x).equal(model(x))
 
 
+def test_a_prepared_network_sees_what_changes_in_evaluation_mode(files):
+    """As any network does, as long as it is not compiled: optimizer steps, and writing by hand."""
+    _, x, _, folders = files
+    model = PeftModel.from_pretrained(copy.deepcopy(files[0]), folders["haze"], is_trainable=True).eval()
+    prepare_model_for_compiled_hotswap(model)
+    with torch.no_grad():
+        before = model(x)
+    model(x).square().sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+    with torch.no_grad():
+        after = model(x)
+        torch.testing.assert_close(after, copy.deepcopy(model).eval()(x), rtol=0, atol=1e-6)
+        assert not torch.allclose(before, after, atol=1e-5)
+
+
 @torch.no_grad()
 def test_swapping_in_a_compiled_network_compiles_nothing(files):
     _, x, outputs, folders = files

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_networks import Sequence, network
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from colora_peft import CoLoRAConfig, CoLoRALayer
+from colora_peft import CoLoRAConfig, CoLoRALayer, hotswap_adapter
 from colora_peft.loading import check_adapter_weights, weights_by_adapter
 
 RANKS = {"conv": 2, "up": 1000, "head": 1, "gate": 0}
@@ -125,6 +125,8 @@ def test_weights_are_sorted_by_adapter():
     state = {
         "m.a.colora_A.one": tensor,
         "m.a.b.colora_dense.two": tensor,
+        "m.a.colora_B.colora_B": tensor,
+        "m.b.colora_A": tensor,
         "m.a.weight": tensor,
         "a.colora_A.one": tensor,
     }
@@ -132,6 +134,8 @@ def test_weights_are_sorted_by_adapter():
     assert {adapter: list(names) for adapter, names in found.items()} == {
         "one": ["a.colora_A"],
         "two": ["a.b.colora_dense"],
+        "colora_B": ["a.colora_B"],
+        None: ["b.colora_A"],
     }
     check_adapter_weights(found["one"], found["one"], "one")
 
@@ -168,6 +172,41 @@ def test_only_the_loading_of_adapters_is_strict(tmp_path):
     with pytest.warns(UserWarning, match="conv.colora_A"):
         set_peft_model_state_dict(model, weights, ignore_mismatched_sizes=True)
     assert model.base_model.model.head.colora_A["default"].equal(weights[f"{PREFIX}head.colora_A"])
+
+
+@since_021
+@pytest.mark.parametrize("name", ["colora_rain", "colora_A"])
+def test_adapters_called_like_parameters_load(name, tmp_path):
+    bare, x, expected, folder = saved(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(bare), folder, adapter_name=name)
+    assert torch.equal(model.eval()(x), expected)
+    hotswap_adapter(model, folder, name)
+    assert torch.equal(model(x), expected)
+
+
+@since_021
+def test_weights_of_a_merged_adapter_cannot_be_replaced(tmp_path):
+    bare, x, expected, folder = saved(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(bare), folder).eval()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged: call unmerge_adapter"):
+        model.load_adapter(folder, "default")
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), bare(x))
+
+
+@since_021
+def test_a_network_that_fsdp_has_sharded_is_loaded_without_our_check(tmp_path):
+    """Its parameters have other names and shapes than those of the file."""
+    _, _, _, folder = saved(tmp_path)
+    bare, _ = network()
+    model = get_peft_model(bare, CoLoRAConfig(ranks=dict(RANKS)))
+    sharded = torch.nn.Module()
+    sharded._fsdp_wrapped_module = model.base_model.model.conv
+    model.base_model.model.conv = sharded
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
 @since_021

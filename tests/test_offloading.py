@@ -48,6 +48,24 @@ def test_adapted_network_runs_offloaded_in_every_state(ranks):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_merged_and_offloaded_network_is_not_run_disabled_and_stays_whole():
+    bare, x = network()
+    bare.eval()
+    model = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(ranks=1, init_weights=False)).eval()
+    expected = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="unmerge_adapter"), model.disable_adapter():
+        model(x)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), bare(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+
+
 def test_training_on_an_offloaded_network_is_refused_before_anything_is_changed():
     bare, _ = network()
     cpu_offload(bare, execution_device=torch.device("cpu"))

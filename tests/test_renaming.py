@@ -91,6 +91,15 @@ def test_bad_names_are_refused(two, old, new, message):
     assert set(model.state_dict()) == names and torch.equal(model(x), before)
 
 
+def test_a_compiled_network_is_renamed_as_any(two):
+    _, model, x = two
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager")
+    rename_adapter(compiled, "haze", "fog")
+    assert list(model.peft_config) == ["fog", "rain"] and model.active_adapters == ["fog"]
+    assert torch.equal(compiled(x), expected)
+
+
 def test_a_network_without_adapters_is_refused():
     with pytest.raises(TypeError, match="carries no CoLoRA adapters"):
         rename_adapter(network()[0], "haze", "fog")

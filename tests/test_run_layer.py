@@ -134,12 +134,24 @@ class DoubledConv(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class StandardizedConv(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, (weight - weight.mean()) / weight.std(), bias)
+
+
+def patched(conv):
+    conv._conv_forward = lambda x, weight, bias: 2 * nn.functional.conv2d(x, weight, bias)
+    return conv
+
+
 PLAIN_WAY = {
     "grouped": lambda: nn.Conv2d(64, 64, 3, groups=2),
     "transposed": lambda: nn.ConvTranspose2d(64, 64, 2),
     "subclass": lambda: DoubledConv(64, 64, 3),
     "same": lambda: nn.Conv2d(64, 64, 3, padding="same"),
     "thin": lambda: nn.Conv2d(4, 4, 3),
+    "standardized": lambda: StandardizedConv(64, 64, 3),
+    "patched": lambda: patched(nn.Conv2d(64, 64, 3)),
     "hooked": lambda: nn.Conv2d(64, 64, 3),
 }
 
@@ -160,6 +172,27 @@ def test_layers_that_go_the_plain_way_get_the_same_gradients(kind):
         gradients.append([p.grad.clone() for p in layer.parameters() if p.requires_grad])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", PLAIN_WAY)
+@pytest.mark.parametrize("training", [False, True])
+def test_adapted_layer_computes_as_its_base_would_with_that_weight(kind, training):
+    """Also where a class computes with another weight than it stores: a new adapter changes nothing."""
+    torch.manual_seed(0)
+    bare = PLAIN_WAY[kind]()
+    x = torch.randn(2, bare.weight.shape[1] * getattr(bare, "groups", 1), 8, 8)
+    layer = adapted(copy.deepcopy(bare), rank=1)
+    with torch.no_grad():
+        bare.weight.copy_(layer.effective_weight())
+    torch.testing.assert_close(layer.train(training)(x), bare(x))
+
+
+def test_backward_hooks_of_the_base_layer_run():
+    calls = []
+    bare = nn.Conv2d(64, 64, 3)
+    bare.register_full_backward_hook(lambda *_: calls.append(1))
+    adapted(bare, rank=1).train()(torch.randn(1, 64, 8, 8, requires_grad=True)).sum().backward()
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("kind", [lambda: nn.Linear(80, 90), lambda: nn.Conv2d(64, 64, 3, padding=1)])
