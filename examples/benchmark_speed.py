@@ -61,6 +61,9 @@ class SpeedArguments:
     repeats: int = field(
         default=2, metadata={"help": "Times that the networks are made anew: where they lie in memory matters, too."}
     )
+    memory_repeats: int = field(
+        default=3, metadata={"help": "Fresh processes in which each variant's memory is taken."}
+    )
     parameter_budget: float = field(default=0.07, metadata={"help": "Share of the weights, the same in every layer."})
     output_dir: str = field(
         default=str(Path(__file__).parent / "benchmark_results"), metadata={"help": "Where the results go."}
@@ -87,7 +90,9 @@ def take_turns(runs: dict[str, Callable[[], None]], rounds: int, wait: Callable[
 def timings(args: SpeedArguments, network_name: str, mode: Mode, what: str, shape: str) -> Iterator[Row]:
     """Rows of one measurement: `training step` or `inference`."""
     variants, make_run, reference = (
-        ((*TRAINED, "floor"), training_step, "full") if what == "training step" else (INFERRED, inference, "bare")
+        ((*TRAINED, "floor"), training_step, "full")
+        if what == "training step"
+        else (INFERRED + (("colora pinned",) if mode.compiled else ()), inference, "bare")
     )
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(args.repeats):
@@ -148,16 +153,15 @@ def _take_steps(network_name: str, mode: Mode, shape: str, variant: str, paramet
 
 
 def memories(args: SpeedArguments, network_name: str, mode: Mode, shape: str) -> Iterator[Row]:
-    """Rows of peak memory: the median of three fresh processes for each variant."""
-    bytes_of = {}
-    for variant in TRAINED:
-        trained = "colora trainable" if variant == "colora" else variant
-        peaks = []
-        for _ in range(3):
+    """Rows of peak memory: the median over fresh processes for each variant."""
+    peaks: dict[str, list[int]] = {variant: [] for variant in TRAINED}
+    for _ in range(args.memory_repeats):
+        for variant in TRAINED:
+            trained = "colora trainable" if variant == "colora" else variant
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
                 job = fresh.submit(peak_memory, network_name, mode, shape, trained, args.parameter_budget)
-                peaks.append(job.result())
-        bytes_of[variant] = statistics.median(peaks)
+                peaks[variant].append(job.result())
+    bytes_of = {variant: statistics.median(own) for variant, own in peaks.items()}
     for variant, peak in bytes_of.items():
         ratios = {f"ratio_to_{other}": peak / bytes_of[other] for other in ("full", "lora")}
         yield {"network": network_name, "mode": str(mode), "what": "peak memory of a training step", "shape": shape,
@@ -169,55 +173,65 @@ def memories(args: SpeedArguments, network_name: str, mode: Mode, shape: str) ->
 
 def switching(args: SpeedArguments, network_name: str) -> Iterator[Row]:
     """Rows of the time to load an adapter, to switch between two loaded ones, and to swap one in place, on the CPU."""
-    network = make_network(network_name)
-    for variant in ("lora", "colora"):
-        with tempfile.TemporaryDirectory() as folder:
+    network, batch = make_network(network_name), pictures("1x64", "cpu")["pixel_values"]
+    runs: dict[tuple[str, str], Callable[[], None]] = {}
+    with tempfile.TemporaryDirectory() as root:
+        for variant in ("lora", "colora"):
+            folder = f"{root}/{variant}"
             make_variant(network, variant, args.parameter_budget).save_pretrained(folder)
             bare = make_variant(network, "bare", args.parameter_budget)
             model = PeftModel.from_pretrained(bare, folder, adapter_name="one").eval()
             model.load_adapter(folder, "two")
-            batch = pictures("1x64", "cpu")["pixel_values"]
-
-            def load(model: PeftModel = model, folder: str = folder) -> None:
-                model.delete_adapter("two")
-                model.load_adapter(folder, "two")
-
-            def switch(model: PeftModel = model) -> None:
-                model.set_adapter("one" if model.active_adapter == "two" else "two", inference_mode=True)
-
-            def switch_and_run(model: PeftModel = model, batch: torch.Tensor = batch) -> None:
-                switch(model)
-                with torch.no_grad():
-                    model(batch)
-
-            def run(model: PeftModel = model, batch: torch.Tensor = batch) -> None:
-                with torch.no_grad():
-                    model(batch)
-
-            runs = {"load_adapter": load, "set_adapter": switch, "run": run, "set_adapter and run": switch_and_run}
-            if variant == "colora":
-                runs |= swapping(model, folder, batch)
-            for name, seconds in take_turns(runs, args.rounds, lambda: None).items():
-                yield {"network": network_name, "mode": "cpu fp32", "what": name, "shape": "1x64", "variant": variant,
-                       "seconds": statistics.median(seconds)}  # fmt: skip
+            own = switches(model, folder, batch) | (swaps(model, folder, batch) if variant == "colora" else {})
+            runs |= {(variant, name): run for name, run in own.items()}
+        for (variant, name), seconds in take_turns(runs, args.rounds, lambda: None).items():
+            yield {"network": network_name, "mode": "cpu fp32", "what": name, "shape": "1x64", "variant": variant,
+                   "seconds": statistics.median(seconds)}  # fmt: skip
 
 
-def swapping(model: PeftModel, folder: str, batch: torch.Tensor) -> dict[str, Callable[[], None]]:
-    """Swapping an adapter in place, alone and with a run after it; and in a copy that is prepared for it."""
-    prepared = copy.deepcopy(model)
-    prepared.set_adapter("two", inference_mode=True)
+def switches(model: PeftModel, folder: str, batch: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """What can be done with the adapters `one` and `two`; "run" is a run of its own, whatever came before."""
+    untouched = copy.deepcopy(model)
+
+    def load() -> None:
+        model.delete_adapter("two")
+        model.load_adapter(folder, "two")
+
+    def switch() -> None:
+        model.set_adapter("one" if model.active_adapter == "two" else "two", inference_mode=True)
+
+    def switch_and_run() -> None:
+        switch()
+        _run(model, batch)
+
+    return {
+        "load_adapter": load,
+        "set_adapter": switch,
+        "run": lambda: _run(untouched, batch),
+        "set_adapter and run": switch_and_run,
+    }
+
+
+def swaps(model: PeftModel, folder: str, batch: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """Swapping an adapter in place, in a plain network and in one that is prepared to be compiled."""
+    model.set_adapter("two", inference_mode=True)
+    plain, prepared = copy.deepcopy(model), copy.deepcopy(model)
     prepare_model_for_compiled_hotswap(prepared)
 
     def swap_and_run() -> None:
-        hotswap_adapter(prepared, folder, "two")
-        with torch.no_grad():
-            prepared(batch)
+        hotswap_adapter(plain, folder, "two")
+        _run(plain, batch)
 
     return {
-        "hotswap_adapter": lambda: hotswap_adapter(model, folder, "two"),
+        "hotswap_adapter": lambda: hotswap_adapter(plain, folder, "two"),
+        "hotswap_adapter and run": swap_and_run,
         "hotswap_adapter, prepared": lambda: hotswap_adapter(prepared, folder, "two"),
-        "hotswap_adapter and run, prepared": swap_and_run,
     }
+
+
+@torch.no_grad()
+def _run(model: PeftModel, batch: torch.Tensor) -> None:
+    model(batch)
 
 
 def disk(args: SpeedArguments, network_name: str) -> Iterator[Row]:

@@ -25,9 +25,9 @@ from colora_peft.training import reconstruct, restoration_loss
 
 TRAINED = ("full", "lora", "colora")
 """Variants of a training step. The floor is besides them: forward pass and gradient of the input alone."""
-INFERRED = ("bare", "lora", "colora", "colora trainable", "colora pinned")
-"""Variants of inference: `colora` as `PeftModel.from_pretrained` leaves it, `trainable` as `set_adapter` does, and
-`pinned` after `prepare_model_for_compiled_hotswap`."""
+INFERRED = ("bare", "lora", "colora", "colora trainable")
+"""Variants of inference: `colora` as `PeftModel.from_pretrained` leaves it, `trainable` as `set_adapter` does.
+Compiled networks are besides `pinned`: after `prepare_model_for_compiled_hotswap`."""
 
 
 class ResidualCNN(nn.Module):
