@@ -226,9 +226,9 @@ def verdict(comparisons: dict[str, Comparison]) -> str:
 
 
 def quality_table(grid: Grid, args: MagnitudeArguments, comparisons: dict[str, Comparison]) -> str:
-    """Markdown: one row per task and variant; parameters and seconds of training are means over its runs."""
+    """Markdown: one row per task and variant; `input` and parameters are means over its runs."""
     rates = args.learning_rates
-    header = ["task", "variant", "input", *(f"dB at {rate:g}" for rate in rates), "trained parameters", "seconds"]
+    header = ["task", "variant", "input", *(f"dB at {rate:g}" for rate in rates), "trained parameters"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for task, variant in product(comparisons, VARIANTS):
         cells = [grid[task, variant, rate, seed] for rate, seed in product(rates, args.seeds)]
@@ -238,9 +238,9 @@ def quality_table(grid: Grid, args: MagnitudeArguments, comparisons: dict[str, C
             value = mean_psnr(grid, args, task, variant, rate)
             text = "diverged" if math.isnan(value) else f"{value:.2f}"
             shown.append(f"**{text}**" if rate == comparisons[task].rates[variant] else text)
-        inputs, seconds = (mean(cell[key] for cell in done) if done else math.nan for key in ("psnr_input", "seconds"))
+        inputs = mean(cell["psnr_input"] for cell in done) if done else math.nan
         parameters = mean(cell["trainable_parameters"] for cell in cells)
-        columns = [task, variant, f"{inputs:.2f}", *shown, f"{parameters:,.0f}", f"{seconds:.0f}"]
+        columns = [task, variant, f"{inputs:.2f}", *shown, f"{parameters:,.0f}"]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -256,13 +256,12 @@ def difference_table(comparisons: dict[str, Comparison]) -> str:
 
 def report(grid: Grid, args: MagnitudeArguments) -> str:
     comparisons = {task: compare(grid, args, task) for task in args.tasks()}
-    hardware = sorted({str(cell["hardware"]) for cell in grid.values() if "hardware" in cell})
     return (
         f"{verdict(comparisons)}\n\n"
         f"Mean validation PSNR over the seeds {', '.join(map(str, args.seeds))}, by learning rate; the best of each "
         f"row in bold. {args.train_pairs} training pairs, {args.validation_pairs} others of the training folder to "
-        f"validate on, {args.max_train_steps} steps of {args.per_device_train_batch_size} x {args.resolution}. The "
-        f"seconds are of training ({'; '.join(hardware)}).\n\n{quality_table(grid, args, comparisons)}\n\n"
+        f"validate on, {args.max_train_steps} steps of {args.per_device_train_batch_size} x {args.resolution}.\n\n"
+        f"{quality_table(grid, args, comparisons)}\n\n"
         "Magnitude less plain, paired by seed, each at its best learning rate, which is chosen on the same validation "
         f"pairs:\n\n{difference_table(comparisons)}\n"
     )

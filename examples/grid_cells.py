@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from finetune import FinetuneArguments
 from torch import nn
 from transformers import AutoModelForImageToImage
@@ -27,22 +30,48 @@ RESULTS = Path(__file__).parent / "benchmark_results"
 Cell = dict[str, object]
 """Settings of a run and what came of it, as JSON keeps them."""
 
+T = TypeVar("T")
+
 
 class CellFile:
-    """The cells of a grid in one JSON file, growing over many calls; an interrupted one loses one cell at most."""
+    """The cells of a grid in one JSON file, growing over many calls; an interrupted one loses one cell at most.
+
+    Several processes may write into it at once.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.cells: list[Cell] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        self.cells: list[Cell] = []
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.is_file():
+            self.cells = json.loads(self.path.read_text(encoding="utf-8"))
 
     def find(self, settings: Cell) -> Cell | None:
         """The cell that was run with these settings; settings that decide nothing may be missing in them."""
         return next((cell for cell in self.cells if settings.items() <= cell.items()), None)
 
     def add(self, cell: Cell) -> None:
-        self.cells.append(cell)
+        """Add `cell` to what the file holds by now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.cells)
+        with FileLock(self.path.with_suffix(".lock")):
+            self._read()
+            self.cells.append(cell)
+            write_json(self.path, self.cells)
+
+
+def own_part(grid: Sequence[T], part: str) -> Sequence[T]:
+    """Every n-th entry of `grid`, from the k-th on, for a `part` of "k/n".
+
+    Raises:
+        ValueError: `part` is not of this form with 0 <= k < n.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    first, count = (int(number) for number in match.groups()) if match else (0, 0)
+    if first >= count:
+        raise ValueError(f"The part is {part!r}: give k/n with 0 <= k < n, for example 0/2 and 1/2.")
+    return grid[first::count]
 
 
 def task_name(train_dir: str) -> str:

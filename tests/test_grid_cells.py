@@ -54,3 +54,24 @@ def test_launched_search_adds_what_its_file_lacks(tmp_path):
     assert all(math.isfinite(cell["psnr"]) for cell in cells)
     table = results.with_suffix(".md").read_text()
     assert table in done.stdout and f"{cells[0]['psnr']:.2f} (1)" in table and table.count("**") == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_parts_share_the_grid(count):
+    grid = list(range(5))
+    parts = [grid_cells.own_part(grid, f"{first}/{count}") for first in range(count)]
+    assert sorted(sum(parts, [])) == grid
+
+
+@pytest.mark.parametrize("part", ["2/2", "1", "a/b", "0/0", "-1/2"])
+def test_a_part_that_is_none_is_named(part):
+    with pytest.raises(ValueError, match=f"The part is '{part}'"):
+        grid_cells.own_part([1], part)
+
+
+def test_two_processes_lose_no_cell_of_each_other(tmp_path):
+    one, other = (grid_cells.CellFile(tmp_path / "cells.json") for _ in range(2))
+    for number in range(3):
+        one.add({"of": "one", "number": number})
+        other.add({"of": "other", "number": number})
+    assert len(grid_cells.CellFile(one.path).cells) == 6

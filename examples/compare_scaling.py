@@ -1,0 +1,245 @@
+"""One learning rate for every rank: PSNR over learning rate for uniform ranks 1 to dense, and for CoLoRA's mix.
+
+    python examples/compare_scaling.py --train_dir path/to/underwater/train
+
+What a layer's step is worth depends on the factor before its delta and on how A is drawn. The rules compared here are
+described in `RULES`; that of the package, and why, in colora_peft/scaling.py. On training pairs only: some are
+trained on, others validate. Cells are kept in one JSON file and not run again; several processes may share it
+(--part 0/2 and --part 1/2, say, one on each core).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from finetune import FinetuneArguments, measure_contributions
+from grid_cells import (
+    RESULTS,
+    Cell,
+    CellFile,
+    load_network,
+    network_fingerprint,
+    own_part,
+    split_pairs,
+    task_name,
+    train_and_validate,
+)
+from peft import PeftModel, get_peft_model
+from transformers import HfArgumentParser
+
+from colora_peft import CoLoRAConfig, CoLoRALayer
+from colora_peft.files import write_text
+from colora_peft.patches import PairedPatches
+from colora_peft.training import use_all_cores
+
+DENSE = 10**6
+"""A rank so high that every layer is dense."""
+MIX = "mix"
+
+
+class Rule(NamedTuple):
+    """Factor before the delta and standard deviation of A, of a (d, k) layer."""
+
+    factors: Callable[[int, int], float]
+    """Of rank and k."""
+    dense: Callable[[int], float]
+    """Of k."""
+    std: Callable[[int], float]
+    """Of k."""
+
+
+RULES = {
+    # LoRA as PEFT draws and scales it with alpha = rank.
+    "lora": Rule(lambda r, k: 1.0, lambda k: 1.0, lambda k: 1 / math.sqrt(3 * k)),
+    # Equal movement of the weights in the first step of Adam.
+    "sqrt": Rule(lambda r, k: 3 / math.sqrt(r), lambda k: 3 / math.sqrt(k), lambda k: 1 / math.sqrt(k)),
+    # Equal movement of the outputs in the first step of Adam.
+    "linear": Rule(lambda r, k: 16 / r, lambda k: 16 / k, lambda k: 1 / math.sqrt(k)),
+    # The same, and A so large that it hardly turns: movement stays equal after the first step, too.
+    "linear_unit": Rule(lambda r, k: 16 / (r * math.sqrt(k)), lambda k: 16 / k, lambda k: 1.0),
+    "sqrt_unit": Rule(lambda r, k: 3 / math.sqrt(r * k), lambda k: 3 / math.sqrt(k), lambda k: 1.0),
+}
+
+
+@dataclass
+class ScalingArguments:
+    """Flags of the comparison."""
+
+    train_dir: str = field(metadata={"help": "Folder TASK/train with input/ and target/."})
+    rules: list[str] = field(default_factory=lambda: ["sqrt"], metadata={"help": f"Of {', '.join(RULES)}."})
+    ranks: list[str] = field(
+        default_factory=lambda: ["1", "2", "4", "8", "16", "dense", MIX],
+        metadata={"help": "The same rank in every layer; dense; or mix: ranks by contribution under the budget."},
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], metadata={"help": "Each with each rank."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of pairs, patches and adapters."})
+    parameter_budget: float = field(default=0.07, metadata={"help": "Of the mix."})
+    max_train_steps: int = field(default=300, metadata={"help": "Steps of each cell."})
+    resolution: int = field(default=64, metadata={"help": "Side of the patches."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step."})
+    train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
+    validation_pairs: int = field(default=18, metadata={"help": "Other pairs of the folder to validate on."})
+    part: str = field(default="0/1", metadata={"help": "Run the cells of this part only, as in 0/2 and 1/2."})
+    results: str = field(default=str(RESULTS / "scaling.json"), metadata={"help": "File of the cells."})
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.rules if name not in RULES]
+        if unknown:
+            raise ValueError(f"There is no rule {unknown[0]!r}; choose of {', '.join(RULES)}.")
+
+
+def apply_rule(model: PeftModel, rule: Rule) -> None:
+    """Scale every delta, and A, by `rule`; the adapters must be new."""
+    for module in model.modules():
+        if isinstance(module, CoLoRALayer) and "default" in module.rank:
+            weight = module.get_base_layer().weight
+            k = weight.numel() // weight.shape[0]
+            if "default" in module.colora_dense:
+                module.scaling["default"] = rule.dense(k)
+            else:
+                module.scaling["default"] = rule.factors(module.rank["default"], k)
+                torch.nn.init.normal_(module.colora_A["default"], std=rule.std(k))
+
+
+def cell_settings(args: ScalingArguments, rule: str, rank: str, learning_rate: float, seed: int) -> Cell:
+    """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
+    shared = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
+    settings = {
+        "task": task_name(args.train_dir),
+        "model_sha256": network_fingerprint(),
+        "rule": rule,
+        "rank": rank,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        **{name: getattr(args, name) for name in shared},
+    }
+    return settings | ({"parameter_budget": args.parameter_budget} if rank == MIX else {})
+
+
+def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, scores: dict[int, dict]) -> Cell:
+    """Train and validate once. `scores` keeps the contributions of each seed between cells."""
+    seed = settings["seed"]
+    set_seed(seed)
+    chosen, validation = split_pairs(args.train_dir, args.train_pairs, args.validation_pairs, seed)
+    model = load_network(accelerator)
+    with tempfile.TemporaryDirectory() as folder:
+        run = FinetuneArguments(
+            output_dir=folder,
+            learning_rate=settings["learning_rate"],
+            seed=seed,
+            max_train_steps=args.max_train_steps,
+            resolution=args.resolution,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            checkpointing_steps=args.max_train_steps,
+        )
+        patches = PairedPatches(chosen, run.resolution, seed)
+        if settings["rank"] == MIX:
+            if seed not in scores:
+                scores[seed] = measure_contributions(model, patches, run, accelerator).scores
+            config = CoLoRAConfig(contributions=scores[seed], parameter_budget=args.parameter_budget)
+        else:
+            config = CoLoRAConfig(ranks=DENSE if settings["rank"] == "dense" else int(settings["rank"]))
+        model = get_peft_model(model, config)
+        set_seed(seed)
+        apply_rule(model, RULES[settings["rule"]])
+        return {**settings, **train_and_validate(model, patches, validation, run, accelerator)}
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def optimum(psnr: dict[float, float]) -> float:
+    """Learning rate at the top of the parabola, over its logarithm, through the best point and its neighbours.
+
+    NaN where the best point is the first or the last: then the top lies outside.
+    """
+    rates = sorted(psnr)
+    best = max(range(len(rates)), key=lambda index: psnr[rates[index]])
+    if not 0 < best < len(rates) - 1:
+        return math.nan
+    x = [math.log(rate) for rate in rates[best - 1 : best + 2]]
+    y = [psnr[rate] for rate in rates[best - 1 : best + 2]]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (right - left) / (x[2] - x[0])
+    if curvature == 0:
+        return rates[best]
+    return math.exp((x[0] + x[1]) / 2 - left / (2 * curvature))
+
+
+def kept_gain(psnr: dict[float, float], psnr_before: float, factor: float = 4.0) -> float:
+    """The smallest share of the best gain (dB over the untrained network) within the best range of learning rates.
+
+    The range spans `factor`; of all such ranges of the grid the one is taken that keeps the most.
+    """
+    rates, best = sorted(psnr), max(psnr.values()) - psnr_before
+    kept = [
+        min(psnr[rate] for rate in rates if low <= rate <= factor * low * 1.001) - psnr_before
+        for low in rates
+        if factor * low <= rates[-1] * 1.001
+    ]
+    return max(kept, default=math.nan) / best
+
+
+def report(cells: list[Cell]) -> str:
+    """Markdown: for each task and rule a table of rank against learning rate, and what it says."""
+    text = []
+    for task, rule in dict.fromkeys((cell["task"], cell["rule"]) for cell in cells):
+        own = [cell for cell in cells if (cell["task"], cell["rule"]) == (task, rule)]
+        text.append(f"## {task}, rule {rule}\n\n{rule_table(own)}\n")
+    return "\n".join(text)
+
+
+def rule_table(cells: list[Cell]) -> str:
+    rates = sorted({cell["learning_rate"] for cell in cells})
+    lines = [f"| rank | {' | '.join(f'{rate:g}' for rate in rates)} | optimum |", "|---" * (len(rates) + 2) + "|"]
+    for rank in dict.fromkeys(cell["rank"] for cell in cells):
+        psnr = {}
+        for rate in rates:
+            own = [c.get("psnr", math.nan) for c in cells if (c["rank"], c["learning_rate"]) == (rank, rate)]
+            if own:
+                psnr[rate] = mean(own)
+        finite = {rate: value for rate, value in psnr.items() if not math.isnan(value)}
+        shown = [f"{psnr[rate]:.2f}" if rate in psnr else "" for rate in rates]
+        best = optimum(finite) if finite else math.nan
+        lines.append(f"| {rank} | {' | '.join(shown)} | {'outside' if math.isnan(best) else f'{best:.1e}'} |")
+    return "\n".join(lines)
+
+
+def main(args: ScalingArguments) -> None:
+    accelerator = Accelerator()
+    use_all_cores(accelerator)
+    file = CellFile(args.results)
+    scores: dict[int, dict[str, float]] = {}
+    grid = list(product(args.seeds, args.rules, args.learning_rates, args.ranks))
+    for seed, rule, learning_rate, rank in own_part(grid, args.part):
+        settings = cell_settings(args, rule, rank, learning_rate, seed)
+        if file.find(settings) is None:
+            cell = run_cell(settings, args, accelerator, scores)
+            file.add(cell)
+            print(
+                f"{rule}, rank {rank}, {learning_rate:g}, seed {seed}: {cell.get('psnr', math.nan):.2f} dB", flush=True
+            )
+    text = report(CellFile(args.results).cells)  # those of other processes included
+    write_text(file.path.with_suffix(".md"), text)
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    try:
+        (parsed,) = HfArgumentParser(ScalingArguments).parse_args_into_dataclasses()
+        print(f"{asdict(parsed)}\n")
+        main(parsed)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"compare_scaling.py: {error}")
