@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune import FinetuneArguments, contribution_batches
+from finetune import FinetuneArguments
 from grid_cells import (
     RESULTS,
     Cell,
@@ -35,15 +35,16 @@ from grid_cells import (
     task_name,
     train_and_validate,
 )
+from restoration_task import measure_contributions
 from study_report import write_report
 from torch import nn
 from transformers import HfArgumentParser
 
-from colora_peft import CoLoRAConfig, ContributionScores, estimate_contributions
+from colora_peft import CoLoRAConfig, ContributionScores
 from colora_peft.evaluation import evaluate
 from colora_peft.pairs import PairedImageFolder, PairSource
 from colora_peft.patches import PairedPatches
-from colora_peft.training import restoration_loss, train, use_all_cores
+from colora_peft.training import train, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
 
 RANDOM = "random"
@@ -236,12 +237,11 @@ def measure(
     """Estimate on the first patches of the run, as finetune.py does; "faig" tunes in full first, which counts."""
     started = time.perf_counter()
     patches = draw(args, task, seed).patches
-    run = run_arguments(args, "", LEARNING_RATES["full"], seed)
+    run = replace(run_arguments(args, "", LEARNING_RATES["full"], seed), estimator=estimator)
     network = load_network(accelerator)
     end = tuned_network(args, patches, seed, accelerator).state_dict() if estimator == "faig" else None
-    batches = contribution_batches(patches, run, accelerator)
     set_seed(seed)
-    scores = estimate_contributions(network, batches, restoration_loss, estimator, end_state=end)
+    scores = measure_contributions(network, patches, run, accelerator, end)
     return replace(scores, seconds=time.perf_counter() - started)
 
 
