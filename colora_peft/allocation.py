@@ -90,9 +90,9 @@ def allocate_ranks(
     total = sum(d * k for d, k in shapes.values())
     # The decimal that was typed, not its binary neighbour: 0.29 of 100 weights are 29.
     allowed = math.floor(Fraction(str(float(parameter_budget))) * total)
-    steps = _rank_steps(shapes, scores, beta, delta_min, bounds)
     if not any(most for _, most in bounds.values()):
         raise ValueError("The maximum ranks leave no layer a rank: raise one above 0.")
+    steps = _rank_steps(shapes, scores, beta, delta_min, bounds)
     if not steps:
         raise ValueError("All contributions are 0: measure them again, or pass beta=0 for the same share everywhere.")
     guaranteed = sum(step.extra_parameters for step in steps if step.log_alpha == -math.inf)
