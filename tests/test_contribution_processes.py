@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from colora_peft import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
+from colora_peft.mean_loss import GradientSums, MeanLoss
+from colora_peft.processes import Processes
 
 NUM_BATCHES = (1, 5)
 """Fewer batches than processes, and a number that they cannot share evenly."""
@@ -83,6 +85,7 @@ def score_in_a_process(rank, folder, port):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_scores_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -98,4 +101,41 @@ def test_two_processes_find_the_scores_of_one(tmp_path):
             assert first.scores == pytest.approx(expected.scores, rel=1e-6)
             assert first.unreached == expected.unreached == ("unused",)
             assert first.loss_start == pytest.approx(expected.loss_start, rel=1e-6)
-            assert first.path_integral == pytest.approx(expected.path_integral, rel=1e-6)
+            assert (first.path_integral is None) == (estimator not in SETTINGS)
+            if estimator in SETTINGS:
+                assert first.path_integral == pytest.approx(expected.path_integral, rel=1e-6)
+                assert first.loss_end == pytest.approx(expected.loss_end, rel=1e-6)
+
+
+class OneOf:
+    """As far as sums are concerned, an accelerator of one of three processes; the test adds up what each found."""
+
+    num_processes = 3
+
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("num_batches", [1, 2, 7])
+def test_shares_of_the_processes_add_up_to_the_whole(num_batches, squared):
+    torch.manual_seed(0)
+    model = Network()
+    batches = [torch.rand(2, 3, 8, 8) for _ in range(num_batches)]
+
+    def share(accelerator):
+        sums = GradientSums.zeros(dict(model.named_parameters()), squared)
+        objective = MeanLoss(model, batches, noisy_loss, 5, Processes(accelerator))
+        return sums, *objective.add_gradients(sums, "here")
+
+    state = torch.get_rng_state()
+    whole, loss, seen = share(None)
+    shares = [share(OneOf(index)) for index in range(3)]
+    torch.set_rng_state(state)
+    assert {seen for _, _, seen in shares} == {seen} == {num_batches}
+    assert sum(loss for _, loss, _ in shares) == pytest.approx(loss, rel=1e-6)
+    for name, total in whole.totals.items():
+        parts = sum(sums.totals[name] for sums, _, _ in shares)
+        torch.testing.assert_close(parts, total, rtol=1e-5, atol=1e-6 * total.abs().max().item())
+    assert set().union(*(sums.reached for sums, _, _ in shares)) == whole.reached
+    assert {"unused.weight", "unused.bias"} == {*whole.totals} - whole.reached
