@@ -9,7 +9,7 @@ from importlib.metadata import version
 from .adaptable import adaptable_layers, weight_matrix_shape
 from .allocation import adapter_parameters, allocate_ranks
 from .config import CoLoRAConfig
-from .contribution import ContributionScores, ProbeSettings, faig, probe
+from .contribution import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .layer import CoLoRALayer
 from .lora_export import save_as_lora
@@ -20,18 +20,19 @@ from .renaming import rename_adapter
 __version__ = version("colora-peft")
 
 __all__ = [
+    "ESTIMATORS",
     "CoLoRAConfig",
     "CoLoRALayer",
     "CoLoRAModel",
     "ContributionScores",
+    "FaigSettings",
     "ProbeSettings",
     "adaptable_layers",
     "adapter_parameters",
     "allocate_ranks",
-    "faig",
+    "estimate_contributions",
     "hotswap_adapter",
     "prepare_model_for_compiled_hotswap",
-    "probe",
     "rename_adapter",
     "save_as_lora",
     "weight_matrix_shape",

@@ -13,7 +13,8 @@ layer (depthwise, first or last) one rank may be more than the common share, and
 Ranks are whole, so a layer climbs levels: rank 1, 2, ..., the last rank whose factors cost less than the weight
 itself, then dense (written as rank min(d, k)). It reaches a level of share s when alpha = s / C_i ** beta. Sorting the
 steps of all layers by that alpha and taking the longest prefix that fits solves for alpha exactly, and makes a larger
-budget a superset of a smaller one.
+budget a superset of a smaller one. A layer's minimum rank grants it the first levels whatever alpha is; its maximum
+takes the last ones away, and what they would have cost goes to the others.
 """
 
 import difflib
@@ -22,12 +23,14 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
+from .contribution_scores import check_scores
+
 
 class RankStep(NamedTuple):
     """One layer's step to its next level; the order of the fields is the order in which steps are granted."""
 
     log_alpha: float
-    """Natural logarithm of the alpha at which the level is reached; -inf for what `delta_min` guarantees."""
+    """Natural logarithm of the alpha at which the level is reached; -inf for what minima guarantee."""
     minus_score: float
     """Where two alphas round to the same number the higher score goes first."""
     layer_index: int
@@ -58,6 +61,8 @@ def allocate_ranks(
     parameter_budget: float,
     beta: float = 0.5,
     delta_min: float = 0.0,
+    min_ranks: Mapping[str, int] | None = None,
+    max_ranks: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Ranks by layer name under a budget, never exceeding it; the next step in line would not fit.
 
@@ -68,22 +73,26 @@ def allocate_ranks(
         beta: Exponent >= 0; 0 gives every layer the same share, rank 0 where one rank costs more than that share.
             With beta > 0 a layer that scored 0 gets rank 0.
         delta_min: Share in [0, 1] that each layer may have before scores count, as far as whole ranks allow.
+        min_ranks: Rank of some layers at least, whatever their score; where a layer has no rank that high it is dense.
+        max_ranks: Rank of some layers at most, whatever `delta_min`. A dense delta counts as rank min(d, k).
 
     Raises:
         ValueError: Scores and shapes name different layers, a score is negative or not finite, all scores are 0,
-            or the budget does not pay for `delta_min` or for the first rank.
+            the budget does not pay for the minima or for the first rank, or a bound is of an unknown layer or cannot
+            be met.
     """
     if not shapes:
         raise ValueError("There is no layer to allocate ranks to: pass at least one shape.")
     if scores is not None:
         check_same_names(scores, shapes, "contributions")
-        for name, score in scores.items():
-            if not 0 <= score < math.inf:
-                raise ValueError(f"The contribution of layer {name!r} is {score}: scores must be finite and >= 0.")
+        check_scores(scores, "measure again")
+    bounds = _rank_bounds(shapes, min_ranks or {}, max_ranks or {})
     total = sum(d * k for d, k in shapes.values())
     # The decimal that was typed, not its binary neighbour: 0.29 of 100 weights are 29.
     allowed = math.floor(Fraction(str(float(parameter_budget))) * total)
-    steps = _rank_steps(shapes, scores, beta, delta_min)
+    if not any(most for _, most in bounds.values()):
+        raise ValueError("The maximum ranks leave no layer a rank: raise one above 0.")
+    steps = _rank_steps(shapes, scores, beta, delta_min, bounds)
     if not steps:
         raise ValueError("All contributions are 0: measure them again, or pass beta=0 for the same share everywhere.")
     guaranteed = sum(step.extra_parameters for step in steps if step.log_alpha == -math.inf)
@@ -120,13 +129,59 @@ def check_same_names(given: Iterable[str], known: Iterable[str], what: str) -> N
 
 def unknown_layer_message(name: str, known: Iterable[str], what: str) -> str:
     """One sentence that says `what` names a layer which is not there, with up to three close matches."""
+    return (
+        f"The name {name!r} in `{what}` is not that of a layer that can be adapted here ({names_hint(name, known)})."
+    )
+
+
+def names_hint(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by `name`: up to three close matches."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "use the names of model.named_modules()"
-    return f"The name {name!r} in `{what}` is not that of a layer that can be adapted here ({hint})."
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "use the names of model.named_modules()"
+
+
+def _rank_bounds(
+    shapes: Mapping[str, tuple[int, int]], min_ranks: Mapping[str, int], max_ranks: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
+    """(lowest, highest) level of each layer, as ranks that configs hold.
+
+    Raises:
+        ValueError: A bound is of an unknown layer, or a layer has no level between its two; names it.
+    """
+    for what, given in (("min_ranks", min_ranks), ("max_ranks", max_ranks)):
+        for name in given:
+            if name not in shapes:
+                raise ValueError(unknown_layer_message(name, shapes, what))
+    bounds = {}
+    for name, (d, k) in shapes.items():
+        least, most = min_ranks.get(name, 0), max_ranks.get(name, min(d, k))
+        lowest = next((level for level in [0, *_levels(d, k)] if level >= least), min(d, k))
+        if lowest > most:
+            dense = f" (from rank {lowest_dense_rank(d, k)} on it is dense, rank {min(d, k)})" if least <= most else ""
+            raise ValueError(
+                f"The layer {name!r} of shape {d} x {k} is to have at least rank {least} and at most rank {most}, "
+                f"which no rank meets{dense}: lower its minimum or raise its maximum."
+            )
+        bounds[name] = (lowest, most)
+    return bounds
+
+
+def lowest_dense_rank(d: int, k: int) -> int:
+    """The rank from which on factors of a (d, k) weight cost at least as much as the weight."""
+    return -(-d * k // (d + k))
+
+
+def _levels(d: int, k: int) -> list[int]:
+    """The ranks above 0 that a (d, k) layer climbs, the last of them dense."""
+    return [*range(1, lowest_dense_rank(d, k)), min(d, k)]
 
 
 def _rank_steps(
-    shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, float] | None, beta: float, delta_min: float
+    shapes: Mapping[str, tuple[int, int]],
+    scores: Mapping[str, float] | None,
+    beta: float,
+    delta_min: float,
+    bounds: Mapping[str, tuple[int, int]],
 ) -> list[RankStep]:
     """All steps of all layers in the order in which a growing alpha takes them."""
     uniform = scores is None or beta == 0
@@ -134,29 +189,33 @@ def _rank_steps(
     steps = []
     for index, (name, (d, k)) in enumerate(shapes.items()):
         score = 1.0 if uniform else scores[name]
+        lowest, most = bounds[name]
         # Logarithms: C ** beta overflows or vanishes for scores that are far apart. Ratios: the unit cancels.
         log_weight = beta * (math.log(score) - math.log(highest)) if score > 0 else -math.inf
         cost = 0
-        for rank in [*range(1, (d * k - 1) // (d + k) + 1), min(d, k)]:
+        for rank in _levels(d, k):
+            if rank > most:
+                break
             extra = adapter_parameters(rank, d, k) - cost
             cost += extra
             share = cost / (d * k)
-            log_alpha = -math.inf if share <= delta_min else math.log(share) - log_weight
+            is_guaranteed = share <= delta_min or rank <= lowest
+            log_alpha = -math.inf if is_guaranteed else math.log(share) - log_weight
             if log_alpha < math.inf:
                 steps.append(RankStep(log_alpha, -score, index, rank, extra))
     return sorted(steps)
 
 
 def _check_budget(allowed: int, total: int, guaranteed: int, first_step: int) -> None:
-    """Check that `allowed` parameters pay for what `delta_min` guarantees and for the first step.
+    """Check that `allowed` parameters pay for what minima guarantee and for the first step.
 
     Raises:
         ValueError: They do not; says how many are needed and the smallest budget that works.
     """
     if guaranteed > allowed:
         raise ValueError(
-            f"The share delta_min alone takes {guaranteed} parameters but the budget allows {allowed} of {total}: "
-            f"lower delta_min or set parameter_budget to at least {_budget_for(guaranteed, total)}."
+            f"The minima (delta_min, min_rank_pattern) alone take {guaranteed} parameters but the budget allows "
+            f"{allowed} of {total}: lower them or set parameter_budget to at least {_budget_for(guaranteed, total)}."
         )
     if first_step > allowed:
         raise ValueError(

@@ -176,6 +176,8 @@ def _blended_config(first: CoLoRAConfig, ranks: dict[str, int]) -> CoLoRAConfig:
         target_modules={name for name, rank in ranks.items() if rank > 0},
         exclude_modules=None,
         contributions=None,
+        min_rank_pattern={},
+        max_rank_pattern={},
         layers_to_transform=None,
         layers_pattern=None,
         inference_mode=True,

@@ -1,11 +1,14 @@
 """The configuration of a CoLoRA adapter, saved as adapter_config.json beside its weights."""
 
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
 
+from .contribution_scores import ContributionScores, check_scores
 from .registration import COLORA, SAVES_BIASES
 
 BIAS_MODES = ("none", "all", "colora_only")
@@ -33,10 +36,16 @@ class CoLoRAConfig(PeftConfig):
         exclude_modules: Layers to leave alone, matched as `target_modules`.
         ranks: One rank for all layers, or the rank of each targeted layer by its full module name; 0 leaves a layer
             alone. Where factors of a rank cost as much as the weight, its delta is dense and the rank min(d, k).
-        contributions: Score C_i >= 0 of each layer by its full module name, of any unit.
+        contributions: Score C_i >= 0 of each layer by its full module name, of any unit; or the path of a file that
+            `ContributionScores.save` wrote, from which they are read at once, so that nothing depends on it later.
         parameter_budget: Trained share of the targeted weights, in (0, 1]. Used where `ranks` is not given.
         beta: Exponent >= 0 from contribution to share; 0 is uniform, as without contributions.
         delta_min: Share in [0, 1] that each layer may have before contributions count.
+        min_rank_pattern: Ranks that some layers get at least, by full name, suffix or regular expression as in PEFT's
+            `rank_pattern`: the first that matches counts. Where a layer has no rank that high it is dense. Used, as
+            the next, where `ranks` is not given.
+        max_rank_pattern: Ranks that some layers get at most, a dense delta counting as rank min(d, k). What they leave
+            of the budget goes to the others.
         colora_alpha: Gain of the delta; see `colora_peft.scaling.adapter_scaling`.
         bias: Which biases are trained: "none", "all", or "colora_only", those of the adapted layers.
         modules_to_save: Modules besides the adapter that are trained whole and saved with it.
@@ -52,10 +61,12 @@ class CoLoRAConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     ranks: int | dict[str, int] | None = None
-    contributions: dict[str, float] | None = None
+    contributions: dict[str, float] | str | os.PathLike[str] | None = None
     parameter_budget: float = 0.07
     beta: float = 0.5
     delta_min: float = 0.0
+    min_rank_pattern: dict[str, int] = field(default_factory=dict)
+    max_rank_pattern: dict[str, int] = field(default_factory=dict)
     colora_alpha: float = 3.0
     bias: str = "none"
     modules_to_save: list[str] | None = None
@@ -79,7 +90,10 @@ class CoLoRAConfig(PeftConfig):
                 f"The adapter was saved by a newer colora_peft (method_version {self.method_version}, this one "
                 f"reads up to {METHOD_VERSION}): run `pip install -U colora-peft`."
             )
+        if isinstance(self.contributions, str | os.PathLike):
+            self.contributions = ContributionScores.load(self.contributions).scores
         self._check_numbers()
+        self._check_rank_patterns()
         self._check_ranks_and_contributions()
         self._check_layer_selection()
 
@@ -114,9 +128,28 @@ class CoLoRAConfig(PeftConfig):
                 continue
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
                 raise ValueError(f"The rank of {name!r} is {rank!r}: ranks are whole numbers >= 0.")
-        for name, score in (self.contributions or {}).items():
-            if not 0 <= score < math.inf:
-                raise ValueError(f"The contribution of layer {name!r} is {score}: scores must be finite and >= 0.")
+        if self.contributions is not None:
+            check_scores(self.contributions, "pass those of ContributionScores.scores, or the path of their file")
+
+    def _check_rank_patterns(self) -> None:
+        for what in ("min_rank_pattern", "max_rank_pattern"):
+            patterns = getattr(self, what)
+            if not isinstance(patterns, dict):
+                raise ValueError(f"The {what} is {patterns!r}: pass a dict of layer name or pattern to rank.")
+            if patterns and isinstance(self.ranks, int):
+                raise ValueError(
+                    f"The {what} has no effect with ranks={self.ranks}, which gives every layer that rank: leave one "
+                    "of them out."
+                )
+            for pattern, rank in patterns.items():
+                if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+                    raise ValueError(f"The rank of {pattern!r} in {what} is {rank!r}: ranks are whole numbers >= 0.")
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise ValueError(
+                        f"The {pattern!r} in {what} is no regular expression ({error}): pass a name, or mend it."
+                    ) from error
 
     def _check_layer_selection(self) -> None:
         if self.bias not in BIAS_MODES:

@@ -1,55 +1,48 @@
-"""How much each layer contributes to a new task: FAIG scores.
+"""How much each layer contributes to a new task: `estimate_contributions`, the one way to ask.
 
-FAIG, filter attribution by integrated gradients: Xie et al., "Finding Discriminative Filters for Specific
-Degradations in Blind Super-Resolution", NeurIPS 2021, arXiv 2108.01070. The weights walk straight from theta0
-(pre-trained) to theta (tuned); filter j of layer i is worth
+The estimators: "faig" walks from the pre-trained weights to those of a network that was tuned in full (the paper's);
+"probe" tunes for some steps itself and walks there (both: path_estimators.py); "gradient", "fisher" and "taylor" look
+at the gradients at the pre-trained weights only (one_pass.py).
 
-    F_ij = | sum over the filter's weights of (theta - theta0) * mean_t dL/dtheta(theta0 + t (theta - theta0)) |
-
-and the layer's score C_i is the mean over its weights, sum_j F_ij / number of weights, so that layers of different
-size compare. Filter j is what lies at j along the first axis of the weight.
-
-Our choices: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss; L is the mean of the loss over the
-batches; the network is in eval mode throughout (frozen batch statistics, no dropout) and every pass over the batches
-starts from the same RNG state, so that L is one fixed function of the weights and the completeness law holds. Buffers
-stay those of theta0.
-
-An estimator is a function that takes (model, batches, loss_fn) and gives a ContributionScores; settings come after
-these. Pass the function itself (or a functools.partial of it) around, never its name: a further estimator is a
-further function.
+Our choices for all of them: L is the mean of the loss over the batches; the network is in eval mode throughout (frozen
+batch statistics, no dropout) and each batch begins with a seed of its own, drawn from torch's RNG, so that L is one
+fixed function of the weights and the completeness law holds.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .adaptable import SUPPORTED_LAYERS, adaptable_layers
 from .contribution_scores import ContributionScores
-from .weight_path import (
-    RngStates,
-    checked_end_weights,
-    load_path_point,
-    load_weights,
-    moving_parameters,
-    restored_afterwards,
-    rng_states,
-    set_rng_states,
-    sum_dtype,
-)
+from .mean_loss import LossFn, MeanLoss
+from .messages import some
+from .one_pass import ONE_PASS_ESTIMATORS, OnePassEstimator, score_in_one_pass
+from .path_estimators import integrate_path, tuned_weights
+from .processes import Processes
+from .weight_path import checked_end_weights, load_weights, restored_afterwards
 
-__all__ = ["DEFAULT_NUM_PATH_STEPS", "ContributionScores", "LossFn", "ProbeSettings", "faig", "probe"]
+__all__ = [
+    "ESTIMATORS",
+    "ContributionScores",
+    "Estimator",
+    "FaigSettings",
+    "LossFn",
+    "OnePassEstimator",
+    "ProbeSettings",
+    "estimate_contributions",
+]
 
-# Twice the probe's: end weights from anywhere may lie farther away.
-DEFAULT_NUM_PATH_STEPS = 16
-
-LossFn = Callable[[nn.Module, Any], Tensor]
+Estimator = Literal["faig", "probe", "gradient", "fisher", "taylor"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 def _check_at_least_one(name: str, value: int) -> None:
@@ -58,13 +51,31 @@ def _check_at_least_one(name: str, value: int) -> None:
 
 
 @dataclass(frozen=True)
+class FaigSettings:
+    """The path that "faig" walks.
+
+    Attributes:
+        num_path_steps: midpoints on the path, a pass over the batches each; more of them lower `completeness_error`.
+            Twice the probe's: end weights from anywhere may lie farther away.
+
+    Raises:
+        ValueError: less than one midpoint.
+    """
+
+    num_path_steps: int = 16
+
+    def __post_init__(self) -> None:
+        _check_at_least_one("num_path_steps", self.num_path_steps)
+
+
+@dataclass(frozen=True)
 class ProbeSettings:
-    """The short full tuning of `probe`, and the path that is walked afterwards.
+    """The short full tuning of "probe", and the path that is walked afterwards.
 
     Attributes:
         num_steps: steps of AdamW.
         learning_rate: the same at each of them.
-        num_path_steps: midpoints on the path, as for `faig`; fewer than its default, as the path is short.
+        num_path_steps: midpoints on the path, as for "faig"; fewer than its default, as the path is short.
 
     Raises:
         ValueError: less than one step or midpoint, or a learning rate that is not positive and finite.
@@ -81,239 +92,126 @@ class ProbeSettings:
             raise ValueError(f"The setting learning_rate is {self.learning_rate}: it must be positive and finite.")
 
 
-def faig(
+_DEFAULT_SETTINGS: Mapping[str, FaigSettings | ProbeSettings] = {"faig": FaigSettings(), "probe": ProbeSettings()}
+
+
+def estimate_contributions(
     model: nn.Module,
-    end_state: Mapping[str, Tensor],
     batches: Iterable[Any],
     loss_fn: LossFn,
-    num_path_steps: int = DEFAULT_NUM_PATH_STEPS,
+    estimator: Estimator = "probe",
+    *,
+    end_state: Mapping[str, Tensor] | None = None,
+    settings: FaigSettings | ProbeSettings | None = None,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> ContributionScores:
-    """Score every adaptable layer by FAIG, from the model's current weights to `end_state`.
+    """Score every adaptable layer of a network by its contribution to a task.
 
-    Costs num_path_steps + 2 passes over the batches. Memory: three copies of the weights beside the activations of
-    one batch, whatever the number of batches and steps. Weights, buffers, `requires_grad`, `.grad`, training mode and
-    torch's RNG are afterwards exactly what they were, also when `loss_fn` raises. Frozen parameters move along the
-    path as well.
+    Weights, buffers, `requires_grad`, `.grad`, training mode and the RNGs of Python, NumPy and torch are afterwards
+    exactly what they were, also when `loss_fn` raises. Frozen layers are scored like the others. Memory does not
+    depend on the number of batches: beside the activations of one batch, the path estimators hold three copies of the
+    weights ("probe" also the two of AdamW while it tunes), the others one.
 
     Args:
-        model: any module; its current weights are theta0.
-        end_state: parameter tensors by name, as `tuned_model.state_dict()` gives them; buffers in it are ignored.
-        batches: whatever `loss_fn` takes, iterated anew for each pass: a list or a DataLoader, not a generator.
-        loss_fn: `loss_fn(model, batch)` gives a scalar tensor; it may use autocast.
-        num_path_steps: midpoints M on the path; more of them lower `completeness_error`.
-        progress: show a bar over the path steps.
+        model: Any module, not wrapped for several processes; its current weights are the pre-trained ones.
+        batches: Whatever `loss_fn` takes, on its device. "faig" and "probe" iterate over them anew for each pass: a
+            list or a DataLoader. The others pass once, so that a generator will do.
+        loss_fn: `loss_fn(model, batch)` gives a scalar tensor. It may use autocast, also `accelerator.autocast()`, or
+            be called inside of it; rather bfloat16 than float16, in which small gradients vanish, as no loss is
+            scaled.
+        estimator: "faig", "probe", "gradient", "fisher" or "taylor" (see the top of this file).
+        end_state: For "faig": parameters of the tuned network by name, as its `state_dict()` gives them; buffers in
+            it are ignored.
+        settings: FaigSettings or ProbeSettings, whichever belongs to the estimator; None takes its defaults.
+        accelerator: Shares the batches out among its processes, each of which passes the same sequence of all of
+            them (a loader that is not prepared) and gets the same scores. The probe's tuning runs on each.
+        progress: Show a bar, on the main process.
 
     Raises:
-        ValueError: weights missing in `end_state`, unexpected, of another shape, not finite, or all equal to the
-            start; no batches; a loss that is no scalar, not finite, or without gradient; a model without adaptable
-            layer.
+        ValueError: An unknown estimator, or settings or end weights that do not belong to it; end weights that are
+            missing, unexpected, of another shape, not finite, or all equal to the start; no batches, or a generator
+            where one does not do; a loss that is no scalar, not finite, or without gradient; a model without
+            adaptable layer, or none that the loss reaches.
+
+    Warns:
+        UserWarning: The loss never reaches some layers (named): their score is 0.
     """
     started = time.perf_counter()
-    _check_at_least_one("num_path_steps", num_path_steps)
-    _check_request(model, batches)
-    end = checked_end_weights(model, end_state)
+    _check_estimator(estimator, end_state, settings)
+    _check_model_and_batches(model, batches, estimator, accelerator)
+    processes = Processes(accelerator)
+    settings = settings or _DEFAULT_SETTINGS.get(estimator)
+    progress = progress and processes.is_main
+    end = None if end_state is None else checked_end_weights(model, end_state)
     with restored_afterwards(model) as start:
-        objective = _Objective(model, batches, loss_fn, rng_states())
-        result = _integrate(objective, start, end, num_path_steps, progress)
-    return replace(result, seconds=time.perf_counter() - started)
+        pass_seed, tuning_seed = processes.from_main(torch.randint(2**31, (2,)).tolist())
+        objective = MeanLoss(model, batches, loss_fn, pass_seed, processes)
+        if estimator in ONE_PASS_ESTIMATORS:
+            result = score_in_one_pass(objective, estimator, progress)
+        else:
+            if isinstance(settings, ProbeSettings):
+                end = tuned_weights(objective, settings.num_steps, settings.learning_rate, tuning_seed, progress)
+                load_weights(model, start)
+            result = integrate_path(objective, start, end, settings.num_path_steps, progress)
+    if isinstance(settings, ProbeSettings):
+        result = replace(
+            result,
+            method="probe",
+            num_tuning_steps=settings.num_steps,
+            tuning_learning_rate=settings.learning_rate,
+        )
+    result = replace(result, num_processes=processes.count, seconds=time.perf_counter() - started)
+    # One process's for all: the last digits of a sum may depend on the kind of GPU, and ranks on them.
+    result = processes.from_main(result)
+    if result.unreached and processes.is_main:
+        names = some([f"'{layer}'" for layer in result.unreached], 5)
+        warnings.warn(
+            f"The loss does not reach {len(result.unreached)} of {len(result.scores)} layers, whose score is 0: "
+            f"{names}. They get no rank unless one is guaranteed.",
+            stacklevel=2,
+        )
+    return result
 
 
-def probe(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn,
-    settings: ProbeSettings = ProbeSettings(),
-    progress: bool = False,
-) -> ContributionScores:
-    """Score every adaptable layer by FAIG along a short full tuning, when no tuned network is at hand.
-
-    All parameters are tuned with AdamW (no weight decay, which would move weights the loss never reaches), cycling
-    over the batches; then FAIG runs on the same batches towards the weights reached. The completeness error stays
-    below 2% on a NAFNet (tests/test_contribution.py). The model is restored as by `faig`.
-
-    Raises:
-        ValueError: as `faig`.
-    """
-    started = time.perf_counter()
-    _check_request(model, batches)
-    with restored_afterwards(model) as start:
-        objective = _Objective(model, batches, loss_fn, rng_states())
-        end = _tuned_weights(objective, settings, progress)
-        load_weights(model, start)
-        result = _integrate(objective, start, checked_end_weights(model, end), settings.num_path_steps, progress)
-    return replace(result, method="probe", seconds=time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class _Objective:
-    """The mean loss over the batches, as one fixed function of the model's current weights."""
-
-    model: nn.Module
-    batches: Iterable[Any]
-    loss_fn: LossFn
-    rng_states: RngStates
-
-    def losses(self, where: str) -> Iterator[Tensor]:
-        """One pass over the batches: the loss of each (scalar, with graph where grad mode is on)."""
-        # The same shuffle and the same draws at every point of the path: else L would be another function at each.
-        set_rng_states(self.rng_states)
-        # Under the caller's autocast, low-precision copies of the weights as they were at the last point may be
-        # cached.
-        torch.clear_autocast_cache()
-        for index, batch in enumerate(self.batches):
-            yield _checked_loss(self.loss_fn(self.model, batch), f"batch {index} {where}")
-
-    def mean(self, where: str) -> tuple[float, int]:
-        """The mean loss and the number of batches; no gradients."""
-        with torch.no_grad():
-            values = [loss.item() for loss in self.losses(where)]
-        if not values:
-            raise ValueError(_no_batches_message(self.batches))
-        return sum(values) / len(values), len(values)
-
-    def add_gradients(self, totals: dict[str, Tensor], where: str) -> tuple[float, int]:
-        """Add the gradients of one pass to `totals`, in place; the mean loss and the number of batches."""
-        parameters = moving_parameters(self.model)
-        loss_sum, num_batches = 0.0, 0
-        for loss in self.losses(where):
-            _backward(loss, f"batch {num_batches} {where}")
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    totals[name].add_(parameter.grad)
-                    parameter.grad = None
-            loss_sum += loss.item()
-            num_batches += 1
-        return loss_sum / max(num_batches, 1), num_batches
-
-
-def _integrate(
-    objective: _Objective, start: dict[str, Tensor], end: dict[str, Tensor], num_path_steps: int, progress: bool
-) -> ContributionScores:
-    """FAIG from `start` to `end`; the model is left at `end`, the caller restores it."""
-    model = objective.model
-    loss_start, num_batches = objective.mean("at the start weights")
-    totals = {name: torch.zeros_like(value, dtype=sum_dtype(value)) for name, value in start.items()}
-    with tqdm(range(num_path_steps), desc="FAIG path", disable=not progress) as bar:
-        for step in bar:
-            t = (step + 0.5) / num_path_steps
-            load_path_point(model, start, end, t)
-            loss, seen = objective.add_gradients(totals, f"at {t:.3f} of the path")
-            if seen != num_batches:
-                raise ValueError(
-                    f"The `batches` were {num_batches} on the first pass and {seen} on a later one: pass a list "
-                    "or a DataLoader that gives the same batches each time."
-                )
-            bar.set_postfix(loss=f"{loss:.4g}")
-    load_weights(model, end)
-    loss_end, _ = objective.mean("at the end weights")
-
-    path_integral = 0.0
-    for name, total in totals.items():
-        mean_gradient = total.div_(num_path_steps * num_batches)
-        attribution = mean_gradient.mul_(end[name].to(total) - start[name].to(total))
-        path_integral += attribution.sum(dtype=torch.float64).item()
-    scores = _layer_scores(model, totals)
-    if not math.isfinite(path_integral):
+def _check_estimator(estimator: str, end_state: Any, settings: Any) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"The estimator is {estimator!r}: choose one of {', '.join(ESTIMATORS)}.")
+    if (end_state is not None) != (estimator == "faig"):
         raise ValueError(
-            "The gradient of a bias or norm overflowed although the loss is finite: use float32 instead of half "
-            "precision, or check the loss."
+            "The estimator 'faig' needs end_state: pass the state_dict() of the same network after tuning, or choose "
+            "'probe', which tunes by itself."
+            if end_state is None
+            else f"The estimator {estimator!r} takes no end_state: leave it out, or choose 'faig'."
         )
-    return ContributionScores(
-        scores=scores,
-        method="faig",
-        num_path_steps=num_path_steps,
-        num_batches=num_batches,
-        loss_start=loss_start,
-        loss_end=loss_end,
-        path_integral=path_integral,
-        seconds=0.0,
-    )
-
-
-def _layer_scores(model: nn.Module, attributions: Mapping[str, Tensor]) -> dict[str, float]:
-    """Sum of each layer's |F_ij| over its number of weights, for the adaptable layers in network order."""
-    names = {id(parameter): name for name, parameter in moving_parameters(model).items()}
-    scores = {}
-    for layer_name, layer in adaptable_layers(model).items():
-        weight_name = names.get(id(layer.weight))
-        if weight_name is None:
-            raise ValueError(
-                f"Layer '{layer_name}': its weight is no parameter of the model (a parametrization, weight_norm?): "
-                "remove it first, for example with torch.nn.utils.parametrize.remove_parametrizations."
-            )
-        attribution = attributions[weight_name]
-        filters = attribution.flatten(1).sum(dim=1, dtype=torch.float64)
-        score = filters.abs().sum().item() / attribution.numel()
-        if not math.isfinite(score):
-            raise ValueError(
-                f"Layer '{layer_name}': its score is {score}, so the gradient overflowed although the loss is finite: "
-                "use float32 instead of half precision, or check the loss."
-            )
-        scores[layer_name] = score
-    return scores
-
-
-def _tuned_weights(objective: _Objective, settings: ProbeSettings, progress: bool) -> dict[str, Tensor]:
-    """Copies of all parameters after the probe's tuning; the model is left there, the caller restores it."""
-    parameters = moving_parameters(objective.model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
-    done, num_steps = 0, settings.num_steps
-    with tqdm(total=num_steps, desc="probe", disable=not progress) as bar:
-        while done < num_steps:
-            before_pass = done
-            for batch in islice(objective.batches, num_steps - done):
-                where = f"probe step {done} (learning rate {settings.learning_rate})"
-                torch.clear_autocast_cache()
-                loss = _checked_loss(objective.loss_fn(objective.model, batch), where)
-                _backward(loss, where)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                done += 1
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.4g}")
-            if done == before_pass:
-                raise ValueError(_no_batches_message(objective.batches))
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def _backward(loss: Tensor, where: str) -> None:
-    if not loss.requires_grad:
+    wanted = type(_DEFAULT_SETTINGS.get(estimator))
+    if settings is not None and type(settings) is not wanted:
         raise ValueError(
-            f"The loss for {where} has no gradient: loss_fn must compute it from the model's output without detach() "
-            "or no_grad()."
+            f"The settings of the estimator {estimator!r} are {type(settings).__name__}: "
+            f"{'it has none, leave them out' if wanted is type(None) else f'pass {wanted.__name__}'}."
         )
-    loss.backward()
 
 
-def _checked_loss(loss: Any, where: str) -> Tensor:
-    """The loss as a 0-dim tensor."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+def _check_model_and_batches(
+    model: nn.Module, batches: Iterable[Any], estimator: str, accelerator: Accelerator | None
+) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ValueError(
-            f"The loss_fn gave {found} for {where}: it must return a scalar tensor, for example the mean."
+            f"The model is a {type(model).__name__}, under which layers have other names and gradients are summed "
+            "elsewhere: pass accelerator.unwrap_model(model), and the accelerator to share the batches out."
         )
-    if not torch.isfinite(loss).item():
-        raise ValueError(
-            f"The loss is {loss.item()} for {where}: check the images for NaN and the weights, or lower the "
-            "learning rate they are tuned with."
-        )
-    return loss.reshape(())
-
-
-def _no_batches_message(batches: Iterable[Any]) -> str:
-    if getattr(batches, "drop_last", False):
-        return (
-            "The `batches` are empty: the loader drops the last batch when that is not full, so lower its batch_size."
-        )
-    return "The `batches` are empty: pass at least one batch."
-
-
-def _check_request(model: nn.Module, batches: Iterable[Any]) -> None:
     if not adaptable_layers(model):
         raise ValueError(f"{type(model).__name__} has no layer to score, which are those of kind {SUPPORTED_LAYERS}.")
-    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"The `batches` are a {type(batches).__name__}: pass a list or a DataLoader.")
+    if isinstance(batches, Iterator) and estimator not in ONE_PASS_ESTIMATORS:
         raise ValueError(
             f"The `batches` are a {type(batches).__name__}, which cannot be iterated anew for each pass: pass a list "
             "or a DataLoader."
         )
+    if accelerator is not None and accelerator.num_processes > 1:
+        if isinstance(batches, DataLoaderShard | DataLoaderDispatcher):
+            raise ValueError(
+                "The `batches` went through accelerator.prepare and are split among the processes already: pass the "
+                "loader as it was before, of which each process takes its share."
+            )

@@ -3,13 +3,15 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from .files import write_text
 
-__all__ = ["ContributionScores"]
+__all__ = ["ContributionScores", "check_scores"]
 
 
 @dataclass(frozen=True)
@@ -20,33 +22,50 @@ class ContributionScores:
     is an output channel or feature, but an input channel of a transposed convolution.
 
     Attributes:
-        scores: layer name -> score (mean |attribution| per weight, >= 0), in network order; 0 for a layer that did
-            not move or that the loss never reaches.
-        method: "faig" (end weights were given) or "probe" (end weights from a short full tuning).
-        num_path_steps: midpoints on the path.
-        num_batches: batches that the loss is a mean over.
+        scores: layer name -> score (>= 0, a mean per weight), in network order; 0 for a layer that did not move or
+            that the loss never reaches.
+        method: the estimator: "faig" (end weights were given), "probe" (end weights from a short full tuning),
+            "gradient", "fisher" or "taylor" (one pass at the start weights).
+        num_batches: batches that the loss is a mean over, those of all processes.
         loss_start: mean loss at the start weights.
-        loss_end: mean loss at the end weights.
+        loss_end: mean loss at the end weights; None without a path, as the next two.
         path_integral: signed attribution summed over all parameters, also biases and norms that get no score of their
-        own.
+            own.
+        num_path_steps: midpoints on the path.
+        num_tuning_steps: steps of the probe's tuning; None without one, as its learning rate.
+        tuning_learning_rate: learning rate of the probe's tuning.
+        unreached: layers without a gradient in any batch (score 0): unused, or cut off from the loss.
+        num_processes: processes that shared the batches.
         seconds: wall time of the whole estimate, the probe's tuning included.
+
+    Raises:
+        ValueError: a score is negative, NaN or infinite (named).
     """
 
     scores: dict[str, float]
     method: str
-    num_path_steps: int
     num_batches: int
     loss_start: float
-    loss_end: float
-    path_integral: float
-    seconds: float
+    loss_end: float | None = None
+    path_integral: float | None = None
+    num_path_steps: int | None = None
+    num_tuning_steps: int | None = None
+    tuning_learning_rate: float | None = None
+    unreached: tuple[str, ...] = ()
+    num_processes: int = 1
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_scores(self.scores, "measure again")
 
     @property
-    def completeness_error(self) -> float:
-        """|path_integral - loss change| / |loss change|: 0 when the path was walked finely enough.
+    def completeness_error(self) -> float | None:
+        """|path_integral - loss change| / |loss change|: 0 when the path was walked finely enough; None without one.
 
         Infinite if the loss did not change while the integral is not 0: then the ratio says nothing.
         """
+        if self.path_integral is None or self.loss_end is None:
+            return None
         change = self.loss_end - self.loss_start
         miss = abs(self.path_integral - change)
         if change == 0.0:
@@ -67,7 +86,7 @@ class ContributionScores:
             )
         error = self.completeness_error
         # For the human reader of the file only: `load` computes it anew. JSON has no infinity.
-        content = {**asdict(self), "completeness_error": error if math.isfinite(error) else None}
+        content = {**asdict(self), "completeness_error": None if error == math.inf else error}
         write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
@@ -75,8 +94,8 @@ class ContributionScores:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: no such file, no JSON, an entry missing or of the wrong kind, or a score that is negative, NaN
-                or infinite (named).
+            ValueError: no such file, no JSON, an entry missing (as in files of older versions) or of the wrong kind,
+                or a score that is negative, NaN or infinite (named).
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -90,34 +109,48 @@ class ContributionScores:
             ) from error
         if not isinstance(content, dict):
             raise ValueError(f"The file '{path}' holds no contribution scores: write it with ContributionScores.save.")
-        return cls(**{field.name: _checked_entry(content, field.name, field.type, path) for field in fields(cls)})
+        try:
+            return cls(**{field.name: _checked_entry(content, field.name, field.type) for field in fields(cls)})
+        except ValueError as error:
+            raise ValueError(f"The file '{path}' holds no usable contribution scores. {error}") from error
 
 
-def _checked_entry(content: dict[str, Any], name: str, kind: Any, path: str | os.PathLike[str]) -> Any:
-    """The entry `name` of a score file, of the type its field declares."""
-    if name not in content:
-        raise ValueError(f"The file '{path}' lacks the entry '{name}': write it with ContributionScores.save.")
-    value = content[name]
-    if name == "scores":
-        return _checked_scores(value, path)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is float and is_number:
-        return float(value)
-    if isinstance(value, kind) and (kind is str or is_number):
-        return value
-    raise ValueError(
-        f"In '{path}' the entry '{name}' is {value!r}, not a {'finite number' if kind is float else kind.__name__}: "
-        "measure again."
-    )
+def check_scores(scores: Any, remedy: str) -> None:
+    """Check that `scores` is a table of layer name to finite number >= 0.
 
-
-def _checked_scores(scores: Any, path: str | os.PathLike[str]) -> dict[str, float]:
-    if not isinstance(scores, dict) or not scores:
-        raise ValueError(f"In '{path}' the entry 'scores' is not a table of layer name to score: measure again.")
+    Raises:
+        ValueError: It is not; names the layer.
+    """
+    if not isinstance(scores, Mapping) or not scores:
+        raise ValueError(f"The contributions are {scores!r:.80}, no table of layer name to score: {remedy}.")
     for layer, score in scores.items():
         is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        if not is_number or not math.isfinite(score) or score < 0:
+        if not is_number or not 0 <= score < math.inf:
             raise ValueError(
-                f"In '{path}' the score of layer '{layer}' is {score!r}, not a finite number >= 0: measure again."
+                f"The contribution of layer {layer!r} is {score!r}: scores must be finite and >= 0; {remedy}."
             )
-    return {layer: float(score) for layer, score in scores.items()}
+
+
+def _checked_entry(content: dict[str, Any], name: str, kind: Any) -> Any:
+    """The entry `name` of a score file, of the type its field declares."""
+    if name not in content:
+        raise ValueError(
+            f"It lacks the entry '{name}', so it was not written by ContributionScores.save, or by another version: "
+            "measure again."
+        )
+    value = content[name]
+    if name == "scores":
+        check_scores(value, "measure again")
+        return {layer: float(score) for layer, score in value.items()}
+    if name == "unreached" and isinstance(value, list) and all(isinstance(layer, str) for layer in value):
+        return tuple(value)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and NoneType in kinds:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if float in kinds and is_number:
+        return float(value)
+    if (int in kinds and is_number and isinstance(value, int)) or (str in kinds and isinstance(value, str)):
+        return value
+    wanted = "a finite number" if float in kinds else "a list of names" if name == "unreached" else kinds[0].__name__
+    raise ValueError(f"The entry '{name}' is {value!r}, not {wanted}: measure again.")

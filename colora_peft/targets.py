@@ -5,14 +5,16 @@ and from then on `config.ranks` alone says what is wrapped.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
-from .allocation import allocate_ranks, check_same_names, stored_rank, unknown_layer_message
+from .allocation import allocate_ranks, check_same_names, names_hint, stored_rank, unknown_layer_message
 from .config import CoLoRAConfig
 from .layer import CoLoRALayer
 from .offloading import is_offloaded
@@ -26,7 +28,8 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
     Raises:
         TypeError: A targeted layer cannot be adapted.
         ValueError: Nothing is targeted, every rank is 0, `ranks` or `contributions` name an unknown layer or lack a
-            targeted one, a targeted layer or its weight is in use in a second place, or `model` is itself a layer.
+            targeted one, a rank pattern matches no targeted layer, a targeted layer or its weight is in use in a
+            second place, or `model` is itself a layer.
     """
     layers = adaptable_layers(model)
     if "" in layers:
@@ -49,10 +52,33 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
             _check_known(scores, layers, "contributions")
             # Scores are measured once for the whole network and serve any choice of targets.
             scores = {name: score for name, score in scores.items() if name in shapes}
-        return allocate_ranks(shapes, scores, config.parameter_budget, config.beta, config.delta_min)
+        return allocate_ranks(
+            shapes,
+            scores,
+            config.parameter_budget,
+            config.beta,
+            config.delta_min,
+            min_ranks=_matched_ranks(config.min_rank_pattern, shapes, "min_rank_pattern"),
+            max_ranks=_matched_ranks(config.max_rank_pattern, shapes, "max_rank_pattern"),
+        )
     if not any(ranks.values()):
         raise ValueError("All ranks are 0, so nothing would be trained: give at least one layer a rank of 1.")
     return {name: stored_rank(rank, *shapes[name]) for name, rank in ranks.items()}
+
+
+def _matched_ranks(patterns: dict[str, int], names: Iterable[str], what: str) -> dict[str, int]:
+    """The rank of each layer that a pattern matches, by PEFT's rule for `rank_pattern`: the first match counts.
+
+    Raises:
+        ValueError: A pattern matches none of the layers.
+    """
+    names = list(names)
+    for pattern in patterns:
+        # What matches nothing is given back, so a name that is a pattern itself needs no second look.
+        if pattern not in {get_pattern_key([pattern], name) for name in names}:
+            raise ValueError(f"The {pattern!r} in `{what}` matches no targeted layer ({names_hint(pattern, names)}).")
+    keys = {name: get_pattern_key(list(patterns), name) for name in names}
+    return {name: patterns[key] for name, key in keys.items() if key in patterns}
 
 
 def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:

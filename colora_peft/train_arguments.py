@@ -34,19 +34,14 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "per_device_train_batch_size", "resolution", "checkpointing_steps"):
-            self._check_at_least(name, 1)
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "checkpoints_total_limit"):
-            self._check_at_least(name, 0)
-        if self.seed >= 2**32:  # NumPy's limit
-            raise ValueError(f"--seed must be below 2**32, got {self.seed}.")
+            check_at_least(self, name, 1)
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "checkpoints_total_limit"):
+            check_at_least(self, name, 0)
+        check_seed(self.seed)
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name} must be a positive number, got {value}.")
-
-    def _check_at_least(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine that reaches zero after the last step."""
@@ -54,3 +49,15 @@ class TrainArguments:
             return self.learning_rate * (step + 1) / self.lr_warmup_steps
         progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_at_least(args: object, name: str, least: int) -> None:
+    """Refuse a flag whose value is below `least`."""
+    if getattr(args, name) < least:
+        raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that NumPy or torch would refuse."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be at least 0 and below 2**32, got {seed}.")

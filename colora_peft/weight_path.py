@@ -4,9 +4,12 @@ The moving parameters are all of floating point, frozen or not; they are named a
 parameter once, under its first name).
 """
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +21,19 @@ __all__ = [
     "load_weights",
     "moving_parameters",
     "restored_afterwards",
-    "rng_states",
-    "set_rng_states",
+    "seed_rngs",
     "sum_dtype",
 ]
 
-RngStates = tuple[Tensor, list[Tensor]]
+
+class RngStates(NamedTuple):
+    """Of every generator that a loss or a data set may draw from."""
+
+    python: Any
+    numpy: Any
+    torch_cpu: Tensor
+    torch_gpus: list[Tensor]
+    """Of every GPU in use."""
 
 
 def moving_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,9 +67,9 @@ def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     bit.
 
     Restored, also after an exception: weights, buffers, `requires_grad`, `.grad`, training mode of each module,
-    torch's RNG on the CPU and all GPUs in use. Yields copies of the moving parameters by name: theta0.
+    the RNGs of Python, NumPy and torch (CPU and GPUs in use). Yields copies of the moving parameters by name: theta0.
     """
-    states = rng_states()
+    states = _rng_states()
     modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     parameters = moving_parameters(model)
@@ -84,20 +94,29 @@ def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             module.training = was_training
             module._buffers.update(own_buffers)
         torch.clear_autocast_cache()
-        set_rng_states(states)
+        _set_rng_states(states)
 
 
-def rng_states() -> RngStates:
-    """Torch's RNG state on the CPU and on every GPU in use."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+def _rng_states() -> RngStates:
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return RngStates(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus)
 
 
-def set_rng_states(states: RngStates) -> None:
-    """Go back to what `rng_states` gave."""
-    cpu_state, gpu_states = states
-    torch.set_rng_state(cpu_state)
-    if gpu_states:
-        torch.cuda.set_rng_state_all(gpu_states)
+def _set_rng_states(states: RngStates) -> None:
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+    torch.set_rng_state(states.torch_cpu)
+    if states.torch_gpus:
+        torch.cuda.set_rng_state_all(states.torch_gpus)
+
+
+def seed_rngs(seed: int) -> None:
+    """Seed exactly the generators that `restored_afterwards` brings back."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def checked_end_weights(model: nn.Module, end_state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,10 +24,11 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune import FinetuneArguments, measure_contributions
+from finetune import FinetuneArguments
 from grid_cells import RESULTS, Cell, CellFile, load_network, split_pairs, task_name, train_and_validate
 from magnitude_layer import add_magnitudes
 from peft import PeftModel
+from restoration_task import measure_contributions
 from search_learning_rates import SearchArguments, cell_settings
 from transformers import HfArgumentParser
 

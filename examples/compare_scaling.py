@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune import FinetuneArguments, measure_contributions
+from finetune import FinetuneArguments
 from grid_cells import (
     RESULTS,
     Cell,
@@ -35,6 +35,7 @@ from grid_cells import (
     train_and_validate,
 )
 from peft import PeftModel, get_peft_model
+from restoration_task import measure_contributions
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, CoLoRALayer

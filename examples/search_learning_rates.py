@@ -19,7 +19,7 @@ from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune import FinetuneArguments, measure_contributions
+from finetune import FinetuneArguments
 from grid_cells import (
     RESULTS,
     Cell,
@@ -30,6 +30,7 @@ from grid_cells import (
     task_name,
     train_and_validate,
 )
+from restoration_task import measure_contributions
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig

@@ -11,6 +11,8 @@ import torch
 from colora_peft.images import to_pil
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# The scripts import their neighbours.
+sys.path.append(str(EXAMPLES))
 
 # Nothing in the tests may ask the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -166,7 +166,7 @@ def test_smallest_budget_named_in_the_error_works(seed):
         (({"conv": (8, 8)}, {"conv": -1.0}, 0.5), "'conv' is -1"),
         (({"conv": (8, 8)}, {"conv": math.nan}, 0.5), "'conv' is nan"),
         (({"conv": (8, 8)}, {"conv": 0.0}, 0.5), "All contributions are 0"),
-        (({"conv": (8, 8)}, None, 0.3, 0.5, 0.5), "delta_min alone takes 32 .* allows 19 of 64"),
+        (({"conv": (8, 8)}, None, 0.3, 0.5, 0.5), "alone take 32 .* allows 19 of 64"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(arguments, message):

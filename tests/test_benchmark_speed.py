@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import EXAMPLES, load_example
 
-load_example("speed_variants")  # its neighbour
 benchmark_speed = load_example("benchmark_speed")
 
 

@@ -16,13 +16,6 @@ from colora_peft import adaptable_layers
 from colora_peft.tuning import trained_parameters
 
 SCRIPT = EXAMPLES / "compare_magnitude.py"
-for name in (
-    "finetune",
-    "grid_cells",
-    "search_learning_rates",
-    "magnitude_layer",
-):  # its neighbours
-    load_example(name)
 compare_magnitude = load_example("compare_magnitude")
 MagnitudeLayer = load_example("magnitude_layer").MagnitudeLayer
 

@@ -13,8 +13,6 @@ from tiny_networks import network
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
 
-for name in ("finetune", "grid_cells"):  # its neighbours
-    load_example(name)
 compare_scaling = load_example("compare_scaling")
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3]

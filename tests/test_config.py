@@ -6,7 +6,7 @@ import math
 import pytest
 from peft import PeftConfig, PeftType
 
-from colora_peft import CoLoRAConfig
+from colora_peft import CoLoRAConfig, ContributionScores
 from colora_peft.registration import SAVES_BIASES
 
 
@@ -26,6 +26,15 @@ from colora_peft.registration import SAVES_BIASES
         ({"ranks": {"conv": 2, "body": None}}, "rank of 'body' is None"),
         ({"contributions": {"conv": -1.0}}, "'conv' is -1.0"),
         ({"contributions": {"conv": math.nan}}, "'conv' is nan"),
+        ({"contributions": {"conv": math.inf}}, "'conv' is inf"),
+        ({"contributions": {"conv": "1"}}, "'conv' is '1'"),
+        ({"contributions": {}}, "no table of layer name to score"),
+        ({"contributions": [1.0]}, r"contributions are \[1.0\].*ContributionScores.scores"),
+        ({"min_rank_pattern": {"conv": -1}}, "'conv' in min_rank_pattern is -1"),
+        ({"max_rank_pattern": {"conv": 1.5}}, "'conv' in max_rank_pattern is 1.5"),
+        ({"max_rank_pattern": {"conv(": 1}}, r"'conv\(' in max_rank_pattern is no regular expression"),
+        ({"max_rank_pattern": ["conv"]}, r"max_rank_pattern is \['conv'\]"),
+        ({"ranks": 4, "max_rank_pattern": {"conv": 1}}, "max_rank_pattern has no effect with ranks=4"),
         ({"bias": "lora_only"}, "bias is 'lora_only'.*colora_only"),
         ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_pattern": "blocks"}, "layers_pattern needs"),
@@ -58,6 +67,8 @@ def test_file_round_trip_through_the_general_class(tmp_path):
         parameter_budget=0.02,
         beta=0.25,
         delta_min=0.001,
+        min_rank_pattern={"ending": 2},
+        max_rank_pattern={r"body\.\d+": 5},
         colora_alpha=2.0,
         bias="colora_only" if SAVES_BIASES else "none",
         modules_to_save=["head"],
@@ -87,3 +98,47 @@ def test_field_of_a_newer_version_is_dropped_with_a_warning(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "from_the_future": 1}))
     with pytest.warns(UserWarning, match="from_the_future"):
         assert PeftConfig.from_pretrained(tmp_path) == CoLoRAConfig()
+
+
+SCORES = ContributionScores({"conv": 0.25, "body": 0.0}, "taylor", num_batches=1, loss_start=0.5)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "path"])
+def test_contributions_are_read_from_a_file_once(kind, tmp_path):
+    path = tmp_path / "contributions.json"
+    SCORES.save(path)
+    config = CoLoRAConfig(contributions=kind(path))
+    path.unlink()
+    assert config == CoLoRAConfig(contributions=SCORES.scores)
+    config.save_pretrained(tmp_path / "adapter")
+    assert "contributions.json" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").contributions == SCORES.scores
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["scores"].update(conv=math.nan), "contributions.json.*'conv' is nan"),
+        (lambda content: content["scores"].update(body=-math.inf), "contributions.json.*'body' is -inf"),
+        (lambda content: content.pop("num_processes"), "lacks the entry 'num_processes'.*another version"),
+    ],
+)
+def test_a_file_of_contributions_that_cannot_be_used_is_named(change, message, tmp_path):
+    path = tmp_path / "contributions.json"
+    SCORES.save(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        CoLoRAConfig(contributions=path)
+    with pytest.raises(ValueError, match="Cannot read contribution scores from 'nowhere.json'"):
+        CoLoRAConfig(contributions="nowhere.json")
+
+
+def test_a_configuration_of_before_the_rank_patterns_loads(tmp_path):
+    CoLoRAConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    assert content.pop("min_rank_pattern") == content.pop("max_rank_pattern") == {}
+    file.write_text(json.dumps(content))
+    assert PeftConfig.from_pretrained(tmp_path) == CoLoRAConfig()

@@ -1,15 +1,19 @@
-"""FAIG: completeness first, then values, restoration to the bit, the memory law and the errors."""
+"""FAIG and the probe: completeness first, then values, restoration to the bit, the memory law and the errors."""
 
 import gc
 import json
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from colora_peft.contribution import ContributionScores, ProbeSettings, faig, probe
+from colora_peft import ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
+
+pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +23,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def faig(model, end_state, batches, loss_fn, num_path_steps=FaigSettings.num_path_steps):
+    settings = FaigSettings(num_path_steps)
+    return estimate_contributions(model, batches, loss_fn, "faig", end_state=end_state, settings=settings)
+
+
+def probe(model, batches, loss_fn, settings=None):
+    return estimate_contributions(model, batches, loss_fn, "probe", settings=settings)
 
 
 def mse(model, batch):
@@ -74,12 +87,14 @@ def snapshot(model):
         {name: (id(p.grad), None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()},
         [module.training for module in model.modules()],
         torch.get_rng_state(),
+        (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]),
     )
 
 
 def assert_same(before, after):
     assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
-    assert before[1:3] == after[1:3] and before[4] == after[4] and torch.equal(before[5], after[5])
+    assert before[1:3] == after[1:3] and before[4] == after[4]
+    assert torch.equal(before[5], after[5]) and before[6] == after[6]
     for name, (identity, grad) in before[3].items():
         assert after[3][name][0] == identity
         assert grad is None or torch.equal(grad, after[3][name][1])
@@ -169,7 +184,7 @@ def test_everything_is_restored_to_the_bit(estimate, fails):
     def disturbing_loss(model, batch):
         calls.append(1)
         model.train()
-        torch.rand(3)
+        torch.rand(3), random.random(), np.random.rand()
         if fails and len(calls) == 3:
             raise RuntimeError("third call")
         return mse(model, batch)
@@ -270,10 +285,13 @@ def test_json_round_trip(tmp_path):
     [
         (lambda content: content.pop("method"), "lacks the entry 'method'"),
         (lambda content: content.update(num_path_steps="x"), "'num_path_steps' is 'x'"),
-        (lambda content: content.update(loss_end=None), "'loss_end' is None"),
+        (lambda content: content.update(loss_start=None), "'loss_start' is None, not a finite number"),
+        (lambda content: content.update(num_batches=1.5), "'num_batches' is 1.5, not int"),
+        (lambda content: content.update(unreached="0"), "'unreached' is '0', not a list of names"),
+        (lambda content: content.update(path_integral=float("inf")), "'path_integral' is inf"),
         (lambda content: content["scores"].update({"0": -1.0}), "layer '0' is -1.0"),
         (lambda content: content["scores"].update({"0": float("nan")}), "layer '0' is nan"),
-        (lambda content: content.update(scores={}), "'scores' is not a table"),
+        (lambda content: content.update(scores={}), "no table of layer name to score"),
     ],
 )
 def test_bad_score_files_are_named(tmp_path, change, message):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_contribution import linear_pair, mse
+from test_contribution import faig, linear_pair, mse, probe
 from torch import nn
 
-from colora_peft.contribution import ContributionScores, ProbeSettings, faig, probe
+from colora_peft import ContributionScores, ProbeSettings
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_score_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="no contribution scores"):
         ContributionScores.load(tmp_path / "list.json")
     with pytest.raises(ValueError, match="folder .* does not exist"):
-        ContributionScores({"a": 1.0}, "faig", 1, 1, 1.0, 0.0, -1.0, 0.0).save(tmp_path / "no" / "x.json")
+        ContributionScores({"a": 1.0}, "faig", num_batches=1, loss_start=1.0).save(tmp_path / "no" / "x.json")

@@ -8,7 +8,6 @@ import sys
 import pytest
 from conftest import EXAMPLES, load_example, write_pairs
 
-load_example("finetune")  # its neighbour
 grid_cells = load_example("grid_cells")
 
 

@@ -22,6 +22,7 @@ EVERY_LAYER = [
     "gate",
     "head",
 ]
+TOWARDS_THE_FIRST = {name: 10.0**-i for i, name in enumerate(EVERY_LAYER)}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,30 @@ def test_contributions_decide_and_cover_more_than_the_targets():
     assert list(config.ranks.items()) == [("blocks.0.mix", 8), ("blocks.1.mix", 1), ("up", 0), ("gate", 0)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "allowed"),
+    [
+        ({"max_rank_pattern": {"head": 1}}, "head", {0, 1}),
+        ({"max_rank_pattern": {"blocks.0.conv": 0, "conv": 8}}, "blocks.0.conv", {0}),
+        ({"max_rank_pattern": {"conv": 8, "blocks.0.conv": 0}}, "blocks.0.conv", set(range(1, 9))),
+        ({"max_rank_pattern": {r"blocks\.\d\.mix": 1}}, "blocks.1.mix", {1}),
+        ({"min_rank_pattern": {"mix": 2}, "max_rank_pattern": {"mix": 2}}, "blocks.0.mix", {2}),
+        (
+            {"min_rank_pattern": {"up": 3}, "parameter_budget": 0.5, "beta": 4, "contributions": TOWARDS_THE_FIRST},
+            "up",
+            {3},
+        ),
+    ],
+)
+def test_bounds_are_matched_as_pefts_rank_pattern(settings, name, allowed, tmp_path):
+    model = get_peft_model(network()[0], CoLoRAConfig(**{"parameter_budget": 0.9, **settings}))
+    ranks = model.peft_config["default"].ranks
+    assert ranks[name] in allowed
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(network()[0], tmp_path).peft_config["default"]
+    assert loaded.ranks == ranks and loaded.max_rank_pattern == settings.get("max_rank_pattern", {})
+
+
 def test_ranks_survive_more_targets_than_peft_lists():
     """From 20 targets on PEFT shortens target_modules to suffixes; ranks must not depend on them."""
 
@@ -106,6 +131,17 @@ def test_ranks_survive_more_targets_than_peft_lists():
         ({"contributions": {**dict.fromkeys(EVERY_LAYER, 1.0), "hed": 1.0}}, ValueError, "'hed'.*did you mean 'head'"),
         ({"contributions": {"conv": 1.0}}, ValueError, "'blocks.0.conv' is missing from `contributions`"),
         ({"target_modules": ["nothing"]}, ValueError, "'nothing'.* matches no layer of Restorer"),
+        (
+            {"max_rank_pattern": {"hed": 1}},
+            ValueError,
+            "'hed' in `max_rank_pattern` matches no targeted layer.*'head'",
+        ),
+        (
+            {"min_rank_pattern": {"head": 1}, "exclude_modules": ["head"]},
+            ValueError,
+            "'head' in `min_rank_pattern` matches no targeted layer",
+        ),
+        ({"min_rank_pattern": {"mix": 8}}, ValueError, "minima .* alone take 128 .* set parameter_budget to at least"),
         ({"parameter_budget": 1e-6}, ValueError, "set parameter_budget to at least 0"),
         ({"target_modules": ["norm"]}, TypeError, "'blocks.0.norm' is a GroupNorm.*ConvTranspose2d"),
         ({"target_modules": ["blocks.1"]}, TypeError, "'blocks.1' is a Block"),

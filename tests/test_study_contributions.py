@@ -10,8 +10,6 @@ import pytest
 from conftest import EXAMPLES, load_example, write_pairs
 from scipy.stats import spearmanr
 
-for name in ("restoration_task", "finetune", "grid_cells", "study_report"):  # its neighbours
-    load_example(name)
 study = load_example("study_contributions")
 study_report = load_example("study_report")
 

@@ -1,0 +1,68 @@
+"""What all contribution estimates share about layers: their weights by name, filters, and scores that can be used."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .adaptable import adaptable_layers
+from .weight_path import moving_parameters
+
+__all__ = ["checked_score", "filter_score", "scored_weights", "unreached_layers"]
+
+
+def scored_weights(model: nn.Module) -> dict[str, str]:
+    """Layer name -> parameter name of its weight, for the adaptable layers in network order.
+
+    Raises:
+        ValueError: a layer's weight is no parameter of the model.
+    """
+    names = {id(parameter): name for name, parameter in moving_parameters(model).items()}
+    weights = {}
+    for layer_name, layer in adaptable_layers(model).items():
+        if id(layer.weight) not in names:
+            raise ValueError(
+                f"Layer '{layer_name}': its weight is no parameter of the model (a parametrization, weight_norm?): "
+                "remove it first, for example with torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        weights[layer_name] = names[id(layer.weight)]
+    return weights
+
+
+def filter_score(attribution: Tensor) -> float:
+    """Sum over the filters of |sum of a filter's attributions|, over the number of weights.
+
+    Signs cancel within a filter, not between filters. Filter j is attribution[j], whatever the kind of layer.
+    """
+    filters = attribution.flatten(1).sum(dim=1, dtype=torch.float64)
+    return filters.abs().sum().item() / attribution.numel()
+
+
+def checked_score(layer: str, score: float) -> float:
+    """The score.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not math.isfinite(score):
+        raise ValueError(
+            f"Layer '{layer}': its score is {score}, so the gradient overflowed although the loss is finite: "
+            "use float32 instead of half precision, or check the loss."
+        )
+    return score
+
+
+def unreached_layers(weights: Mapping[str, str], reached: set[str]) -> tuple[str, ...]:
+    """The layers without a gradient in any batch.
+
+    Raises:
+        ValueError: these are all layers.
+    """
+    unreached = tuple(layer for layer, name in weights.items() if name not in reached)
+    if len(unreached) == len(weights):
+        raise ValueError(
+            f"The loss reaches none of the {len(weights)} layers, so every score would be 0: loss_fn must compute it "
+            "from the output of the model that it is given."
+        )
+    return unreached

@@ -1,0 +1,165 @@
+"""Measure how much each layer of a pre-trained restoration network contributes to a task, and look at it.
+
+    accelerate launch examples/contribution.py
+
+scores the shipped underwater photos; `--train_dir my/train --eval_dir my/test` your own.
+The result, in `outputs/contribution`: a table, the picture of it, and `contributions.json`, which `finetune.py
+--contributions` takes instead of measuring by itself. Given the same flags, the two measure the same.
+
+The paper's own estimate needs a network that was tuned in full first:
+
+    accelerate launch examples/finetune.py --method full --output_dir outputs/full
+    accelerate launch examples/contribution.py --estimator faig --end_model_name_or_path outputs/full
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from restoration_task import (
+    CONTRIBUTIONS_FILE,
+    FIGURE_FILE,
+    HERE,
+    TaskArguments,
+    check_figures_can_be_drawn,
+    load_network,
+    load_pairs,
+    measure_contributions,
+    report_allocation,
+)
+from transformers import AutoModelForImageToImage, HfArgumentParser
+
+from colora_peft import ContributionScores, FaigSettings, ProbeSettings
+from colora_peft.files import relative_path
+from colora_peft.patches import PairedPatches
+from colora_peft.targets import resolve_ranks
+from colora_peft.train_arguments import check_at_least
+from colora_peft.training import use_all_cores
+
+# Above it, the scores of a path say less than they could.
+COMPLETENESS_WANTED = 0.05
+
+
+@dataclass
+class ContributionArguments(TaskArguments):
+    """Flags of the measurement."""
+
+    output_dir: str = field(
+        default="outputs/contribution", metadata={"help": "Folder for table, picture and contributions.json."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an earlier measurement in --output_dir."}
+    )
+    end_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The same network after full tuning on the task, e.g. by finetune.py --method full "
+                  "(--estimator faig): a folder or an id on the Hub."},
+    )  # fmt: skip
+    num_path_steps: int | None = field(
+        default=None,
+        metadata={"help": "Points on the path of faig and probe; more are slower and lower the completeness error. "
+                  f"Default: {FaigSettings.num_path_steps} and {ProbeSettings.num_path_steps}."},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_path_steps is not None:
+            check_at_least(self, "num_path_steps", 1)
+        if self.estimator == "faig" and self.end_model_name_or_path is None:
+            raise ValueError(
+                "--estimator faig needs --end_model_name_or_path: a network tuned in full on the task "
+                "(finetune.py --method full); --estimator probe needs none."
+            )
+        if self.estimator != "faig" and self.end_model_name_or_path is not None:
+            raise ValueError(f"--end_model_name_or_path has no effect with --estimator {self.estimator}; choose faig.")
+
+    def estimator_settings(self) -> FaigSettings | ProbeSettings | None:
+        path = {} if self.num_path_steps is None else {"num_path_steps": self.num_path_steps}
+        if self.estimator == "faig":
+            return FaigSettings(**path)
+        return ProbeSettings(num_steps=self.probe_steps, **path) if self.estimator == "probe" else None
+
+
+def main(args: ContributionArguments) -> None:
+    accelerator = Accelerator()
+    use_all_cores(accelerator)
+    set_seed(args.seed)
+    check_figures_can_be_drawn()
+    check_output_dir(args)
+    train_pairs, _ = load_pairs(args, accelerator)
+    patches = PairedPatches(train_pairs, args.resolution, args.seed)
+    model = load_network(args, accelerator)
+    accelerator.print(f"{len(train_pairs)} pairs, estimator {args.estimator}.")
+    end_state = None
+    if args.end_model_name_or_path is not None:
+        end_model = AutoModelForImageToImage.from_pretrained(args.end_model_name_or_path, dtype=torch.float32)
+        end_state = end_model.to(accelerator.device).state_dict()
+    contributions = measure_contributions(model, patches, args, accelerator, end_state)
+    ranks = resolve_ranks(args.adapter_config(contributions.scores), model)
+    if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        report_allocation(model, ranks, contributions, output_dir)
+        print(how_it_went(contributions))
+        print(f"Saved in {output_dir}: {CONTRIBUTIONS_FILE} and {FIGURE_FILE}. Go on with:\n\n{next_command(args)}")
+    accelerator.wait_for_everyone()
+
+
+def check_output_dir(args: ContributionArguments) -> None:
+    """Refuse a folder that holds something else, or a measurement that nobody asked to replace. Writes nothing."""
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; choose a folder.")
+    found = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    if found - {CONTRIBUTIONS_FILE, FIGURE_FILE}:
+        raise ValueError(
+            f"--output_dir {output_dir} holds files that are not of a measurement; choose another folder."
+        )
+    if found and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {output_dir} already holds a measurement; add --overwrite_output_dir to replace it or "
+            "choose another folder."
+        )
+
+
+def how_it_went(contributions: ContributionScores) -> str:
+    """One or two sentences: what was measured, how long it took, and how complete the path's integral is."""
+    by = f" by {contributions.num_processes} processes" if contributions.num_processes > 1 else ""
+    text = (
+        f"{contributions.method}: {contributions.num_batches} batches, {contributions.seconds:.1f} seconds{by}, "
+        f"loss {contributions.loss_start:.4f}"
+    )
+    error = contributions.completeness_error
+    if error is None:
+        return f"{text}."
+    text += (
+        f" -> {contributions.loss_end:.4f}. The attributions sum to {100 * error:.2f}% beside the change of the loss "
+        f"(completeness error, {contributions.num_path_steps} path steps)"
+    )
+    return f"{text}; a larger --num_path_steps lowers it." if error > COMPLETENESS_WANTED else f"{text}."
+
+
+def next_command(args: ContributionArguments) -> str:
+    """The fine-tuning that takes the scores, with the flags of this call that it shares."""
+    own = {field.name for field in fields(ContributionArguments)} - {field.name for field in fields(TaskArguments)}
+    unused = own | {"estimator", "probe_steps", "probe_batches"}
+    words = ["--contributions", str(Path(args.output_dir) / CONTRIBUTIONS_FILE)]
+    for flag in fields(args):
+        value = getattr(args, flag.name)
+        if flag.name not in unused and value != flag.default:
+            words += [f"--{flag.name}", str(value)]
+    return f"accelerate launch {shlex.quote(relative_path(HERE / 'finetune.py'))} {shlex.join(words)}"
+
+
+if __name__ == "__main__":
+    try:
+        (parsed,) = HfArgumentParser(ContributionArguments).parse_args_into_dataclasses()
+        main(parsed)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        sys.exit(f"contribution.py: {error}")
