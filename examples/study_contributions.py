@@ -261,7 +261,7 @@ def main(args: StudyArguments) -> None:
     file = CellFile(folder / "cells.json")
     for variant in own_part(plan(args), args.part):
         run_variant(args, variant, file, accelerator)
-    print(write_report(folder))
+    print(write_report(folder, args.default_estimator))
 
 
 if __name__ == "__main__":

@@ -218,8 +218,10 @@ def plot_betas(results: Results, tasks: list[str], default: str, path: Path) -> 
     plot_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0 is uniform)", path)
 
 
-def write_report(folder: Path, default: str = "probe") -> str:
-    """Write report.md, budgets.png and betas.png into `folder`; the text."""
+def write_report(folder: Path, default: str) -> str:
+    """Write report.md, budgets.png and betas.png into `folder`; the text. `default` is the estimator of all questions
+    but the first.
+    """
     cells = json.loads((folder / "cells.json").read_text(encoding="utf-8"))
     results, scores = results_of(cells), load_scores(folder / "scores")
     tasks = values_in(results, "task")
