@@ -145,13 +145,13 @@ def estimate_contributions(
     progress = progress and processes.is_main
     end = None if end_state is None else checked_end_weights(model, end_state)
     with restored_afterwards(model) as start:
-        pass_seed, tuning_seed = processes.from_main(torch.randint(2**31, (2,)).tolist())
-        objective = MeanLoss(model, batches, loss_fn, pass_seed, processes)
+        seed = processes.from_main(torch.randint(2**31, ()).item())
+        objective = MeanLoss(model, batches, loss_fn, seed, processes)
         if estimator in ONE_PASS_ESTIMATORS:
             result = score_in_one_pass(objective, estimator, progress)
         else:
             if isinstance(settings, ProbeSettings):
-                end = tuned_weights(objective, settings.num_steps, settings.learning_rate, tuning_seed, progress)
+                end = tuned_weights(objective, settings.num_steps, settings.learning_rate, progress)
                 load_weights(model, start)
             result = integrate_path(objective, start, end, settings.num_path_steps, progress)
     if isinstance(settings, ProbeSettings):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .contribution_scores import ContributionScores
 from .mean_loss import GradientSums, MeanLoss, backward, checked_loss, no_batches_message
 from .scored_layers import checked_score, filter_score, scored_weights, unreached_layers
-from .weight_path import load_path_point, load_weights, moving_parameters, seed_rngs
+from .weight_path import load_path_point, load_weights, moving_parameters
 
 __all__ = ["integrate_path", "tuned_weights"]
 
@@ -79,19 +79,16 @@ def integrate_path(
     )
 
 
-def tuned_weights(
-    objective: MeanLoss, num_steps: int, learning_rate: float, seed: int, progress: bool
-) -> dict[str, Tensor]:
+def tuned_weights(objective: MeanLoss, num_steps: int, learning_rate: float, progress: bool) -> dict[str, Tensor]:
     """Copies of all parameters after a short full tuning; the model is left there, the caller restores it.
 
     AdamW without weight decay, which would move weights the loss never reaches, over the batches again and again.
-    Every process takes the same steps, each with a whole batch; all get the main one's weights, to walk to the same
-    point.
+    Every process takes the steps, each with a whole batch; all get the main one's weights, to walk to the same point.
     """
     parameters = moving_parameters(objective.model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
     with tqdm(total=num_steps, desc="probe", disable=not progress) as bar:
-        for step, batch in _batches_over_and_over(objective, num_steps, seed):
+        for step, batch in _batches_over_and_over(objective, num_steps):
             where = f"probe step {step} (learning rate {learning_rate})"
             torch.clear_autocast_cache()
             loss = checked_loss(objective.loss_fn(objective.model, batch), where)
@@ -104,15 +101,13 @@ def tuned_weights(
     return {name: objective.processes.tensor_from_main(value) for name, value in copies.items()}
 
 
-def _batches_over_and_over(objective: MeanLoss, num_steps: int, seed: int) -> Iterator[tuple[int, Any]]:
-    """Number and batch of each step; every one begins with a seed of its own, so that processes draw alike."""
+def _batches_over_and_over(objective: MeanLoss, num_steps: int) -> Iterator[tuple[int, Any]]:
+    """Number and batch of each step."""
     done = 0
     while done < num_steps:
         before_pass = done
-        seed_rngs(seed + done)
         for batch in islice(objective.batches, num_steps - done):
             yield done, batch
             done += 1
-            seed_rngs(seed + done)
         if done == before_pass:
             raise ValueError(no_batches_message(objective.batches))

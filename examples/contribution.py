@@ -51,7 +51,7 @@ class ContributionArguments(TaskArguments):
     """Flags of the measurement."""
 
     output_dir: str = field(
-        default="outputs/contribution", metadata={"help": "Folder for table, picture and contributions.json."}
+        default="outputs/contribution", metadata={"help": "Folder for contributions.json and the picture."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an earlier measurement in --output_dir."}
@@ -101,10 +101,9 @@ def main(args: ContributionArguments) -> None:
         end_model = AutoModelForImageToImage.from_pretrained(args.end_model_name_or_path, dtype=torch.float32)
         end_state = end_model.to(accelerator.device).state_dict()
     contributions = measure_contributions(model, patches, args, accelerator, end_state)
-    ranks = resolve_ranks(args.adapter_config(contributions.scores), model)
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        ranks = save_and_allocate(contributions, model, args)
         report_allocation(model, ranks, contributions, output_dir)
         print(how_it_went(contributions))
         print(f"Saved in {output_dir}: {CONTRIBUTIONS_FILE} and {FIGURE_FILE}. Go on with:\n\n{next_command(args)}")
@@ -128,8 +127,22 @@ def check_output_dir(args: ContributionArguments) -> None:
         )
 
 
+def save_and_allocate(
+    contributions: ContributionScores, model: torch.nn.Module, args: ContributionArguments
+) -> dict[str, int]:
+    """The rank of each layer. The scores are kept first: another budget is no reason to measure them again."""
+    file, figure = (Path(args.output_dir) / name for name in (CONTRIBUTIONS_FILE, FIGURE_FILE))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.unlink(missing_ok=True)  # it would show earlier scores
+    contributions.save(file)
+    try:
+        return resolve_ranks(args.adapter_config(contributions.scores), model)
+    except ValueError as error:
+        raise ValueError(f"The scores are in {file}, but no ranks follow from them. {error}") from error
+
+
 def how_it_went(contributions: ContributionScores) -> str:
-    """One or two sentences: what was measured, how long it took, and how complete the path's integral is."""
+    """What was measured, how long it took, and how complete the path's integral is."""
     by = f" by {contributions.num_processes} processes" if contributions.num_processes > 1 else ""
     text = (
         f"{contributions.method}: {contributions.num_batches} batches, {contributions.seconds:.1f} seconds{by}, "
@@ -139,7 +152,7 @@ def how_it_went(contributions: ContributionScores) -> str:
     if error is None:
         return f"{text}."
     text += (
-        f" -> {contributions.loss_end:.4f}. The attributions sum to {100 * error:.2f}% beside the change of the loss "
+        f" -> {contributions.loss_end:.4f}. The attributions add up to that change within {100 * error:.2f}% "
         f"(completeness error, {contributions.num_path_steps} path steps)"
     )
     return f"{text}; a larger --num_path_steps lowers it." if error > COMPLETENESS_WANTED else f"{text}."
