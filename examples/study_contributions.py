@@ -12,6 +12,7 @@ work (--part 0/2 and --part 1/2, say). Each call ends by writing the tables and 
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import tempfile
@@ -42,6 +43,7 @@ from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, ContributionScores
 from colora_peft.evaluation import evaluate
+from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder, PairSource
 from colora_peft.patches import PairedPatches
 from colora_peft.training import train, use_all_cores
@@ -155,16 +157,32 @@ def run_arguments(args: StudyArguments, output_dir: str, learning_rate: float, s
     )
 
 
+def shared_settings(args: StudyArguments) -> Cell:
+    """What all cells and scores of a study have in common."""
+    names = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
+    return {"model_sha256": network_fingerprint(), **{name: getattr(args, name) for name in names}}
+
+
+def check_same_study(args: StudyArguments) -> None:
+    """Refuse a folder of cells and scores that were made with other settings.
+
+    Raises:
+        ValueError: It holds such; names the setting.
+    """
+    path, own = Path(args.output_dir) / "settings.json", shared_settings(args)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, own)
+    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+        if value != own[name]:
+            raise ValueError(
+                f"--output_dir {args.output_dir} holds a study with {name} {value}, not {own[name]}: choose another."
+            )
+
+
 def cell_settings(args: StudyArguments, variant: Variant, learning_rate: float, seed: int) -> Cell:
     """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
-    shared = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
-    return {
-        **variant.settings(),
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "model_sha256": network_fingerprint(),
-        **{name: getattr(args, name) for name in shared},
-    }
+    return {**variant.settings(), "learning_rate": learning_rate, "seed": seed, **shared_settings(args)}
 
 
 def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
@@ -257,6 +275,7 @@ def tuned_network(args: StudyArguments, patches: PairedPatches, seed: int, accel
 def main(args: StudyArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
+    check_same_study(args)
     folder = Path(args.output_dir)
     file = CellFile(folder / "cells.json")
     for variant in own_part(plan(args), args.part):
