@@ -69,7 +69,8 @@ RULES = {
     "linear": Rule(lambda r, k: 16 / r, lambda k: 16 / k, lambda k: 1 / math.sqrt(k)),
     # The same, and A so large that it hardly turns: movement stays equal after the first step, too.
     "linear_unit": Rule(lambda r, k: 16 / (r * math.sqrt(k)), lambda k: 16 / k, lambda k: 1.0),
-    "sqrt_unit": Rule(lambda r, k: 3 / math.sqrt(r * k), lambda k: 3 / math.sqrt(k), lambda k: 1.0),
+    # The same with layers of large fan-in moving faster, as "sqrt" has it.
+    "linear_unit_sqrt": Rule(lambda r, k: 4 / (3 * r), lambda k: 4 / (3 * math.sqrt(k)), lambda k: 1.0),
 }
 
 
