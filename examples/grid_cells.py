@@ -96,13 +96,14 @@ def split_pairs(
     train_pairs: int,
     validation_pairs: int,
     seed: int,
-    validation: Literal["block", "colours"] = "block",
+    validation: Literal["block", "colours", "drawn"] = "block",
 ) -> tuple[PairSource, PairSource]:
     """Pairs to train on, drawn by the seed, and others to validate on.
 
     Args:
         validation: `block`: neighbours in the list, another block for each seed, as if from the same place;
-            `colours`: the pairs whose colours are the strangest, as if from another place.
+            `colours`: the pairs whose colours are the strangest, as if from another place; `drawn`: by the seed, as
+            if from the same places.
 
     Raises:
         ValueError: The folder holds too few pairs.
@@ -113,6 +114,9 @@ def split_pairs(
             f"{train_dir} holds {len(pairs)} pairs, too few to train on {train_pairs} and validate on "
             f"{validation_pairs}."
         )
+    if validation == "drawn":
+        validation_set, others = draw_pairs(pairs, validation_pairs, seed)
+        return draw_pairs(others, train_pairs, seed)[0], validation_set
     if validation == "colours":
         held_out = strangest_colours(pairs, validation_pairs)
     else:

@@ -5,9 +5,10 @@
 Each folder TASK/train has a TASK/test beside it. Every variant is tuned alike: its learning rate is the best of
 --learning_rates on held-out pairs of the training folder, for the first seed; what is reported is the mean PSNR on
 the test folder over all seeds. The seed draws pairs, patches and adapters, so that variants compare seed by seed.
+Fisher scores are squares, so they get half the exponent of the others.
 
 Cells and scores are kept and not measured again: the study grows over many calls, and several processes may share the
-work (--part 0/2 and --part 1/2, say). Each call ends by writing the tables and plots of all cells that it knows.
+work (--part 0/3, 1/3 and 2/3, say). Each call ends by writing the tables and plots of all cells that it knows.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ from grid_cells import (
     train_and_validate,
 )
 from restoration_task import measure_contributions
-from study_report import write_report
+from study_report import CELLS_FILE, SCORES_FOLDER, SETTINGS_FILE, chosen_rate, write_report
 from torch import nn
 from transformers import HfArgumentParser
 
-from colora_peft import CoLoRAConfig, ContributionScores
+from colora_peft import CoLoRAConfig, ContributionScores, FaigSettings, ProbeSettings
 from colora_peft.evaluation import evaluate
 from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder, PairSource
 from colora_peft.patches import PairedPatches
-from colora_peft.training import train, use_all_cores
+from colora_peft.scaling import adapter_scaling
+from colora_peft.training import TrainingDiverged, train, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
 
 RANDOM = "random"
@@ -79,8 +81,14 @@ class StudyArguments:
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step."})
     train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
     validation_pairs: int = field(default=18, metadata={"help": "Other pairs of --train_dirs, for the rates."})
-    part: str = field(default="0/1", metadata={"help": "Run the variants of this part only, as in 0/2 and 1/2."})
+    part: str = field(default="0/1", metadata={"help": "Run this part of the tasks only, as in 0/3, 1/3 and 2/3."})
     output_dir: str = field(default=str(RESULTS / "contributions"), metadata={"help": "For cells, scores, report."})
+
+    def __post_init__(self) -> None:
+        for name, values in (("train_dirs", [task_name(f) for f in self.train_dirs]), ("seeds", self.seeds),
+                             ("learning_rates", self.learning_rates)):  # fmt: skip
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
 
     def tasks(self) -> dict[str, str]:
         """Training folder of each task."""
@@ -95,6 +103,7 @@ class Variant(NamedTuple):
     """As in `colora_peft.tuning`."""
     parameter_budget: float | None = None
     estimator: str | None = None
+    """Or RANDOM."""
     beta: float | None = None
     scores_of: str | None = None
     """Task that the scores are of."""
@@ -114,9 +123,9 @@ def plan(args: StudyArguments) -> list[Variant]:
 
 def variants_of(question: str, task: str, args: StudyArguments) -> list[Variant]:
     uniform = Variant(task, "lora", 0.07)
-    colora = Variant(task, "colora", 0.07, args.default_estimator, CoLoRAConfig.beta, task)
+    colora = Variant(task, "colora", 0.07, args.default_estimator, beta_for(args.default_estimator), task)
     if question == "estimators":
-        others = [colora._replace(estimator=estimator) for estimator in args.estimators]
+        others = [colora._replace(estimator=name, beta=beta_for(name)) for name in args.estimators]
         return [uniform, colora, Variant(task, "full"), *others]
     if question == "budgets":
         return [v._replace(parameter_budget=budget) for budget in args.budgets for v in (uniform, colora)]
@@ -125,6 +134,11 @@ def variants_of(question: str, task: str, args: StudyArguments) -> list[Variant]
     if question == "transfer":
         return [colora._replace(scores_of=other) for other in args.tasks()]
     raise ValueError(f"There is no question {question!r}: choose of estimators, budgets, betas, transfer.")
+
+
+def beta_for(estimator: str, beta: float = CoLoRAConfig.beta) -> float:
+    """The exponent that does to an estimator's scores what `beta` does to those that are no squares."""
+    return beta / 2 if estimator == "fisher" else beta
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -140,7 +154,7 @@ class Draw(NamedTuple):
 
 def draw(args: StudyArguments, task: str, seed: int) -> Draw:
     folder = args.tasks()[task]
-    chosen, validation = split_pairs(folder, args.train_pairs, args.validation_pairs, seed)
+    chosen, validation = split_pairs(folder, args.train_pairs, args.validation_pairs, seed, "drawn")
     test = PairedImageFolder(Path(folder).parent / "test")
     return Draw(PairedPatches(chosen, args.resolution, seed), validation, test)
 
@@ -160,7 +174,17 @@ def run_arguments(args: StudyArguments, output_dir: str, learning_rate: float, s
 def shared_settings(args: StudyArguments) -> Cell:
     """What all cells and scores of a study have in common."""
     names = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
-    return {"model_sha256": network_fingerprint(), **{name: getattr(args, name) for name in names}}
+    return {
+        "model_sha256": network_fingerprint(),
+        **{name: getattr(args, name) for name in (*names, "learning_rates", "default_estimator")},
+        "first_seed": args.seeds[0],
+        "beta": CoLoRAConfig.beta,
+        "colora_alpha": CoLoRAConfig.colora_alpha,
+        "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
+        "probe": asdict(ProbeSettings()),
+        "faig": {**asdict(FaigSettings()), "learning_rate": LEARNING_RATES["full"]},
+        "probe_batches": FinetuneArguments.probe_batches,
+    }
 
 
 def check_same_study(args: StudyArguments) -> None:
@@ -169,24 +193,37 @@ def check_same_study(args: StudyArguments) -> None:
     Raises:
         ValueError: It holds such; names the setting.
     """
-    path, own = Path(args.output_dir) / "settings.json", shared_settings(args)
+    path, own = Path(args.output_dir) / SETTINGS_FILE, shared_settings(args)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, own)
-    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
-        if value != own[name]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name in {**found, **own}:
+        if found.get(name) != own.get(name):
             raise ValueError(
-                f"--output_dir {args.output_dir} holds a study with {name} {value}, not {own[name]}: choose another."
+                f"--output_dir {args.output_dir} holds a study with {name} {found.get(name)}, not {own.get(name)}: "
+                "choose another."
             )
 
 
-def cell_settings(args: StudyArguments, variant: Variant, learning_rate: float, seed: int) -> Cell:
-    """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
-    return {**variant.settings(), "learning_rate": learning_rate, "seed": seed, **shared_settings(args)}
+def cell_settings(variant: Variant, learning_rate: float, seed: int) -> Cell:
+    """What decides the outcome of a cell besides the settings that the whole study shares."""
+    return {**variant.settings(), "learning_rate": learning_rate, "seed": seed}
 
 
 def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    """Train once; PSNR on the pairs held out of the training folder (`psnr`) and on the test folder (`test_psnr`)."""
+    """Train once; PSNR on the pairs held out of the training folder (`psnr`) and on the test folder (`test_psnr`).
+
+    A run, or an estimate before it, that cannot be done is a cell that says why under `failed`.
+    """
+    settings = cell_settings(variant, rate, seed)
+    try:
+        return {**settings, **tuned_cell(args, variant, rate, seed, accelerator)}
+    except (TrainingDiverged, ValueError) as error:
+        return {**settings, "failed": str(error)}
+
+
+def tuned_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
     drawn = draw(args, variant.task, seed)
     config = CoLoRAConfig(parameter_budget=variant.parameter_budget or 0.07)
     if variant.method == "colora":
@@ -201,25 +238,25 @@ def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, acc
     if "failed" not in cell:
         quality = evaluate(model, drawn.test, accelerator.device, "")
         cell |= {f"test_{name}": value for name, value in quality.items()}
-    return {**cell_settings(args, variant, rate, seed), **cell}
+    return cell
 
 
-def run_variant(args: StudyArguments, variant: Variant, file: CellFile, accelerator: Accelerator) -> None:
-    """Choose the learning rate with the first seed, then run the others at it."""
+def run_variants(args: StudyArguments, variants: list[Variant], file: CellFile, accelerator: Accelerator) -> None:
+    """Choose each learning rate with the first seed, then run the others at it: variant by variant, seed by seed."""
     first, *others = args.seeds
-    psnr = {}
-    for rate in args.learning_rates:
-        psnr[rate] = cell_of(args, variant, rate, first, file, accelerator).get("psnr", -math.inf)
-    best = max(psnr, key=psnr.__getitem__)
-    for seed in others:
-        cell_of(args, variant, best, seed, file, accelerator)
+    for variant in variants:
+        tuning = [cell_of(args, variant, rate, first, file, accelerator) for rate in args.learning_rates]
+        best = chosen_rate(tuning)
+        if best is not None:
+            for seed in others:
+                cell_of(args, variant, best, seed, file, accelerator)
 
 
 def cell_of(
     args: StudyArguments, variant: Variant, rate: float, seed: int, file: CellFile, accelerator: Accelerator
 ) -> Cell:
     """The cell, from the file or run now."""
-    cell = file.find(cell_settings(args, variant, rate, seed))
+    cell = file.find(cell_settings(variant, rate, seed))
     if cell is None:
         started = time.perf_counter()
         cell = run_cell(args, variant, rate, seed, accelerator)
@@ -242,7 +279,7 @@ def contributions_of(
         values = list(measured.scores.values())
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
         return replace(measured, scores={name: values[i] for name, i in zip(measured.scores, order, strict=True)})
-    path = Path(args.output_dir) / "scores" / f"{variant.scores_of}-{variant.estimator}-seed{seed}.json"
+    path = Path(args.output_dir) / SCORES_FOLDER / f"{variant.scores_of}-{variant.estimator}-seed{seed}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         measure(args, variant.scores_of, variant.estimator, seed, accelerator).save(path)
@@ -277,10 +314,11 @@ def main(args: StudyArguments) -> None:
     use_all_cores(accelerator)
     check_same_study(args)
     folder = Path(args.output_dir)
-    file = CellFile(folder / "cells.json")
-    for variant in own_part(plan(args), args.part):
-        run_variant(args, variant, file, accelerator)
-    print(write_report(folder, args.default_estimator))
+    # By task: what is compared then runs on one machine.
+    tasks = own_part(list(args.tasks()), args.part)
+    variants = [variant for variant in plan(args) if variant.task in tasks]
+    run_variants(args, variants, CellFile(folder / CELLS_FILE), accelerator)
+    print(write_report(folder))
 
 
 if __name__ == "__main__":

@@ -15,86 +15,160 @@ from grid_cells import Cell
 from colora_peft import ContributionScores
 from colora_peft.files import write_text
 
+CELLS_FILE, SETTINGS_FILE, SCORES_FOLDER = "cells.json", "settings.json", "scores"
 VARIANT = ("task", "method", "parameter_budget", "estimator", "beta", "scores_of")
 """Settings that make a variant; None where a method has no such."""
 BUDGET = 0.07
-BETA = 0.5
+
+Key = tuple[object, ...]
 
 
 class Result(NamedTuple):
     """Of a variant on a task, at its learning rate."""
 
     learning_rate: float
+    at_edge: bool
+    """Whether that is the lowest or the highest that was tried: the best may lie outside."""
     psnr: dict[int, float]
     """Test PSNR (dB) by seed."""
+    diverged: int
+    """Seeds that have none."""
     seconds: float
     """Of training, mean over the seeds."""
 
 
-Key = tuple[object, ...]
 Results = dict[Key, Result]
 
 
-def results_of(cells: Iterable[Cell]) -> Results:
-    """Of each variant at the rate that was best on the held-out pairs of its first seed."""
+def chosen_rate(tuning: list[Cell]) -> float | None:
+    """The learning rate of the best cell on held-out pairs, all being of one variant and seed; None if all failed."""
+    done = [cell for cell in tuning if "psnr" in cell]
+    return max(done, key=lambda cell: cell["psnr"])["learning_rate"] if done else None
+
+
+def results_of(cells: Iterable[Cell], first_seed: int) -> Results:
+    """Of each variant at the rate that was best on the held-out pairs of the first seed."""
     groups: dict[Key, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell.get(name) for name in VARIANT), []).append(cell)
     results = {}
     for key, own in groups.items():
-        first = min(cell["seed"] for cell in own)
-        done = [cell for cell in own if "test_psnr" in cell]
-        tuned = [cell for cell in done if cell["seed"] == first]
-        if tuned:
-            rate = max(tuned, key=lambda cell: cell["psnr"])["learning_rate"]
-            chosen = [cell for cell in done if cell["learning_rate"] == rate]
-            psnr = {cell["seed"]: cell["test_psnr"] for cell in chosen}
-            results[key] = Result(rate, psnr, mean(cell["seconds"] for cell in chosen))
+        tuning = [cell for cell in own if cell["seed"] == first_seed]
+        rate, rates = chosen_rate(tuning), [cell["learning_rate"] for cell in tuning]
+        chosen = [cell for cell in own if cell["learning_rate"] == rate]
+        done = [cell for cell in chosen if "test_psnr" in cell]
+        if done:
+            psnr = {cell["seed"]: cell["test_psnr"] for cell in done}
+            at_edge = len(rates) > 1 and rate in (min(rates), max(rates))
+            seconds = mean(cell["seconds"] for cell in done)
+            results[key] = Result(rate, at_edge, psnr, len(chosen) - len(done), seconds)
     return results
 
 
-def uniform(task: str, budget: float = BUDGET) -> Key:
-    return (task, "lora", budget, None, None, None)
+class Keys(NamedTuple):
+    """The variants of a study, by what its settings say are the defaults."""
 
+    default: str
+    """Estimator."""
+    beta: float
 
-def colora(task: str, estimator: str, budget: float = BUDGET, beta: float = BETA, scores_of: str | None = None) -> Key:
-    return (task, "colora", budget, estimator, beta, scores_of or task)
+    def uniform(self, task: str, budget: float = BUDGET) -> Key:
+        return (task, "lora", budget, None, None, None)
+
+    def full(self, task: str, budget: float | None = None) -> Key:
+        """Of any budget: it has none."""
+        return (task, "full", None, None, None, None)
+
+    def colora(
+        self,
+        task: str,
+        budget: float = BUDGET,
+        estimator: str | None = None,
+        beta: float | None = None,
+        scores_of: str | None = None,
+    ) -> Key:
+        estimator = estimator or self.default
+        own = self.beta / 2 if estimator == "fisher" else self.beta
+        return (task, "colora", budget, estimator, own if beta is None else beta, scores_of or task)
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+def spread(result: Result) -> str:
+    """Mean and standard deviation over the seeds, their number, and the learning rate."""
+    values = list(result.psnr.values())
+    text = f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    failed = f", {result.diverged} diverged" if result.diverged else ""
+    return f"{text} ({len(values)}{failed}) at {result.learning_rate:g}{' (edge)' if result.at_edge else ''}"
 
 
-def paired(results: Results, keys: list[Key], others: list[Key]) -> str:
-    """Mean difference over tasks and seeds that both have, and its standard error, the pairs being independent."""
-    differences = [
-        results[key].psnr[seed] - results[other].psnr[seed]
-        for key, other in zip(keys, others, strict=True)
-        if key in results and other in results
-        for seed in results[key].psnr.keys() & results[other].psnr.keys()
-    ]
-    if not differences:
+class Difference(NamedTuple):
+    """Of two variants in dB, over the seeds that both have."""
+
+    mean: float
+    standard_error: float
+    """NaN for a single seed."""
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.standard_error:.2f} ({self.count})"
+
+
+def difference(results: Results, key: Key, other: Key) -> Difference | None:
+    """Paired by seed, on one task."""
+    if key not in results or other not in results:
+        return None
+    one, two = results[key].psnr, results[other].psnr
+    values = [one[seed] - two[seed] for seed in one if seed in two]
+    if not values:
+        return None
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Difference(mean(values), error, len(values))
+
+
+def over_tasks(differences: list[Difference | None]) -> str:
+    """Mean over the tasks that have one. The tasks are these and no sample of others: seeds alone make the error."""
+    found = [difference for difference in differences if difference is not None]
+    if not found:
         return ""
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return f"{mean(differences):+.2f} ± {error:.2f} ({len(differences)})"
+    error = math.hypot(*(difference.standard_error for difference in found)) / len(found)
+    return f"{mean(d.mean for d in found):+.2f} ± {error:.2f} ({len(found)} tasks)"
 
 
-def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Key]]) -> str:
-    """Markdown: a row for each label, a column for each task, and the paired difference to uniform ranks at 7%."""
+def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Key]], keys: Keys) -> str:
+    """Markdown: a row for each label, a column for each task, and the difference to uniform ranks at 7%."""
     lines = [f"| | {' | '.join(tasks)} | less uniform 7% |", "|---" * (len(tasks) + 2) + "|"]
     for label, key_of in rows.items():
-        keys = [key_of(task) for task in tasks]
-        cells = [
-            f"{spread(list(results[key].psnr.values()))} at {results[key].learning_rate:g}" if key in results else ""
-            for key in keys
-        ]
+        cells = [spread(results[key_of(task)]) if key_of(task) in results else "" for task in tasks]
         if any(cells):
-            difference = paired(results, keys, [uniform(task) for task in tasks])
-            lines.append(f"| {label} | {' | '.join(cells)} | {difference} |")
+            less_uniform = over_tasks([difference(results, key_of(task), keys.uniform(task)) for task in tasks])
+            lines.append(f"| {label} | {' | '.join(cells)} | {less_uniform} |")
+    return "\n".join(lines)
+
+
+def claims_table(results: Results, tasks: list[str], keys: Keys) -> str:
+    """Markdown: what the method claims, as differences that are paired by seed."""
+    pairs = {
+        f"CoLoRA less uniform, both {budget:g}": (
+            lambda task, budget=budget: keys.colora(task, budget),
+            lambda task, budget=budget: keys.uniform(task, budget),
+        )
+        for budget in sorted(values_in(results, "parameter_budget"))
+    }
+    pairs["CoLoRA 0.02 less uniform 0.07"] = (lambda task: keys.colora(task, 0.02), keys.uniform)
+    pairs["CoLoRA 0.07 less full tuning"] = (keys.colora, keys.full)
+    for name in values_in(results, "estimator"):
+        if name != keys.default:
+            pairs[f"{keys.default} less {name}, 0.07"] = (
+                keys.colora,
+                lambda task, name=name: keys.colora(task, estimator=name),
+            )
+    lines = [f"| dB | {' | '.join(tasks)} | mean |", "|---" * (len(tasks) + 2) + "|"]
+    for label, (one, other) in pairs.items():
+        found = [difference(results, one(task), other(task)) for task in tasks]
+        if any(found):
+            lines.append(f"| {label} | {' | '.join(str(d or '') for d in found)} | {over_tasks(found)} |")
     return "\n".join(lines)
 
 
@@ -104,24 +178,24 @@ def values_in(results: Results, name: str) -> list[object]:
     return [value for value in dict.fromkeys(key[index] for key in results) if value is not None]
 
 
-def estimator_rows(results: Results) -> dict[str, Callable[[str], Key]]:
-    rows = {"full tuning": lambda task: (task, "full", None, None, None, None), "uniform ranks": uniform}
+def estimator_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Key]]:
+    rows = {"full tuning": keys.full, "uniform ranks": keys.uniform}
     for name in values_in(results, "estimator"):
-        rows[f"CoLoRA, {name}"] = lambda task, name=name: colora(task, name)
+        rows[f"CoLoRA, {name}"] = lambda task, name=name: keys.colora(task, estimator=name)
     return rows
 
 
-def budget_rows(results: Results, default: str) -> dict[str, Callable[[str], Key]]:
+def budget_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Key]]:
     rows = {}
     for budget in sorted(values_in(results, "parameter_budget")):
-        rows[f"uniform, {budget:g}"] = lambda task, budget=budget: uniform(task, budget)
-        rows[f"CoLoRA, {budget:g}"] = lambda task, budget=budget: colora(task, default, budget)
+        rows[f"uniform, {budget:g}"] = lambda task, budget=budget: keys.uniform(task, budget)
+        rows[f"CoLoRA, {budget:g}"] = lambda task, budget=budget: keys.colora(task, budget)
     return rows
 
 
-def seconds_table(scores: dict[str, list[ContributionScores]], results: Results, default: str) -> str:
+def seconds_table(scores: dict[str, list[ContributionScores]], results: Results, keys: Keys) -> str:
     """Markdown: what each estimator takes, in seconds and as a share of the fine-tuning that it precedes."""
-    tunings = [result.seconds for key, result in results.items() if key[3] == default and key[2] == BUDGET]
+    tunings = [result.seconds for key, result in results.items() if key == keys.colora(key[0])]
     lines = ["| estimator | seconds | of the fine-tuning | completeness error |", "|---|---|---|---|"]
     for name, own in scores.items():
         seconds = mean(score.seconds for score in own)
@@ -200,60 +274,61 @@ def plot_curves(
     figure.savefig(path, dpi=120)
 
 
-def plot_budgets(results: Results, tasks: list[str], default: str, path: Path) -> None:
-    curves = {
-        "CoLoRA": lambda task, budget: colora(task, default, budget),
-        "uniform ranks": uniform,
-        "full tuning": lambda task, budget: (task, "full", None, None, None, None),
-    }
+def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
+    curves = {"CoLoRA": keys.colora, "uniform ranks": keys.uniform, "full tuning": keys.full}
     budgets = sorted(values_in(results, "parameter_budget"))
     plot_curves(results, tasks, curves, budgets, "trained share of the weights", path)
 
 
-def plot_betas(results: Results, tasks: list[str], default: str, path: Path) -> None:
+def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
     def key_of(task: str, beta: float) -> Key:
-        return colora(task, default, beta=beta) if beta else uniform(task)
+        return keys.colora(task, beta=beta) if beta else keys.uniform(task)
 
-    betas = sorted({0.0, *values_in(results, "beta")})
+    betas = sorted({0.0, *(key[4] for key in results if key[3] == keys.default)})
     plot_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0 is uniform)", path)
 
 
-def write_report(folder: Path, default: str) -> str:
-    """Write report.md, budgets.png and betas.png into `folder`; the text. `default` is the estimator of all questions
-    but the first.
-    """
-    cells = json.loads((folder / "cells.json").read_text(encoding="utf-8"))
-    results, scores = results_of(cells), load_scores(folder / "scores")
-    tasks = values_in(results, "task")
-    plot_budgets(results, tasks, default, folder / "budgets.png")
-    plot_betas(results, tasks, default, folder / "betas.png")
+def sections(
+    results: Results, scores: dict[tuple[str, str, int], ContributionScores], tasks: list[str], keys: Keys
+) -> dict[str, str]:
+    """Markdown of each part of the report, by its title."""
     by_estimator: dict[str, list[ContributionScores]] = {}
     for (_, estimator, _), own in scores.items():
         by_estimator.setdefault(estimator, []).append(own)
-    betas = sorted(values_in(results, "beta"))
-    beta_rows = {"0 (uniform)": uniform} | {
-        f"{beta:g}": lambda task, beta=beta: colora(task, default, beta=beta) for beta in betas
+    betas = {0: keys.uniform} | {
+        beta: lambda task, beta=beta: keys.colora(task, beta=beta)
+        for beta in sorted({key[4] for key in results if key[3] == keys.default})
     }
-    transfer_rows = {
-        f"scores of {other}": lambda task, other=other: colora(task, default, scores_of=other) for other in tasks
-    }
-    sections = {
-        "Estimators, 7%, beta 0.5": table(results, tasks, estimator_rows(results)),
-        "What the scores take": seconds_table(by_estimator, results, default),
-        "Budgets": f"{table(results, tasks, budget_rows(results, default))}\n\n![](budgets.png)",
-        "Beta, 7%": f"{table(results, tasks, beta_rows)}\n\n![](betas.png)",
-        "Scores of another task, 7%": table(results, tasks, transfer_rows),
-        "Rank correlation of the scores": correlation_table(
-            scores,
-            [(task, default) for task in tasks] + [(tasks[0], name) for name in by_estimator if name != default],
+    others = {f"scores of {other}": lambda task, other=other: keys.colora(task, scores_of=other) for other in tasks}
+    compared = [(task, keys.default) for task in tasks]
+    compared += [(tasks[0], name) for name in by_estimator if name != keys.default]
+    return {
+        "Differences, paired by seed": claims_table(results, tasks, keys),
+        f"Estimators, 7%, beta {keys.beta:g} (fisher: half of it)": table(
+            results, tasks, estimator_rows(results, keys), keys
         ),
+        "What the scores take": seconds_table(by_estimator, results, keys),
+        "Budgets": f"{table(results, tasks, budget_rows(results, keys), keys)}\n\n![](budgets.png)",
+        "Beta, 7%": f"{table(results, tasks, betas, keys)}\n\n![](betas.png)",
+        "Scores of another task, 7%": table(results, tasks, others, keys),
+        "Rank correlation of the scores": correlation_table(scores, compared),
     }
-    sample = cells[0]
+
+
+def write_report(folder: Path) -> str:
+    """Write report.md, budgets.png and betas.png into `folder`; the text."""
+    cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
+    results, scores = results_of(cells, settings["first_seed"]), load_scores(folder / SCORES_FOLDER)
+    keys, tasks = Keys(settings["default_estimator"], settings["beta"]), values_in(results, "task")
+    plot_budgets(results, tasks, keys, folder / "budgets.png")
+    plot_betas(results, tasks, keys, folder / "betas.png")
     text = (
-        "Test PSNR in dB, mean ± standard deviation over the seeds, at the rate that was best on held-out training "
-        f"pairs (first seed). {sample['train_pairs']} pairs, {sample['max_train_steps']} steps of "
-        f"{sample['per_device_train_batch_size']} x {sample['resolution']}. The last column is the mean over "
-        "tasks and seeds of the difference to uniform ranks, with its standard error (number of pairs).\n\n"
-    ) + "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+        "Test PSNR in dB, mean ± standard deviation over the seeds (their number), at the learning rate that was best "
+        f"on held-out training pairs of the first seed. {settings['train_pairs']} pairs, "
+        f"{settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
+        f"{settings['resolution']}. Differences are paired by seed, with their standard error over the seeds.\n\n"
+    )
+    parts = sections(results, scores, tasks, keys)
+    text += "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())
     write_text(folder / "report.md", text + "\n")
     return text

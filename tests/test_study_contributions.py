@@ -43,18 +43,74 @@ def test_learning_rate_is_chosen_on_held_out_pairs_of_the_first_seed_alone():
         cell(1e-3, 1, psnr=25.0, test_psnr=31.0),
         {"task": "a", "method": "lora", "parameter_budget": 0.07, "learning_rate": 1e-2, "seed": 0, "failed": "nan"},
     ]
-    (result,) = study_report.results_of(cells).values()
-    assert result.learning_rate == 3e-3 and result.psnr == {0: 19.0, 1: 18.0}
+    (result,) = study_report.results_of(cells, first_seed=0).values()
+    assert result.learning_rate == 3e-3 and result.psnr == {0: 19.0, 1: 18.0} and not result.at_edge
+
+
+def test_a_rate_at_the_edge_and_seeds_that_diverged_are_said():
+    failed = {key: value for key, value in cell(3e-3, 1, 0.0, 0.0).items() if "psnr" not in key} | {"failed": "nan"}
+    cells = [cell(1e-3, 0, psnr=20.0, test_psnr=30.0), cell(3e-3, 0, psnr=21.0, test_psnr=19.0), failed]
+    (result,) = study_report.results_of(cells, first_seed=0).values()
+    assert result.at_edge and result.diverged == 1
+    assert study_report.spread(result) == "19.00 (1, 1 diverged) at 0.003 (edge)"
+
+
+def test_variants_run_at_the_rate_of_the_first_seed(monkeypatch):
+    """And the report reads the same rate from their cells."""
+    ran = []
+
+    def fake(args, variant, rate, seed, file, accelerator):
+        ran.append(cell(rate, seed, psnr=rate if seed == 5 else -rate, test_psnr=1.0, **variant.settings()))
+        return ran[-1]
+
+    monkeypatch.setattr(study, "cell_of", fake)
+    args = arguments(seeds=[5, 1, 2], learning_rates=[1e-3, 3e-3, 2e-3])
+    study.run_variants(args, [study.Variant("a", "lora", 0.07)], None, None)
+    assert [(c["seed"], c["learning_rate"]) for c in ran] == [(5, 1e-3), (5, 3e-3), (5, 2e-3), (1, 3e-3), (2, 3e-3)]
+    (result,) = study_report.results_of(ran, first_seed=5).values()
+    assert result.learning_rate == 3e-3 and set(result.psnr) == {5, 1, 2}
 
 
 def test_differences_are_paired_by_seed():
     cells = [cell(1e-3, seed, psnr, psnr) for seed, psnr in ((0, 10.0), (1, 20.0), (2, 30.0))]
     other = {"method": "colora", "estimator": "probe", "beta": 0.5, "scores_of": "a"}
     cells += [cell(1e-3, seed, psnr, psnr, **other) for seed, psnr in ((0, 11.0), (1, 21.0), (2, 31.0))]
-    results = study_report.results_of(cells)
-    text = study_report.paired(results, [study_report.colora("a", "probe")], [study_report.uniform("a")])
-    assert text == "+1.00 ± 0.00 (3)"
-    assert study_report.paired(results, [study_report.colora("b", "probe")], [study_report.uniform("b")]) == ""
+    results, keys = study_report.results_of(cells, first_seed=0), study_report.Keys("probe", 0.5)
+    difference = study_report.difference(results, keys.colora("a"), keys.uniform("a"))
+    assert difference == (1.0, 0.0, 3)
+    assert study_report.difference(results, keys.colora("b"), keys.uniform("b")) is None
+
+
+def test_error_over_tasks_is_that_of_the_seeds():
+    """Tasks that differ are no noise."""
+    one, other = study_report.Difference(1.0, 0.3, 3), study_report.Difference(5.0, 0.4, 3)
+    assert study_report.over_tasks([one, other, None]) == "+3.00 ± 0.25 (2 tasks)"
+
+
+def test_random_scores_are_the_same_scores_elsewhere(monkeypatch, tmp_path):
+    scores = {f"layer{i}": float(i) for i in range(50)}
+    measured = study.ContributionScores(scores=scores, method="probe", num_batches=1, loss_start=1.0)
+    monkeypatch.setattr(study, "measure", lambda *_: measured)
+    monkeypatch.setattr(study.ContributionScores, "save", lambda *_: None)
+    monkeypatch.setattr(study.ContributionScores, "load", lambda *_: measured)
+    variant = study.Variant("a", "colora", 0.07, study.RANDOM, 0.5, "a")
+    dealt = [study.contributions_of(arguments(output_dir=str(tmp_path)), variant, seed, None) for seed in (0, 0, 1)]
+    assert dealt[0].scores == dealt[1].scores != dealt[2].scores
+    assert list(dealt[0].scores) == list(scores) and sorted(dealt[0].scores.values()) == sorted(scores.values())
+    assert dealt[0].scores != scores
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seeds": [0, 0]}, "--seeds must list at least one value and none twice"),
+        ({"train_dirs": ["x/a/train", "y/a/train"]}, "--train_dirs must list .* none twice, got \\['a', 'a'\\]"),
+        ({"questions": ["why"]}, "no question 'why'"),
+    ],
+)
+def test_bad_input_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        study.plan(study.StudyArguments(**{"train_dirs": ["a/train"], **settings}))
 
 
 @pytest.mark.parametrize("ties", [False, True])
