@@ -36,17 +36,21 @@ from grid_cells import (
 )
 from peft import PeftModel, get_peft_model
 from restoration_task import measure_contributions
+from torch import nn
 from transformers import HfArgumentParser
 
-from colora_peft import CoLoRAConfig, CoLoRALayer
+from colora_peft import CoLoRAConfig, CoLoRALayer, ProbeSettings
 from colora_peft.evaluation import evaluate
 from colora_peft.files import write_text
+from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
 from colora_peft.training import use_all_cores
 
 DENSE = 10**6
 """A rank so high that every layer is dense."""
 MIX = "mix"
+SHARED = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
+"""Settings that cells have in common if they are to be compared."""
 
 
 class Rule(NamedTuple):
@@ -118,7 +122,6 @@ def apply_rule(model: PeftModel, rule: Rule) -> None:
 
 def cell_settings(args: ScalingArguments, rule: str, rank: str, learning_rate: float, seed: int) -> Cell:
     """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
-    shared = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
     settings = {
         "task": task_name(args.train_dir),
         "model_sha256": network_fingerprint(),
@@ -126,14 +129,24 @@ def cell_settings(args: ScalingArguments, rule: str, rank: str, learning_rate: f
         "rank": rank,
         "learning_rate": learning_rate,
         "seed": seed,
-        **{name: getattr(args, name) for name in shared},
+        **{name: getattr(args, name) for name in SHARED},
     }
-    return settings | ({"parameter_budget": args.parameter_budget} if rank == MIX else {})
+    mix = {"parameter_budget": args.parameter_budget, "beta": CoLoRAConfig.beta, "probe": asdict(ProbeSettings())}
+    return settings | (mix if rank == MIX else {})
 
 
-def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, scores: dict[int, dict]) -> Cell:
+class Known(NamedTuple):
+    """What the cells of a seed share, by seed."""
+
+    scores: dict[int, dict[str, float]]
+    """Contributions."""
+    before: dict[int, Cell]
+    """Quality of the untrained network."""
+
+
+def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, known: Known) -> Cell:
     """Train once; PSNR on the pairs to validate on (`psnr`) and on those trained on (`train_psnr`), which says more
-    surely how far the optimiser came. `scores` keeps the contributions of each seed between cells.
+    surely how far the optimiser came.
     """
     seed = settings["seed"]
     set_seed(seed)
@@ -150,10 +163,12 @@ def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, s
             checkpointing_steps=args.max_train_steps,
         )
         patches = PairedPatches(chosen, run.resolution, seed)
+        if seed not in known.before:
+            known.before[seed] = quality_before(model, chosen, validation, accelerator)
         if settings["rank"] == MIX:
-            if seed not in scores:
-                scores[seed] = measure_contributions(model, patches, run, accelerator).scores
-            config = CoLoRAConfig(contributions=scores[seed], parameter_budget=args.parameter_budget)
+            if seed not in known.scores:
+                known.scores[seed] = measure_contributions(model, patches, run, accelerator).scores
+            config = CoLoRAConfig(contributions=known.scores[seed], parameter_budget=args.parameter_budget)
         else:
             config = CoLoRAConfig(ranks=DENSE if settings["rank"] == "dense" else int(settings["rank"]))
         model = get_peft_model(model, config)
@@ -162,7 +177,13 @@ def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, s
         cell = train_and_validate(model, patches, validation, run, accelerator)
     if "failed" not in cell:
         cell["train_psnr"] = evaluate(model, chosen, accelerator.device, "")["psnr"]
-    return {**settings, **cell}
+    return {**settings, **cell, **known.before[seed]}
+
+
+def quality_before(model: nn.Module, chosen: PairSource, validation: PairSource, accelerator: Accelerator) -> Cell:
+    """Mean PSNR (dB) of the untrained network on the pairs to train on and on the others."""
+    sources = {"train_psnr_before": chosen, "psnr_before": validation}
+    return {name: evaluate(model, pairs, accelerator.device, "")["psnr"] for name, pairs in sources.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -201,42 +222,57 @@ def kept_gain(psnr: dict[float, float], psnr_before: float, factor: float = 4.0)
 
 
 def report(cells: list[Cell]) -> str:
-    """Markdown: for each task and rule a table of rank against learning rate, and what it says."""
+    """Markdown: for each task and rule, tables of rank against learning rate, and what they say."""
     text = []
-    for task, rule in dict.fromkeys((cell["task"], cell["rule"]) for cell in cells):
-        own = [cell for cell in cells if (cell["task"], cell["rule"]) == (task, rule)]
-        for what, title in (("train_psnr", "pairs trained on"), ("psnr", "other pairs")):
-            text.append(f"## {task}, rule {rule}, {title}\n\n{rule_table(own, what)}\n")
+    groups: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[name] for name in ("task", "rule", *SHARED)), []).append(cell)
+    for (task, rule, *shared), own in groups.items():
+        settings = ", ".join(f"{name} {value}" for name, value in zip(SHARED, shared, strict=True))
+        text.append(f"## {task}, {rule}\n\n{settings}, seeds {sorted({cell['seed'] for cell in own})}.\n")
+        for what, title in (("train_psnr", "Pairs trained on"), ("psnr", "Other pairs")):
+            text.append(f"{title}:\n\n{rule_table(own, what)}\n")
     return "\n".join(text)
 
 
 def rule_table(cells: list[Cell], what: str) -> str:
-    """Markdown: mean over the seeds of the figure `what`, and where it is highest."""
-    rates = sorted({cell["learning_rate"] for cell in cells})
-    lines = [f"| rank | {' | '.join(f'{rate:g}' for rate in rates)} | optimum |", "|---" * (len(rates) + 2) + "|"]
+    """Markdown: mean over the seeds of the figure `what` (dB), of rates that all seeds have; where it is highest; and
+    how far apart these places are."""
+    rates, seeds = sorted({cell["learning_rate"] for cell in cells}), {cell["seed"] for cell in cells}
+    lines = [f"| rank | {' | '.join(f'{rate:g}' for rate in rates)} | optimum | kept over 4x |"]
+    lines.append("|---" * (len(rates) + 3) + "|")
+    optima = {}
     for rank in dict.fromkeys(cell["rank"] for cell in cells):
+        own = [cell for cell in cells if cell["rank"] == rank]
         psnr = {}
         for rate in rates:
-            own = [c.get(what, math.nan) for c in cells if (c["rank"], c["learning_rate"]) == (rank, rate)]
-            if own:
-                psnr[rate] = mean(own)
-        finite = {rate: value for rate, value in psnr.items() if not math.isnan(value)}
+            values = {cell["seed"]: cell.get(what, math.nan) for cell in own if cell["learning_rate"] == rate}
+            if values.keys() == seeds and not any(math.isnan(value) for value in values.values()):
+                psnr[rate] = mean(values.values())
         shown = [f"{psnr[rate]:.2f}" if rate in psnr else "" for rate in rates]
-        best = optimum(finite) if finite else math.nan
-        lines.append(f"| {rank} | {' | '.join(shown)} | {'outside' if math.isnan(best) else f'{best:.1e}'} |")
+        optima[rank] = optimum(psnr) if psnr else math.nan
+        kept = kept_gain(psnr, mean(cell[f"{what}_before"] for cell in own)) if psnr else math.nan
+        lines.append(f"| {rank} | {' | '.join(shown)} | {_shown(optima[rank], '.1e')} | {_shown(kept, '.0%')} |")
+    if "1" in optima and "dense" in optima:
+        ratio = optima["1"] / optima["dense"]
+        lines.append(f"\nOptimum of rank 1 over that of dense: {_shown(ratio, '.2f')}.")
     return "\n".join(lines)
+
+
+def _shown(value: float, form: str) -> str:
+    return "outside" if math.isnan(value) else format(value, form)
 
 
 def main(args: ScalingArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
     file = CellFile(args.results)
-    scores: dict[int, dict[str, float]] = {}
+    known = Known({}, {})
     grid = list(product(args.seeds, args.rules, args.learning_rates, args.ranks))
     for seed, rule, learning_rate, rank in own_part(grid, args.part):
         settings = cell_settings(args, rule, rank, learning_rate, seed)
         if file.find(settings) is None:
-            cell = run_cell(settings, args, accelerator, scores)
+            cell = run_cell(settings, args, accelerator, known)
             file.add(cell)
             result = f"{cell.get('train_psnr', math.nan):.2f} dB, {cell.get('psnr', math.nan):.2f} dB on other pairs"
             print(f"{rule}, rank {rank}, {learning_rate:g}, seed {seed}: {result}", flush=True)

@@ -12,6 +12,8 @@ from peft import get_peft_model
 from tiny_networks import network
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
+from colora_peft.allocation import is_dense
+from colora_peft.scaling import adapter_scaling
 
 compare_scaling = load_example("compare_scaling")
 
@@ -51,6 +53,15 @@ def test_rule_sets_factor_and_spread_of_every_layer(rule, ranks):
             assert layer.scaling["default"] == chosen.dense(k)
         else:
             assert layer.scaling["default"] == chosen.factors(layer.rank["default"], k)
+            spread = layer.colora_A["default"].square().mean().sqrt().item()
+            assert 0.6 < spread / chosen.std(k) < 1.4
+
+
+def test_rule_of_the_package_is_among_them():
+    rule = compare_scaling.RULES["sqrt"]
+    for rank, d, k in ((1, 64, 144), (8, 64, 144), (16, 16, 27)):
+        expected = rule.dense(k) if is_dense(rank, d, k) else rule.factors(rank, k)
+        assert adapter_scaling(rank, d, k, CoLoRAConfig.colora_alpha) == pytest.approx(expected)
 
 
 def test_launched_comparison_runs_its_part_and_nothing_twice(tmp_path):
@@ -58,17 +69,17 @@ def test_launched_comparison_runs_its_part_and_nothing_twice(tmp_path):
     command = [sys.executable, str(EXAMPLES / "compare_scaling.py"), "--train_dir", str(folder), "--results",
                str(results), "--train_pairs", "3", "--validation_pairs", "2", "--max_train_steps", "2", "--resolution",
                "32", "--per_device_train_batch_size", "1", "--learning_rates", "1e-3", "2e-3", "--ranks", "1",
-               "dense"]  # fmt: skip
-    for part, count in (("1/2", 2), ("0/1", 4)):
+               "dense", "mix"]  # fmt: skip
+    for part, count in (("1/2", 3), ("0/1", 6)):
         done = subprocess.run([*command, "--part", part], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         cells = json.loads(results.read_text())
         assert len(cells) == count and all(math.isfinite(cell["psnr"]) for cell in cells)
     assert {(cell["rank"], cell["learning_rate"]) for cell in cells} == {
-        (rank, rate) for rank in ("1", "dense") for rate in (1e-3, 2e-3)
+        (rank, rate) for rank in ("1", "dense", "mix") for rate in (1e-3, 2e-3)
     }
     table = results.with_suffix(".md").read_text()
-    assert table in done.stdout and table.count("outside") == 4
+    assert table in done.stdout and table.count("outside") == 3 * 2 * 2 + 2
 
 
 def test_unknown_rule_is_named():
