@@ -1,8 +1,11 @@
 """The mean loss over some batches as one fixed function of a network's weights, and the sums of its gradients.
 
-Every random draw is made from a seed of the batch's own, so the function is the same at every weights, in any order
-of batches, and on any number of processes. These split the batches: batch i is run by process i modulo their number,
-and all hold the sums.
+Each batch begins with a seed of its own, in eval mode and with the buffers of the start, and each pass with the states
+that a loader's own generators had then. So the function is the same at every weights, in any order of batches, and on
+any number of processes, also where loss_fn sets the training mode. Not covered is what remembers earlier passes
+elsewhere: the random states of a loader's persistent workers, and samplers that count epochs.
+
+The processes split the batches: batch i is run by process i modulo their number, and all hold the sums.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .loader_generators import LoaderGenerators
 from .processes import Processes
-from .weight_path import moving_parameters, seed_rngs, sum_dtype
+from .weight_path import BufferCopies, moving_parameters, seed_rngs, sum_dtype
 
 __all__ = ["GradientSums", "LossFn", "MeanLoss", "backward", "checked_loss", "no_batches_message"]
 
@@ -75,6 +79,12 @@ class MeanLoss:
     loss_fn: LossFn
     seed: int
     processes: Processes
+    buffers: BufferCopies = field(init=False)
+    generators: LoaderGenerators = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buffers", BufferCopies.of(self.model))
+        object.__setattr__(self, "generators", LoaderGenerators.of(self.batches))
 
     def value(self, where: str) -> tuple[float, int]:
         """The mean loss over all processes' batches, and their number; no gradients."""
@@ -126,6 +136,7 @@ class MeanLoss:
         """One pass over all batches, those of the other processes included; each begins with a seed of its own."""
         # Under the caller's autocast, low-precision copies of other weights may be cached.
         torch.clear_autocast_cache()
+        self.generators.restore()
         seed_rngs(self.seed)
         batches = iter(self.batches)
         for index in count():
@@ -138,6 +149,8 @@ class MeanLoss:
             yield index, batch
 
     def _loss(self, batch: Any, where: str) -> Tensor:
+        self.buffers.restore()
+        self.model.eval()
         return checked_loss(self.loss_fn(self.model, batch), where)
 
 

@@ -9,8 +9,8 @@ Degradations in Blind Super-Resolution", NeurIPS 2021, arXiv 2108.01070. The wei
 and the layer's score C_i is the mean over its weights, sum_j F_ij / number of weights, so that layers of different
 size compare. Filter j is what lies at j along the first axis of the weight.
 
-Our choice: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss. Frozen parameters move along; buffers stay
-those of theta0.
+Our choice: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss. Frozen parameters move along; buffers are
+those of theta0 at every point, whatever the tuning made of them.
 """
 
 import math
