@@ -135,7 +135,7 @@ def estimate_contributions(
         ValueError: An unknown estimator, or settings or end weights that do not belong to it; end weights that are
             missing, unexpected, of another shape, not finite, or all equal to the start; no batches, or a generator
             where one does not do; a loss that is no scalar, not finite, or without gradient; a model without
-            adaptable layer, or none that the loss reaches.
+            adaptable layer, or none that the loss reaches; or another process failed (named).
 
     Warns:
         UserWarning: The loss never reaches some layers (named): their score is 0.

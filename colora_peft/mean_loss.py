@@ -89,7 +89,7 @@ class MeanLoss:
     def value(self, where: str) -> tuple[float, int]:
         """The mean loss over all processes' batches, and their number; no gradients."""
         loss_sum, num_batches = 0.0, 0
-        with torch.no_grad():
+        with self.processes.failing_together(), torch.no_grad():
             for index, batch in self._batches_in_turn():
                 num_batches = index + 1
                 if self.processes.is_mine(index):
@@ -97,7 +97,10 @@ class MeanLoss:
         return self._mean(loss_sum, num_batches)
 
     def add_gradients(self, sums: GradientSums, where: str, bar: tqdm | None = None) -> tuple[float, int]:
-        """Add the gradients of this process's batches; the sum of their losses, and the number of all batches."""
+        """Add the gradients of this process's batches; the sum of their losses, and the number of all batches.
+
+        Exchanges nothing, so an error is this process's alone.
+        """
         parameters = moving_parameters(self.model)
         loss_sum, num_batches = 0.0, 0
         for index, batch in self._batches_in_turn():
@@ -114,7 +117,9 @@ class MeanLoss:
     def mean_gradients(self, sums: GradientSums, where: str, bar: tqdm) -> tuple[float, int]:
         """Make `sums`, which are zero, the means over one pass, on every process; the mean loss and the number of
         batches."""
-        loss, num_batches = self._mean(*self.add_gradients(sums, where, bar))
+        with self.processes.failing_together():
+            loss_sum, seen = self.add_gradients(sums, where, bar)
+        loss, num_batches = self._mean(loss_sum, seen)
         sums.sum_over(self.processes)
         for total in sums.totals.values():
             total.div_(num_batches)
