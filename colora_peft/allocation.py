@@ -78,8 +78,8 @@ def allocate_ranks(
 
     Raises:
         ValueError: Scores and shapes name different layers, a score is negative or not finite, all scores are 0,
-            the budget does not pay for the minima or for the first rank, or a bound is of an unknown layer or cannot
-            be met.
+            the maxima leave no layer with a score a rank, the budget does not pay for the minima or for the first
+            rank, or a bound is of an unknown layer or cannot be met.
     """
     if not shapes:
         raise ValueError("There is no layer to allocate ranks to: pass at least one shape.")
@@ -90,11 +90,9 @@ def allocate_ranks(
     total = sum(d * k for d, k in shapes.values())
     # The decimal that was typed, not its binary neighbour: 0.29 of 100 weights are 29.
     allowed = math.floor(Fraction(str(float(parameter_budget))) * total)
-    if not any(most for _, most in bounds.values()):
-        raise ValueError("The maximum ranks leave no layer a rank: raise one above 0.")
     steps = _rank_steps(shapes, scores, beta, delta_min, bounds)
     if not steps:
-        raise ValueError("All contributions are 0: measure them again, or pass beta=0 for the same share everywhere.")
+        raise ValueError(_no_step_message(shapes, None if beta == 0 else scores, bounds))
     guaranteed = sum(step.extra_parameters for step in steps if step.log_alpha == -math.inf)
     _check_budget(allowed, total, guaranteed, steps[0].extra_parameters)
 
@@ -206,6 +204,20 @@ def _rank_steps(
     return sorted(steps)
 
 
+def _no_step_message(
+    shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, float] | None, bounds: Mapping[str, tuple[int, int]]
+) -> str:
+    """Why no layer can have a rank, and what to change; `scores` are None where they do not count."""
+    lowest = {name: _levels(d, k)[0] for name, (d, k) in shapes.items()}
+    wanted = [name for name in shapes if scores is None or scores[name] > 0]
+    may_have_one = any(rank <= bounds[name][1] for name, rank in lowest.items())
+    if not wanted and may_have_one:
+        return "All contributions are 0: measure them again, or pass beta=0 for the same share everywhere."
+    example = (wanted or list(shapes))[0]
+    whose = "no layer with a contribution above 0" if may_have_one else "no layer"
+    return f"The maximum ranks leave {whose} a rank: raise one, for example that of {example!r} to {lowest[example]}."
+
+
 def _check_budget(allowed: int, total: int, guaranteed: int, first_step: int) -> None:
     """Check that `allowed` parameters pay for what minima guarantee and for the first step.
 
@@ -225,6 +237,7 @@ def _check_budget(allowed: int, total: int, guaranteed: int, first_step: int) ->
 
 
 def _budget_for(parameters: int, total: int) -> float:
-    """The smallest budget of at most six decimals that pays for `parameters` of `total` weights."""
-    digits = 6 if total < 10**6 else 9
+    """The smallest budget that pays for `parameters` of `total` weights: of six decimals, or of nine where the sixth
+    would be more than one weight."""
+    digits = 6 if total <= 10**6 else 9
     return math.ceil(Fraction(parameters * 10**digits, total)) / 10**digits

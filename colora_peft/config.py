@@ -130,6 +130,7 @@ class CoLoRAConfig(PeftConfig):
                 raise ValueError(f"The rank of {name!r} is {rank!r}: ranks are whole numbers >= 0.")
         if self.contributions is not None:
             check_scores(self.contributions, "pass those of ContributionScores.scores, or the path of their file")
+            self.contributions = {layer: float(score) for layer, score in self.contributions.items()}
 
     def _check_rank_patterns(self) -> None:
         for what in ("min_rank_pattern", "max_rank_pattern"):

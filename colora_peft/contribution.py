@@ -5,14 +5,16 @@ The estimators: "faig" walks from the pre-trained weights to those of a network 
 at the gradients at the pre-trained weights only (one_pass.py).
 
 Our choices for all of them: L is the mean of the loss over the batches; the network is in eval mode throughout (frozen
-batch statistics, no dropout) and each batch begins with a seed of its own, drawn from torch's RNG, so that L is one
-fixed function of the weights and the completeness law holds.
+batch statistics, no dropout; unless the loss sets the training mode) and each batch begins with a seed of its own,
+drawn from torch's RNG, and with the same buffers, so that L is one fixed function of the weights and the completeness
+law holds.
 """
 
 import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -108,15 +110,16 @@ def estimate_contributions(
 ) -> ContributionScores:
     """Score every adaptable layer of a network by its contribution to a task.
 
-    Weights, buffers, `requires_grad`, `.grad`, training mode and the RNGs of Python, NumPy and torch are afterwards
-    exactly what they were, also when `loss_fn` raises. Frozen layers are scored like the others. Memory does not
-    depend on the number of batches: beside the activations of one batch, the path estimators hold three copies of the
-    weights ("probe" also the two of AdamW while it tunes), the others one.
+    Weights, buffers, `requires_grad`, `.grad`, training mode, the RNGs of Python, NumPy and torch and those that a
+    loader was given are afterwards exactly what they were, also when `loss_fn` raises. Frozen layers are scored like
+    the others. Memory does not depend on the number of batches: beside the activations of one batch, the path
+    estimators hold three copies of the weights ("probe" also the two of AdamW while it tunes), the others one.
 
     Args:
         model: Any module, not wrapped for several processes; its current weights are the pre-trained ones.
         batches: Whatever `loss_fn` takes, on its device. "faig" and "probe" iterate over them anew for each pass: a
-            list or a DataLoader. The others pass once, so that a generator will do.
+            list or a DataLoader. The others pass once, so that a generator will do. A shuffling loader gives each pass
+            of the path the same batches, also with its own `generator`; but random draws in persistent workers differ.
         loss_fn: `loss_fn(model, batch)` gives a scalar tensor. It may use autocast, also `accelerator.autocast()`, or
             be called inside of it; rather bfloat16 than float16, in which small gradients vanish, as no loss is
             scaled.
@@ -132,7 +135,7 @@ def estimate_contributions(
         ValueError: An unknown estimator, or settings or end weights that do not belong to it; end weights that are
             missing, unexpected, of another shape, not finite, or all equal to the start; no batches, or a generator
             where one does not do; a loss that is no scalar, not finite, or without gradient; a model without
-            adaptable layer, or none that the loss reaches.
+            adaptable layer, or none that the loss reaches; or another process failed (named).
 
     Warns:
         UserWarning: The loss never reaches some layers (named): their score is 0.
@@ -144,9 +147,11 @@ def estimate_contributions(
     settings = settings or _DEFAULT_SETTINGS.get(estimator)
     progress = progress and processes.is_main
     end = None if end_state is None else checked_end_weights(model, end_state)
-    with restored_afterwards(model) as start:
+    with ExitStack() as restored:
+        start = restored.enter_context(restored_afterwards(model))
         seed = processes.from_main(torch.randint(2**31, ()).item())
         objective = MeanLoss(model, batches, loss_fn, seed, processes)
+        restored.callback(objective.generators.restore)
         if estimator in ONE_PASS_ESTIMATORS:
             result = score_in_one_pass(objective, estimator, progress)
         else:

@@ -3,13 +3,16 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args
 
 from .files import write_text
+from .messages import some
 
 __all__ = ["ContributionScores", "check_scores"]
 
@@ -37,6 +40,8 @@ class ContributionScores:
         unreached: layers without a gradient in any batch (score 0): unused, or cut off from the loss.
         num_processes: processes that shared the batches.
         seconds: wall time of the whole estimate, the probe's tuning included.
+        source: which network, data and settings the scores are of, in the words of whoever had them measured; a record
+            that nothing is computed from.
 
     Raises:
         ValueError: a score is negative, NaN or infinite (named).
@@ -54,9 +59,11 @@ class ContributionScores:
     unreached: tuple[str, ...] = ()
     num_processes: int = 1
     seconds: float = 0.0
+    source: dict[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_scores(self.scores, "measure again")
+        object.__setattr__(self, "scores", {layer: float(score) for layer, score in self.scores.items()})
 
     @property
     def completeness_error(self) -> float | None:
@@ -91,11 +98,14 @@ class ContributionScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ContributionScores":
-        """Read what `save` wrote.
+        """Read what `save` wrote, also in another version: entries that its file did not have take their defaults.
 
         Raises:
-            ValueError: no such file, no JSON, an entry missing (as in files of older versions) or of the wrong kind,
-                or a score that is negative, NaN or infinite (named).
+            ValueError: no such file, no JSON, an entry without default missing, an entry of the wrong kind, or a score
+                that is negative, NaN or infinite (named).
+
+        Warns:
+            UserWarning: the file holds entries that this version does not know (named); they are ignored.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -110,9 +120,19 @@ class ContributionScores:
         if not isinstance(content, dict):
             raise ValueError(f"The file '{path}' holds no contribution scores: write it with ContributionScores.save.")
         try:
-            return cls(**{field.name: _checked_entry(content, field.name, field.type) for field in fields(cls)})
+            scores = cls(
+                **{entry.name: _checked_entry(content, entry) for entry in fields(cls) if _is_due(content, entry)}
+            )
         except ValueError as error:
             raise ValueError(f"The file '{path}' holds no usable contribution scores. {error}") from error
+        unknown = content.keys() - {entry.name for entry in fields(cls)} - {"completeness_error"}
+        if unknown:
+            warnings.warn(
+                f"The file '{path}' holds entries that this version of colora_peft does not know, which are ignored: "
+                f"{some([repr(name) for name in sorted(unknown)], 5)}.",
+                stacklevel=2,
+            )
+        return scores
 
 
 def check_scores(scores: Any, remedy: str) -> None:
@@ -124,33 +144,54 @@ def check_scores(scores: Any, remedy: str) -> None:
     if not isinstance(scores, Mapping) or not scores:
         raise ValueError(f"The contributions are {scores!r:.80}, no table of layer name to score: {remedy}.")
     for layer, score in scores.items():
-        is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        # Real: also NumPy's numbers.
+        is_number = isinstance(score, Real) and not isinstance(score, bool)
         if not is_number or not 0 <= score < math.inf:
             raise ValueError(
                 f"The contribution of layer {layer!r} is {score!r}: scores must be finite and >= 0; {remedy}."
             )
 
 
-def _checked_entry(content: dict[str, Any], name: str, kind: Any) -> Any:
-    """The entry `name` of a score file, of the type its field declares."""
+def _is_due(content: Mapping[str, Any], entry: Field) -> bool:
+    """Whether the entry is to be read: it is there, or there is no default for it."""
+    return entry.name in content or (entry.default is MISSING and entry.default_factory is MISSING)
+
+
+def _checked_entry(content: Mapping[str, Any], entry: Field) -> Any:
+    """The entry of a score file, of the type its field declares."""
+    name, kind = entry.name, entry.type
     if name not in content:
         raise ValueError(
-            f"It lacks the entry '{name}', so it was not written by ContributionScores.save, or by another version: "
-            "measure again."
+            f"It lacks the entry '{name}', so it was not written by ContributionScores.save: measure again."
         )
     value = content[name]
     if name == "scores":
         check_scores(value, "measure again")
-        return {layer: float(score) for layer, score in value.items()}
+        return value
+    if name == "source" and isinstance(value, dict) and all(map(_is_fact, value.values())):
+        return value
     if name == "unreached" and isinstance(value, list) and all(isinstance(layer, str) for layer in value):
         return tuple(value)
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if value is None and NoneType in kinds:
         return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if float in kinds and is_number:
+    if float in kinds and _is_finite_number(value):
         return float(value)
-    if (int in kinds and is_number and isinstance(value, int)) or (str in kinds and isinstance(value, str)):
+    if (int in kinds and _is_finite_number(value) and isinstance(value, int)) or (
+        str in kinds and isinstance(value, str)
+    ):
         return value
-    wanted = "a finite number" if float in kinds else "a list of names" if name == "unreached" else kinds[0].__name__
+    wanted = _KINDS_IN_WORDS.get(name) or ("a finite number" if float in kinds else kinds[0].__name__)
     raise ValueError(f"The entry '{name}' is {value!r}, not {wanted}: measure again.")
+
+
+_KINDS_IN_WORDS = {"unreached": "a list of names", "source": "a table of names to texts or finite numbers"}
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_fact(value: Any) -> bool:
+    """Whether `value` may stand in `source`."""
+    return isinstance(value, str) or _is_finite_number(value)

@@ -1,8 +1,11 @@
 """The mean loss over some batches as one fixed function of a network's weights, and the sums of its gradients.
 
-Every random draw is made from a seed of the batch's own, so the function is the same at every weights, in any order
-of batches, and on any number of processes. These split the batches: batch i is run by process i modulo their number,
-and all hold the sums.
+Each batch begins with a seed of its own, in eval mode and with the buffers of the start, and each pass with the states
+that a loader's own generators had then. So the function is the same at every weights, in any order of batches, and on
+any number of processes, also where loss_fn sets the training mode. Not covered is what remembers earlier passes
+elsewhere: the random states of a loader's persistent workers, and samplers that count epochs.
+
+The processes split the batches: batch i is run by process i modulo their number, and all hold the sums.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .loader_generators import LoaderGenerators
 from .processes import Processes
-from .weight_path import moving_parameters, seed_rngs, sum_dtype
+from .weight_path import BufferCopies, moving_parameters, seed_rngs, sum_dtype
 
 __all__ = ["GradientSums", "LossFn", "MeanLoss", "backward", "checked_loss", "no_batches_message"]
 
@@ -75,11 +79,17 @@ class MeanLoss:
     loss_fn: LossFn
     seed: int
     processes: Processes
+    buffers: BufferCopies = field(init=False)
+    generators: LoaderGenerators = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buffers", BufferCopies.of(self.model))
+        object.__setattr__(self, "generators", LoaderGenerators.of(self.batches))
 
     def value(self, where: str) -> tuple[float, int]:
         """The mean loss over all processes' batches, and their number; no gradients."""
         loss_sum, num_batches = 0.0, 0
-        with torch.no_grad():
+        with self.processes.failing_together(), torch.no_grad():
             for index, batch in self._batches_in_turn():
                 num_batches = index + 1
                 if self.processes.is_mine(index):
@@ -87,7 +97,10 @@ class MeanLoss:
         return self._mean(loss_sum, num_batches)
 
     def add_gradients(self, sums: GradientSums, where: str, bar: tqdm | None = None) -> tuple[float, int]:
-        """Add the gradients of this process's batches; the sum of their losses, and the number of all batches."""
+        """Add the gradients of this process's batches; the sum of their losses, and the number of all batches.
+
+        Exchanges nothing, so an error is this process's alone.
+        """
         parameters = moving_parameters(self.model)
         loss_sum, num_batches = 0.0, 0
         for index, batch in self._batches_in_turn():
@@ -104,7 +117,9 @@ class MeanLoss:
     def mean_gradients(self, sums: GradientSums, where: str, bar: tqdm) -> tuple[float, int]:
         """Make `sums`, which are zero, the means over one pass, on every process; the mean loss and the number of
         batches."""
-        loss, num_batches = self._mean(*self.add_gradients(sums, where, bar))
+        with self.processes.failing_together():
+            loss_sum, seen = self.add_gradients(sums, where, bar)
+        loss, num_batches = self._mean(loss_sum, seen)
         sums.sum_over(self.processes)
         for total in sums.totals.values():
             total.div_(num_batches)
@@ -126,6 +141,7 @@ class MeanLoss:
         """One pass over all batches, those of the other processes included; each begins with a seed of its own."""
         # Under the caller's autocast, low-precision copies of other weights may be cached.
         torch.clear_autocast_cache()
+        self.generators.restore()
         seed_rngs(self.seed)
         batches = iter(self.batches)
         for index in count():
@@ -138,6 +154,8 @@ class MeanLoss:
             yield index, batch
 
     def _loss(self, batch: Any, where: str) -> Tensor:
+        self.buffers.restore()
+        self.model.eval()
         return checked_loss(self.loss_fn(self.model, batch), where)
 
 

@@ -9,8 +9,8 @@ Degradations in Blind Super-Resolution", NeurIPS 2021, arXiv 2108.01070. The wei
 and the layer's score C_i is the mean over its weights, sum_j F_ij / number of weights, so that layers of different
 size compare. Filter j is what lies at j along the first axis of the weight.
 
-Our choice: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss. Frozen parameters move along; buffers stay
-those of theta0.
+Our choice: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss. Frozen parameters move along; buffers are
+those of theta0 at every point, whatever the tuning made of them.
 """
 
 import math
@@ -44,12 +44,13 @@ def integrate_path(
         for step in bar:
             t = (step + 0.5) / num_path_steps
             load_path_point(model, start, end, t)
-            loss_sum, seen = objective.add_gradients(sums, f"at {t:.3f} of the path")
-            if seen != num_batches:
-                raise ValueError(
-                    f"The `batches` were {num_batches} on the first pass and {seen} on a later one: pass a list "
-                    "or a DataLoader that gives the same batches each time."
-                )
+            with processes.failing_together():
+                loss_sum, seen = objective.add_gradients(sums, f"at {t:.3f} of the path")
+                if seen != num_batches:
+                    raise ValueError(
+                        f"The `batches` were {num_batches} on the first pass and {seen} on a later one: pass a list "
+                        "or a DataLoader that gives the same batches each time."
+                    )
             bar.set_postfix(loss=f"{processes.sum_of_numbers(loss_sum) / num_batches:.4g}")
     sums.sum_over(processes)
     load_weights(model, end)
@@ -87,7 +88,7 @@ def tuned_weights(objective: MeanLoss, num_steps: int, learning_rate: float, pro
     """
     parameters = moving_parameters(objective.model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
-    with tqdm(total=num_steps, desc="probe", disable=not progress) as bar:
+    with objective.processes.failing_together(), tqdm(total=num_steps, desc="probe", disable=not progress) as bar:
         for step, batch in _batches_over_and_over(objective, num_steps):
             where = f"probe step {step} (learning rate {learning_rate})"
             torch.clear_autocast_cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,30 @@ class Processes:
         if self.count == 1:
             return [value]
         return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).tolist()
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Have all processes leave the block by an error if one of them does, which the others would wait for.
+
+        Nothing may be exchanged inside.
+
+        Raises:
+            ValueError: another process failed (named), while this one did not.
+        """
+        if self.count == 1:
+            yield
+            return
+        own_error = None
+        try:
+            yield
+        except Exception as error:
+            own_error = error
+        failed = [str(index) for index, flag in enumerate(self.all_of(int(own_error is not None))) if flag]
+        if own_error is not None:
+            raise own_error
+        if failed:
+            which = f"Process {failed[0]}" if len(failed) == 1 else f"The processes {', '.join(failed)}"
+            raise ValueError(f"{which} of {self.count} failed, so this one stops, too: mend the error named there.")
 
     def from_main(self, value: Any) -> Any:
         """The main process's object, on every process."""

@@ -4,9 +4,12 @@ The moving parameters are all of floating point, frozen or not; they are named a
 parameter once, under its first name).
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from .messages import some
 
 __all__ = [
+    "BufferCopies",
     "checked_end_weights",
     "load_path_point",
     "load_weights",
@@ -61,6 +65,28 @@ def load_path_point(model: nn.Module, start: Mapping[str, Tensor], end: Mapping[
         parameter.copy_(first.lerp(end[name].to(first), t))
 
 
+@dataclass(frozen=True)
+class BufferCopies:
+    """The buffers of a model as they were at some moment."""
+
+    modules: list[tuple[nn.Module, dict[str, Tensor | None]]]
+    """The buffers that each module holds itself: the tensors, which a forward pass may exchange."""
+    values: list[tuple[Tensor, Tensor]]
+    """Each of these tensors and a copy of its value."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BufferCopies:
+        modules = [(module, dict(module._buffers)) for module in model.modules()]
+        return cls(modules, [(buffer, buffer.detach().clone()) for buffer in model.buffers()])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, value in self.values:
+            buffer.copy_(value)
+        for module, own_buffers in self.modules:
+            module._buffers.update(own_buffers)
+
+
 @contextmanager
 def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """A model free to move: in eval mode, all moving parameters trainable, `.grad` empty; on exit as it was, bit for
@@ -70,8 +96,8 @@ def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     the RNGs of Python, NumPy and torch (CPU and GPUs in use). Yields copies of the moving parameters by name: theta0.
     """
     states = _rng_states()
-    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = BufferCopies.of(model)
     parameters = moving_parameters(model)
     flags = {name: (parameter.requires_grad, parameter.grad) for name, parameter in parameters.items()}
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -87,12 +113,9 @@ def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for name, (required_grad, grad) in flags.items():
             parameters[name].grad = grad
             parameters[name].requires_grad_(required_grad)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for module, was_training, own_buffers in modules:
+        buffers.restore()
+        for module, was_training in modes:
             module.training = was_training
-            module._buffers.update(own_buffers)
         torch.clear_autocast_cache()
         _set_rng_states(states)
 

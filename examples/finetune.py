@@ -7,7 +7,7 @@ adapts the shipped network to the shipped underwater photos. For your own photos
     accelerate launch examples/finetune.py --train_dir my/train --eval_dir my/test --output_dir outputs/mine
 
 where each folder holds `input/` and `target/` with the same file names. The contributions are measured on the way;
-`--contributions FILE` takes those that `contribution.py` measured.
+`--contributions FILE` takes those that `contribution.py` measured, on whatever network has layers of the same names.
 """
 
 from __future__ import annotations
@@ -87,8 +87,11 @@ def given_contributions(
 ) -> ContributionScores | None:
     """Those of --contributions, or of the run that goes on; None if they have to be measured, or are not used.
 
+    The names of the layers must be those of the network. Nothing else is compared, but a network of another name is
+    pointed out: to transfer scores to it may be intended.
+
     Raises:
-        ValueError: The file cannot be used, or was measured on another network.
+        ValueError: The file cannot be used, or its layers have other names than those of the network.
     """
     file = args.contributions if checkpoint is None else checkpoint.parent / CONTRIBUTIONS_FILE
     if file is None or args.method != "colora":
@@ -102,6 +105,14 @@ def given_contributions(
             "Measure them anew with contribution.py."
         ) from error
     return contributions
+
+
+def note_on_source(contributions: ContributionScores, args: FinetuneArguments) -> str | None:
+    """A line on contributions that were measured on another network; None where they were not, or nobody noted it."""
+    measured_on = contributions.source.get("model_name_or_path", args.model_name_or_path)
+    if measured_on == args.model_name_or_path:
+        return None
+    return f"Note: the contributions were measured on {measured_on}, this run adapts {args.model_name_or_path}."
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -118,6 +129,9 @@ def main(args: FinetuneArguments) -> None:
     model = load_network(args, accelerator)
     contributions = given_contributions(model, args, checkpoint)
     accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {args.method}.")
+    note = None if contributions is None else note_on_source(contributions, args)
+    if note is not None:
+        accelerator.print(note)
     shown = accelerator.is_main_process
     before = evaluate(model, eval_pairs, accelerator.device, "before" if shown else "")
     accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -157,7 +157,7 @@ def measure_contributions(
          for key in samples[0]}
         for first in range(0, len(samples), size)
     ]  # fmt: skip
-    return estimate_contributions(
+    contributions = estimate_contributions(
         model,
         batches,
         restoration_loss,
@@ -167,6 +167,23 @@ def measure_contributions(
         accelerator=accelerator,
         progress=True,
     )
+    return replace(contributions, source=contributions_source(args))
+
+
+def contributions_source(args: TaskArguments) -> dict[str, str | int | float]:
+    """What the contributions are of, for their file: network, data, and the settings that choose the batches."""
+    if args.dataset_name is not None:
+        data = {"dataset_name": args.dataset_name}
+    else:
+        data = {"train_dir": args.train_dir or "shipped underwater photos"}
+    return {
+        "model_name_or_path": args.model_name_or_path,
+        **data,
+        "resolution": args.resolution,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "seed": args.seed,
+        "probe_batches": args.probe_batches,
+    }
 
 
 def report_allocation(

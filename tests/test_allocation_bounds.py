@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from fractions import Fraction
 
 import pytest
@@ -164,3 +165,27 @@ def test_a_minimum_is_granted_whatever_the_score():
 def test_bounds_that_cannot_be_met_are_named(bounds, message):
     with pytest.raises(ValueError, match=message):
         allocate_ranks({"conv": (8, 8), "body": (8, 8)}, {"conv": 1.0, "body": 0.5}, 0.5, **bounds)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "scores", "max_ranks", "message"),
+    [
+        (
+            {"a": (8, 8), "b": (8, 8)},
+            {"a": 1.0, "b": 0.0},
+            {"a": 0},
+            r"^The maximum ranks leave no layer with a contribution above 0 a rank: raise one, .* 'a' to 1\.$",
+        ),
+        # Factors of rank 1 cost as much as the 2 x 2 weight, so that its only level is dense.
+        ({"a": (2, 2)}, None, {"a": 1}, r"^The maximum ranks leave no layer a rank: .* 'a' to 2\.$"),
+        ({"a": (8, 8), "b": (8, 8)}, {"a": 0.0, "b": 1.0}, {"a": 0, "b": 0}, "leave no layer a rank: .* 'b' to 1"),
+        ({"a": (8, 8), "b": (8, 8)}, {"a": 0.0, "b": 0.0}, {"a": 0}, "All contributions are 0"),
+    ],
+)
+def test_maxima_that_leave_nothing_to_give_say_which_to_raise(shapes, scores, max_ranks, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        allocate_ranks(shapes, scores, 1.0, max_ranks=max_ranks)
+    remedy = re.search(r"'(\w+)' to (\d+)", str(caught.value))
+    if remedy:
+        name, rank = remedy.groups()
+        assert any(allocate_ranks(shapes, scores, 1.0, max_ranks={**max_ranks, name: int(rank)}).values())

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from peft import PeftConfig, PeftType
 
@@ -120,7 +121,7 @@ def test_contributions_are_read_from_a_file_once(kind, tmp_path):
     [
         (lambda content: content["scores"].update(conv=math.nan), "contributions.json.*'conv' is nan"),
         (lambda content: content["scores"].update(body=-math.inf), "contributions.json.*'body' is -inf"),
-        (lambda content: content.pop("num_processes"), "lacks the entry 'num_processes'.*another version"),
+        (lambda content: content.pop("num_batches"), "contributions.json.*lacks the entry 'num_batches'"),
     ],
 )
 def test_a_file_of_contributions_that_cannot_be_used_is_named(change, message, tmp_path):
@@ -133,6 +134,13 @@ def test_a_file_of_contributions_that_cannot_be_used_is_named(change, message, t
         CoLoRAConfig(contributions=path)
     with pytest.raises(ValueError, match="Cannot read contribution scores from 'nowhere.json'"):
         CoLoRAConfig(contributions="nowhere.json")
+
+
+def test_contributions_may_be_numbers_of_numpy(tmp_path):
+    config = CoLoRAConfig(contributions={"conv": np.float32(0.25), "body": np.int64(0)})
+    assert config == CoLoRAConfig(contributions=SCORES.scores)
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).contributions == SCORES.scores
 
 
 def test_a_configuration_of_before_the_rank_patterns_loads(tmp_path):

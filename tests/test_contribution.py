@@ -280,6 +280,30 @@ def test_json_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
+def test_numbers_of_numpy_are_scores(tmp_path):
+    scores = ContributionScores({"a": np.float32(0.5), "b": np.int64(0)}, "taylor", num_batches=1, loss_start=1.0)
+    assert scores.scores == {"a": 0.5, "b": 0.0} and {type(score) for score in scores.scores.values()} == {float}
+    scores.save(tmp_path / "scores.json")
+    assert ContributionScores.load(tmp_path / "scores.json") == scores
+    for wrong in (True, np.True_, np.float32("nan"), "1"):
+        with pytest.raises(ValueError, match="layer 'a' is .*finite and >= 0"):
+            replace(scores, scores={"a": wrong})
+
+
+def test_score_files_of_other_versions_are_read(tmp_path):
+    path = tmp_path / "scores.json"
+    scores = ContributionScores({"a": 0.5}, "taylor", 2, 1.0, num_processes=2, source={"model": "x", "seed": 3})
+    scores.save(path)
+    assert ContributionScores.load(path) == scores
+    content = json.loads(path.read_text())
+    older = {name: content[name] for name in ("scores", "method", "num_batches", "loss_start")}
+    path.write_text(json.dumps(older))
+    assert ContributionScores.load(path) == ContributionScores({"a": 0.5}, "taylor", 2, 1.0)
+    path.write_text(json.dumps({**content, "from_the_future": [1], "also": 2}))
+    with pytest.warns(UserWarning, match="does not know, which are ignored: 'also', 'from_the_future'"):
+        assert ContributionScores.load(path) == scores
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -288,6 +312,7 @@ def test_json_round_trip(tmp_path):
         (lambda content: content.update(loss_start=None), "'loss_start' is None, not a finite number"),
         (lambda content: content.update(num_batches=1.5), "'num_batches' is 1.5, not int"),
         (lambda content: content.update(unreached="0"), "'unreached' is '0', not a list of names"),
+        (lambda content: content.update(source={"seed": [1]}), r"'source' is .*, not a table of names to texts or"),
         (lambda content: content.update(path_integral=float("inf")), "'path_integral' is inf"),
         (lambda content: content["scores"].update({"0": -1.0}), "layer '0' is -1.0"),
         (lambda content: content["scores"].update({"0": float("nan")}), "layer '0' is nan"),

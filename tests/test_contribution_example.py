@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,37 @@ def test_layers_that_training_does_not_know_are_refused_before_it(task, flags, t
     with pytest.raises(ValueError, match="--contributions has no effect with --method lora"):
         tune(*task, *output, "--contributions", file, "--method", "lora")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_measured_is_recorded_and_another_network_is_pointed_out(task, flags, tmp_path, tiny_nafnet, capsys):
+    file = measure(*flags, "--estimator", "gradient") / "contributions.json"
+    source = ContributionScores.load(file).source
+    assert source == {
+        "model_name_or_path": str(tiny_nafnet),
+        "train_dir": str(task[1]),
+        "resolution": 32,
+        "per_device_train_batch_size": 2,
+        "seed": 0,
+        "probe_batches": 2,
+    }
+    assert "Note:" not in capsys.readouterr().out
+    twin = tmp_path / "twin"
+    shutil.copytree(tiny_nafnet, twin)
+    given = ["--contributions", file]
+    tune(*task, *given, "--output_dir", tmp_path / "same")
+    assert "Note:" not in capsys.readouterr().out
+    tuned = tune(*task, *given, "--model_name_or_path", twin, "--output_dir", tmp_path / "transfer")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note:")]
+    assert notes == [f"Note: the contributions were measured on {tiny_nafnet}, this run adapts {twin}."]
+    # The record goes with the scores.
+    assert ContributionScores.load(tuned / "contributions.json").source == source
+
+
+def test_data_that_was_measured_on_is_named():
+    task = sys.modules["restoration_task"]
+    assert task.contributions_source(task.TaskArguments())["train_dir"] == "shipped underwater photos"
+    source = task.contributions_source(task.TaskArguments(dataset_name="somebody/pairs"))
+    assert source["dataset_name"] == "somebody/pairs" and "train_dir" not in source
 
 
 def test_a_measurement_is_replaced_on_request_only(flags, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import socket
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -61,6 +62,23 @@ def scores_of(num_batches, accelerator=None):
     return results
 
 
+def scores_with_a_bad_batch(estimator, rank, accelerator):
+    """Of the second process, whose second batch is NaN: the one that it does not leave to the first."""
+    batches = [torch.rand(1, 3, 8, 8) for _ in range(2)]
+    if rank == 1:
+        batches[1].fill_(torch.nan)
+    model = Network()
+    return estimate_contributions(
+        model,
+        batches,
+        noisy_loss,
+        estimator,
+        end_state={name: value + 1 for name, value in model.state_dict().items()} if estimator == "faig" else None,
+        settings=SETTINGS.get(estimator),
+        accelerator=accelerator,
+    )
+
+
 def score_in_a_process(rank, folder, port):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"
@@ -77,6 +95,9 @@ def score_in_a_process(rank, folder, port):
     with pytest.raises(ValueError, match="are 1 and 2 on the processes"):
         batches = [torch.rand(1, 3, 8, 8)] * (1 + rank)
         estimate_contributions(Network(), batches, noisy_loss, "gradient", accelerator=accelerator)
+    for estimator in ESTIMATORS:
+        with pytest.raises(ValueError, match=r"^Process 1 of 2 failed" if rank == 0 else r"^The loss is nan for"):
+            scores_with_a_bad_batch(estimator, rank, accelerator)
     loader = accelerator.prepare(torch.utils.data.DataLoader([torch.rand(3, 8, 8)] * 4))
     with pytest.raises(ValueError, match="went through accelerator.prepare"):
         estimate_contributions(Network(), loader, noisy_loss, accelerator=accelerator)
@@ -139,3 +160,42 @@ def test_shares_of_the_processes_add_up_to_the_whole(num_batches, squared):
         torch.testing.assert_close(parts, total, rtol=1e-5, atol=1e-6 * total.abs().max().item())
     assert set().union(*(sums.reached for sums, _, _ in shares)) == whole.reached
     assert {"unused.weight", "unused.bias"} == {*whole.totals} - whole.reached
+
+
+class OneOfTwo:
+    """What the accelerator of the first of two processes is told: the second one's flag."""
+
+    num_processes, process_index, device = 2, 0, "cpu"
+
+    def __init__(self, second_fails):
+        self.second_fails = second_fails
+        self.sent = []
+
+    def gather(self, flag):
+        self.sent.append(flag.item())
+        return torch.tensor([flag.item(), self.second_fails])
+
+
+def test_an_error_of_one_process_ends_all():
+    for first_fails in (False, True):
+        for second_fails in (False, True):
+            accelerator = OneOfTwo(int(second_fails))
+            message = "own" if first_fails else r"^Process 1 of 2 failed.*mend" if second_fails else None
+            with pytest.raises(ValueError, match=message) if message else nullcontext():
+                with Processes(accelerator).failing_together():
+                    if first_fails:
+                        raise ValueError("own")
+            assert accelerator.sent == [int(first_fails)]
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "value"])
+def test_a_process_that_fails_says_so_before_the_sums(estimator):
+    accelerator = OneOfTwo(0)
+    model = Network()
+    objective = MeanLoss(model, [torch.full((1, 3, 8, 8), torch.nan)], noisy_loss, 5, Processes(accelerator))
+    with pytest.raises(ValueError, match="The loss is nan for batch 0 here"):
+        if estimator == "value":
+            objective.value("here")
+        else:
+            objective.mean_gradients(GradientSums.zeros(dict(model.named_parameters())), "here", None)
+    assert accelerator.sent == [1]
