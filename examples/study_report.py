@@ -295,8 +295,8 @@ def sections(
     by_estimator: dict[str, list[ContributionScores]] = {}
     for (_, estimator, _), own in scores.items():
         by_estimator.setdefault(estimator, []).append(own)
-    betas = {0: keys.uniform} | {
-        beta: lambda task, beta=beta: keys.colora(task, beta=beta)
+    betas = {"0 (uniform)": keys.uniform} | {
+        f"{beta:g}": lambda task, beta=beta: keys.colora(task, beta=beta)
         for beta in sorted({key[4] for key in results if key[3] == keys.default})
     }
     others = {f"scores of {other}": lambda task, other=other: keys.colora(task, scores_of=other) for other in tasks}
