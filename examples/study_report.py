@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from grid_cells import Cell
+from matplotlib.figure import Figure
 
 from colora_peft import ContributionScores
 from colora_peft.files import write_text
@@ -249,17 +250,14 @@ def correlation_table(scores: dict[tuple[str, str, int], ContributionScores], ro
 # ------------------------------------------------------------------------------------------------------------ plots
 
 
-def plot_curves(
+def draw_curves(
     results: Results,
     tasks: list[str],
     curves: dict[str, Callable[[str, float], Key]],
     xs: list[float],
     xlabel: str,
-    path: Path,
-) -> None:
+) -> Figure:
     """Mean test PSNR of each curve over `xs`, a panel for each task; bars span the standard deviation of the seeds."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(3.6 * len(tasks), 3.2), layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         for label, key_of in curves.items():
@@ -271,13 +269,18 @@ def plot_curves(
         axes.set(title=task, xlabel=xlabel, ylabel="test PSNR (dB)")
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
     curves = {"CoLoRA": keys.colora, "uniform ranks": keys.uniform, "full tuning": keys.full}
     budgets = sorted(values_in(results, "parameter_budget"))
-    plot_curves(results, tasks, curves, budgets, "trained share of the weights", path)
+    figure = draw_curves(results, tasks, curves, budgets, "trained share of the weights")
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets])
+        axes.minorticks_off()
+    figure.savefig(path, dpi=120)
 
 
 def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
@@ -285,7 +288,8 @@ def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> No
         return keys.colora(task, beta=beta) if beta else keys.uniform(task)
 
     betas = sorted({0.0, *(key[4] for key in results if key[3] == keys.default)})
-    plot_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0 is uniform)", path)
+    figure = draw_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0 is uniform)")
+    figure.savefig(path, dpi=120)
 
 
 def sections(
