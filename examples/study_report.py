@@ -268,7 +268,7 @@ def draw_curves(
                 axes.errorbar([x for x, _ in points], means, errors, marker="o", capsize=3, label=label)
         axes.set(title=task, xlabel=xlabel, ylabel="test PSNR (dB)")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
     return figure
 
 
