@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune import FinetuneArguments
 from grid_cells import (
     RESULTS,
     Cell,
@@ -30,6 +29,7 @@ from grid_cells import (
     load_network,
     network_fingerprint,
     own_part,
+    run_arguments,
     split_pairs,
     task_name,
     train_and_validate,
@@ -153,15 +153,7 @@ def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, k
     chosen, validation = split_pairs(args.train_dir, args.train_pairs, args.validation_pairs, seed)
     model = load_network(accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        run = FinetuneArguments(
-            output_dir=folder,
-            learning_rate=settings["learning_rate"],
-            seed=seed,
-            max_train_steps=args.max_train_steps,
-            resolution=args.resolution,
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            checkpointing_steps=args.max_train_steps,
-        )
+        run = run_arguments(args, folder, settings["learning_rate"], seed)
         patches = PairedPatches(chosen, run.resolution, seed)
         if seed not in known.before:
             known.before[seed] = quality_before(model, chosen, validation, accelerator)

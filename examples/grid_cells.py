@@ -8,14 +8,14 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+import restoration_task
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from finetune import FinetuneArguments
 from torch import nn
-from transformers import AutoModelForImageToImage
 
 from colora_peft.cards import hardware_name
 from colora_peft.evaluation import evaluate
@@ -87,8 +87,21 @@ def network_fingerprint() -> str:
 
 
 def load_network(accelerator: Accelerator) -> nn.Module:
-    network = AutoModelForImageToImage.from_pretrained(FinetuneArguments.model_name_or_path, dtype=torch.float32)
-    return network.to(accelerator.device, memory_format=torch.channels_last)
+    """The network that every cell starts from."""
+    return restoration_task.load_network(FinetuneArguments(), accelerator)
+
+
+def run_arguments(args: Any, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
+    """Flags of a cell's run; `args` are a grid's, which says how long it is and on what patches."""
+    return FinetuneArguments(
+        output_dir=output_dir,
+        learning_rate=learning_rate,
+        seed=seed,
+        max_train_steps=args.max_train_steps,
+        resolution=args.resolution,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        checkpointing_steps=args.max_train_steps,
+    )
 
 
 def split_pairs(

@@ -26,6 +26,7 @@ from grid_cells import (
     CellFile,
     load_network,
     network_fingerprint,
+    run_arguments,
     split_pairs,
     task_name,
     train_and_validate,
@@ -103,16 +104,7 @@ def run_cell(
     chosen, validation = split_pairs(args.train_dir, args.train_pairs, args.validation_pairs, seed, args.validation)
     model = load_network(accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        run = FinetuneArguments(
-            output_dir=folder,
-            method=method,
-            learning_rate=settings["learning_rate"],
-            seed=seed,
-            max_train_steps=args.max_train_steps,
-            resolution=args.resolution,
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            checkpointing_steps=args.max_train_steps,
-        )
+        run = run_arguments(args, folder, settings["learning_rate"], seed)
         patches = PairedPatches(chosen, run.resolution, seed)
         if method == "colora" and seed not in scores:
             scores[seed] = measure_contributions(model, patches, run, accelerator).scores

@@ -33,6 +33,7 @@ from grid_cells import (
     load_network,
     network_fingerprint,
     own_part,
+    run_arguments,
     split_pairs,
     task_name,
     train_and_validate,
@@ -157,18 +158,6 @@ def draw(args: StudyArguments, task: str, seed: int) -> Draw:
     chosen, validation = split_pairs(folder, args.train_pairs, args.validation_pairs, seed, "drawn")
     test = PairedImageFolder(Path(folder).parent / "test")
     return Draw(PairedPatches(chosen, args.resolution, seed), validation, test)
-
-
-def run_arguments(args: StudyArguments, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
-    return FinetuneArguments(
-        output_dir=output_dir,
-        learning_rate=learning_rate,
-        seed=seed,
-        max_train_steps=args.max_train_steps,
-        resolution=args.resolution,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        checkpointing_steps=args.max_train_steps,
-    )
 
 
 def shared_settings(args: StudyArguments) -> Cell:
