@@ -12,8 +12,11 @@ from .contribution_scores import ContributionScores, check_scores
 from .registration import COLORA, SAVES_BIASES
 
 BIAS_MODES = ("none", "all", "colora_only")
-METHOD_VERSION = 1
-"""Of what an adapter's files mean. Raised when an older package would read a newer adapter wrongly."""
+METHOD_VERSION = 2
+"""Of what an adapter's files mean. Raised when packages before and after would read each other's wrongly.
+
+2: another factor before the delta (`colora_peft.scaling`).
+"""
 
 
 @dataclass
@@ -52,7 +55,7 @@ class CoLoRAConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt, for layers inside an nn.ModuleList or nn.Sequential.
         layers_pattern: Name of that list; PEFT needs it where the list is a direct child of the network.
         init_weights: False draws B at random, so that a new adapter is not the identity: for tests.
-        method_version: Written by the package, so that an older one can refuse what it would misread.
+        method_version: Written by the package, so that another can refuse what it would misread.
 
     Raises:
         ValueError: A field is out of its range, or two fields contradict each other.
@@ -67,7 +70,7 @@ class CoLoRAConfig(PeftConfig):
     delta_min: float = 0.0
     min_rank_pattern: dict[str, int] = field(default_factory=dict)
     max_rank_pattern: dict[str, int] = field(default_factory=dict)
-    colora_alpha: float = 3.0
+    colora_alpha: float = 16.0
     bias: str = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -85,11 +88,7 @@ class CoLoRAConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if self.method_version > METHOD_VERSION:
-            raise ValueError(
-                f"The adapter was saved by a newer colora_peft (method_version {self.method_version}, this one "
-                f"reads up to {METHOD_VERSION}): run `pip install -U colora-peft`."
-            )
+        self._check_method_version()
         if isinstance(self.contributions, str | os.PathLike):
             self.contributions = ContributionScores.load(self.contributions).scores
         self._check_numbers()
@@ -101,6 +100,24 @@ class CoLoRAConfig(PeftConfig):
         """All fields; sets as sorted lists, so that equal configurations give equal files."""
         fields = {name: value for name, value in super().to_dict().items() if name != "target_parameters"}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What PEFT read from a file; the first versions wrote no `method_version`."""
+        return super().check_kwargs(**{"method_version": 1, **kwargs})
+
+    def _check_method_version(self) -> None:
+        if self.method_version > METHOD_VERSION:
+            raise ValueError(
+                f"The adapter was saved by a newer colora_peft (method_version {self.method_version}, this one "
+                f"reads {METHOD_VERSION}): run `pip install -U colora-peft`."
+            )
+        if self.method_version < METHOD_VERSION:
+            raise ValueError(
+                f"The adapter was saved by an older colora_peft (method_version {self.method_version}, this one "
+                f"reads {METHOD_VERSION}), which scaled its delta otherwise: train it again, or install the version "
+                "that saved it."
+            )
 
     def _check_numbers(self) -> None:
         if not 0 < self.parameter_budget <= 1:  # also refuses NaN, here and below
@@ -118,7 +135,7 @@ class CoLoRAConfig(PeftConfig):
             )
         if not 0 < self.colora_alpha < math.inf:
             raise ValueError(
-                f"The gain colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 3.0."
+                f"The gain colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 16.0."
             )
 
     def _check_ranks_and_contributions(self) -> None:

@@ -58,7 +58,7 @@ class FaigSettings:
 
     Attributes:
         num_path_steps: midpoints on the path, a pass over the batches each; more of them lower `completeness_error`.
-            Twice the probe's: end weights from anywhere may lie farther away.
+            More than the probe's: end weights from anywhere may lie farther away.
 
     Raises:
         ValueError: less than one midpoint.
@@ -83,9 +83,9 @@ class ProbeSettings:
         ValueError: less than one step or midpoint, or a learning rate that is not positive and finite.
     """
 
-    num_steps: int = 50
+    num_steps: int = 20
     learning_rate: float = 3e-4
-    num_path_steps: int = 8
+    num_path_steps: int = 4
 
     def __post_init__(self) -> None:
         _check_at_least_one("num_steps", self.num_steps)

@@ -3,7 +3,6 @@
 Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
 """
 
-import math
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from .adaptable import weight_matrix_shape
 from .allocation import is_dense, stored_rank
-from .scaling import adapter_scaling
+from .scaling import STD_OF_A, adapter_scaling
 
 __all__ = ["DeltaStore", "check_adapter_name", "rename_key"]
 
-INITIAL_STD = 0.1
+INITIAL_STD = 0.05
 """Standard deviation of B, and of a dense delta, under `init_weights=False`."""
 
 _TAKEN_NAMES = frozenset(dir(nn.ParameterDict()))
@@ -85,7 +84,7 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         self.place_adapter(adapter_name, rank, colora_alpha, start)
         # Registered first, drawn then: PEFT's low_cpu_mem_usage moves parameters to `meta` on registration.
         if adapter_name in self.colora_A:
-            nn.init.normal_(self.colora_A[adapter_name], std=1 / math.sqrt(k))
+            nn.init.normal_(self.colora_A[adapter_name], std=STD_OF_A)
         if not init_weights:
             up = self.colora_dense if adapter_name in self.colora_dense else self.colora_B
             nn.init.normal_(up[adapter_name], std=INITIAL_STD)

@@ -1,25 +1,36 @@
-"""The factor before the delta, by which one learning rate is to serve every rank."""
+"""The factor before the delta, and how A is drawn, by which one learning rate serves every rank."""
 
 import math
 
 from .allocation import is_dense
 
-__all__ = ["adapter_scaling"]
+__all__ = ["STD_OF_A", "adapter_scaling"]
+
+STD_OF_A = 1.0
+"""Standard deviation of A at the start; see `adapter_scaling`."""
 
 
 def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
-    """Factor before the delta of a (d, k) layer: colora_alpha / sqrt(rank) for factors, / sqrt(k) for a dense delta.
+    """Factor before the delta of a (d, k) layer: colora_alpha / (rank sqrt(k)) for factors, / k for a dense delta.
 
-    Our choice, not the paper's: one learning rate shall suit every rank. Adam moves each parameter by about lr a step,
-    whatever its gradient. With A ~ N(0, 1/k) and B = 0 the first step changes an entry of W by
+    Our choice, not the paper's: one learning rate shall suit every rank. What must be equal is how far the *output*
+    of the layer moves on the inputs that it sees. Adam moves each parameter by about lr a step, whatever its gradient.
+    For an input x the gradient of a dense delta D has the signs of x, and that of B the signs of A x, so all entries
+    push the output the same way. With A ~ N(0, 1) and B = 0 the first step moves each output by
 
-        scaling * lr * |sum of rank entries of A, signs at random| ~ scaling * lr * sqrt(rank) / sqrt(k)
+        scaling * lr * sum of rank entries |A x|  ~  scaling * lr * 0.8 rank |x|
 
-    through factors, and by scaling * lr through a dense delta. The rule makes both colora_alpha * lr / sqrt(k): the
-    same at any rank, and the same share of the 1/sqrt(k) at which weights of fan-in k usually lie. (In a transposed
-    convolution k is the fan-out of one input channel instead.)
+    through factors, and by scaling * lr * |x|_1 ~ scaling * lr * 0.8 sqrt(k) |x| through a dense delta (0.8 is
+    sqrt(2/pi), the mean of |N(0, 1)|). The rule makes both 0.8 * colora_alpha * lr * |x| / sqrt(k). Equal movement of
+    the *weights* would ask for 1 / sqrt(rank) instead: wrong, as random signs are what the output does not see.
 
-    Measured (examples/compare_scaling.py, benchmark_results/scaling.md, one seed), the rule falls short: the best rate
-    of rank 1 lies at least four times above that of a dense delta. Rule "linear_unit" of that script does better.
+    A is large because the first step is not the last. Its entries move by lr as well, and turn towards the input:
+    after t steps in which no gradient changed its sign, factors have moved the output 1 + sqrt(k) lr t times as far
+    as a dense delta has. Drawn from N(0, 1 / k) instead they would have moved it 1 + k lr t times as far, which for
+    hundreds of steps is another learning rate.
+
+    In a transposed convolution k is the fan-out of one input channel instead of a fan-in.
+
+    Measured by examples/compare_scaling.py, with the rules that were tried: benchmark_results/scaling.md.
     """
-    return colora_alpha / math.sqrt(k if is_dense(rank, d, k) else rank)
+    return colora_alpha / (k if is_dense(rank, d, k) else rank * math.sqrt(k))

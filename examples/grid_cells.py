@@ -20,7 +20,7 @@ from torch import nn
 from colora_peft.cards import hardware_name
 from colora_peft.evaluation import evaluate
 from colora_peft.files import write_json
-from colora_peft.pairs import PairedImageFolder, PairSource, PairSubset, draw_pairs
+from colora_peft.pairs import Pair, PairedImageFolder, PairSource, PairSubset, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.training import TrainingDiverged, train
 from colora_peft.tuning import trained_parameters
@@ -144,6 +144,25 @@ def strangest_colours(pairs: PairSource, count: int) -> list[int]:
     colours = torch.stack([pairs[index][0].mean((1, 2)) for index in range(len(pairs))])
     distances = (colours - colours.median(0).values).norm(dim=1)
     return sorted(distances.topk(count).indices.tolist())
+
+
+class PairCentres:
+    """The centres of another source's pairs, `size` pixels square, or all of a side that is smaller."""
+
+    def __init__(self, pairs: PairSource, size: int) -> None:
+        self.names = pairs.names
+        self._pairs = pairs
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = self._pairs[index]
+        height, width = (min(self._size, side) for side in pair[0].shape[1:])
+        top, left = ((side - own) // 2 for side, own in zip(pair[0].shape[1:], (height, width), strict=True))
+        degraded, target = (picture[:, top : top + height, left : left + width] for picture in pair)
+        return degraded, target
 
 
 def train_and_validate(

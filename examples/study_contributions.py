@@ -2,10 +2,12 @@
 
     python examples/study_contributions.py --train_dirs path/to/underwater/train path/to/noise/train path/to/rain/train
 
-Each folder TASK/train has a TASK/test beside it. Every variant is tuned alike: its learning rate is the best of
---learning_rates on held-out pairs of the training folder, for the first seed; what is reported is the mean PSNR on
-the test folder over all seeds. The seed draws pairs, patches and adapters, so that variants compare seed by seed.
-Fisher scores are squares, so they get half the exponent of the others.
+Each folder TASK/train has a TASK/test beside it. Every method is tuned alike, on each task: its learning rate is the
+best of --learning_rates on held-out pairs of the training folder, with a seed of its own; what is reported is the mean
+PSNR on the test folder over other seeds, at that rate. Adapters are tuned at --tuned_budgets, uniform ranks and CoLoRA
+with the default estimator; other budgets take the rate of the nearest, other scores and exponents that of the default.
+The seed draws pairs, patches and adapters, so that variants compare seed by seed. Fisher scores are squares, so they
+get half the exponent of the others. Pictures are evaluated on their centres, which is what makes the study affordable.
 
 Cells and scores are kept and not measured again: the study grows over many calls, and several processes may share the
 work (--part 0/3, 1/3 and 2/3, say). Each call ends by writing the tables and plots of all cells that it knows.
@@ -30,6 +32,7 @@ from grid_cells import (
     RESULTS,
     Cell,
     CellFile,
+    PairCentres,
     load_network,
     network_fingerprint,
     own_part,
@@ -39,12 +42,11 @@ from grid_cells import (
     train_and_validate,
 )
 from restoration_task import measure_contributions
-from study_report import CELLS_FILE, SCORES_FOLDER, SETTINGS_FILE, chosen_rate, write_report
+from study_report import BUDGET, CELLS_FILE, SCORES_FOLDER, SETTINGS_FILE, chosen_rate, write_report
 from torch import nn
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, ContributionScores, FaigSettings, ProbeSettings
-from colora_peft.evaluation import evaluate
 from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder, PairSource
 from colora_peft.patches import PairedPatches
@@ -67,29 +69,36 @@ class StudyArguments:
     )
     estimators: list[str] = field(default_factory=lambda: list(ESTIMATORS), metadata={"help": "For `estimators`."})
     budgets: list[float] = field(
-        default_factory=lambda: [0.02, 0.01, 0.035, 0.14], metadata={"help": "For `budgets`, besides 0.07."}
+        default_factory=lambda: [0.02, 0.01, 0.035, 0.14], metadata={"help": f"For `budgets`, besides {BUDGET:g}."}
     )
     betas: list[float] = field(
         default_factory=lambda: [0.25, 0.75, 1.0], metadata={"help": "For `betas`, besides 0 (uniform) and 0.5."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1.5e-3, 3e-3, 6e-3, 1.2e-2], metadata={"help": "Tried with the first seed."}
+        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3], metadata={"help": "Tried with the tuning seed."}
     )
+    tuned_budgets: list[float] = field(
+        default_factory=lambda: [0.02, 0.07], metadata={"help": "At which rates are tried, for uniform and CoLoRA."}
+    )
+    tuning_seed: int = field(default=100, metadata={"help": "Of pairs, patches and adapters to try rates with."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of pairs, patches and adapters."})
-    default_estimator: str = field(default="probe", metadata={"help": "Of all questions but `estimators`."})
-    max_train_steps: int = field(default=300, metadata={"help": "Steps of each cell."})
+    default_estimator: str = field(default="gradient", metadata={"help": "Of all questions but `estimators`."})
+    max_train_steps: int = field(default=200, metadata={"help": "Steps of each cell."})
     resolution: int = field(default=64, metadata={"help": "Side of the patches."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step."})
     train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
     validation_pairs: int = field(default=18, metadata={"help": "Other pairs of --train_dirs, for the rates."})
+    evaluated_size: int = field(default=256, metadata={"help": "Side of the centres that PSNR is measured on."})
     part: str = field(default="0/1", metadata={"help": "Run this part of the tasks only, as in 0/3, 1/3 and 2/3."})
     output_dir: str = field(default=str(RESULTS / "contributions"), metadata={"help": "For cells, scores, report."})
 
     def __post_init__(self) -> None:
-        for name, values in (("train_dirs", [task_name(f) for f in self.train_dirs]), ("seeds", self.seeds),
-                             ("learning_rates", self.learning_rates)):  # fmt: skip
+        lists = {name: getattr(self, name) for name in ("seeds", "learning_rates", "tuned_budgets")}
+        for name, values in {"train_dirs": [task_name(folder) for folder in self.train_dirs], **lists}.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
+        if self.tuning_seed in self.seeds:
+            raise ValueError(f"--tuning_seed {self.tuning_seed} is one of --seeds: choose another.")
 
     def tasks(self) -> dict[str, str]:
         """Training folder of each task."""
@@ -112,6 +121,22 @@ class Variant(NamedTuple):
     def settings(self) -> Cell:
         return {name: value for name, value in self._asdict().items() if value is not None}
 
+    def tuned_as(self, args: StudyArguments) -> Variant:
+        """The variant whose learning rate this one takes."""
+        if self.parameter_budget is None:
+            return self
+        nearest = min(args.tuned_budgets, key=lambda budget: abs(math.log(budget / self.parameter_budget)))
+        return (uniform if self.method == "lora" else colora)(args, self.task, nearest)
+
+
+def uniform(args: StudyArguments, task: str, budget: float = BUDGET) -> Variant:
+    return Variant(task, "lora", budget)
+
+
+def colora(args: StudyArguments, task: str, budget: float = BUDGET) -> Variant:
+    """With the defaults of the study."""
+    return Variant(task, "colora", budget, args.default_estimator, beta_for(args.default_estimator), task)
+
 
 def plan(args: StudyArguments) -> list[Variant]:
     """All variants in the order in which they are run: what answers most comes first."""
@@ -123,17 +148,16 @@ def plan(args: StudyArguments) -> list[Variant]:
 
 
 def variants_of(question: str, task: str, args: StudyArguments) -> list[Variant]:
-    uniform = Variant(task, "lora", 0.07)
-    colora = Variant(task, "colora", 0.07, args.default_estimator, beta_for(args.default_estimator), task)
+    default = colora(args, task)
     if question == "estimators":
-        others = [colora._replace(estimator=name, beta=beta_for(name)) for name in args.estimators]
-        return [uniform, colora, Variant(task, "full"), *others]
+        others = [default._replace(estimator=name, beta=beta_for(name)) for name in args.estimators]
+        return [uniform(args, task), default, Variant(task, "full"), *others]
     if question == "budgets":
-        return [v._replace(parameter_budget=budget) for budget in args.budgets for v in (uniform, colora)]
+        return [of(args, task, budget) for budget in args.budgets for of in (uniform, colora)]
     if question == "betas":
-        return [uniform, colora, *(colora._replace(beta=beta) for beta in args.betas)]
+        return [uniform(args, task), default, *(default._replace(beta=beta) for beta in args.betas)]
     if question == "transfer":
-        return [colora._replace(scores_of=other) for other in args.tasks()]
+        return [default._replace(scores_of=other) for other in args.tasks()]
     raise ValueError(f"There is no question {question!r}: choose of estimators, budgets, betas, transfer.")
 
 
@@ -149,24 +173,32 @@ class Draw(NamedTuple):
     """What a task and a seed decide."""
 
     patches: PairedPatches
-    validation: PairSource
-    test: PairSource
+    evaluated: PairSource
+    """The test folder; for the tuning seed, pairs held out of the training folder."""
 
 
 def draw(args: StudyArguments, task: str, seed: int) -> Draw:
     folder = args.tasks()[task]
-    chosen, validation = split_pairs(folder, args.train_pairs, args.validation_pairs, seed, "drawn")
-    test = PairedImageFolder(Path(folder).parent / "test")
-    return Draw(PairedPatches(chosen, args.resolution, seed), validation, test)
+    chosen, held_out = split_pairs(folder, args.train_pairs, args.validation_pairs, seed, "drawn")
+    evaluated = held_out if seed == args.tuning_seed else PairedImageFolder(Path(folder).parent / "test")
+    return Draw(PairedPatches(chosen, args.resolution, seed), PairCentres(evaluated, args.evaluated_size))
 
 
 def shared_settings(args: StudyArguments) -> Cell:
     """What all cells and scores of a study have in common."""
-    names = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
+    names = (
+        "max_train_steps",
+        "resolution",
+        "per_device_train_batch_size",
+        "train_pairs",
+        "validation_pairs",
+        "evaluated_size",
+        "tuned_budgets",
+        "tuning_seed",
+    )
     return {
         "model_sha256": network_fingerprint(),
         **{name: getattr(args, name) for name in (*names, "learning_rates", "default_estimator")},
-        "first_seed": args.seeds[0],
         "beta": CoLoRAConfig.beta,
         "colora_alpha": CoLoRAConfig.colora_alpha,
         "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
@@ -201,7 +233,7 @@ def cell_settings(variant: Variant, learning_rate: float, seed: int) -> Cell:
 
 
 def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    """Train once; PSNR on the pairs held out of the training folder (`psnr`) and on the test folder (`test_psnr`).
+    """Train once; PSNR on the test folder, or for the tuning seed on pairs held out of the training folder.
 
     A run, or an estimate before it, that cannot be done is a cell that says why under `failed`.
     """
@@ -214,7 +246,7 @@ def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, acc
 
 def tuned_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
     drawn = draw(args, variant.task, seed)
-    config = CoLoRAConfig(parameter_budget=variant.parameter_budget or 0.07)
+    config = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET)
     if variant.method == "colora":
         scores = contributions_of(args, variant, seed, accelerator).scores
         config = replace(config, contributions=scores, beta=variant.beta)
@@ -223,21 +255,17 @@ def tuned_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, a
     model = prepare_for_tuning(network, variant.method, config)
     with tempfile.TemporaryDirectory() as folder:
         run = run_arguments(args, folder, rate, seed)
-        cell = train_and_validate(model, drawn.patches, drawn.validation, run, accelerator)
-    if "failed" not in cell:
-        quality = evaluate(model, drawn.test, accelerator.device, "")
-        cell |= {f"test_{name}": value for name, value in quality.items()}
-    return cell
+        return train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator)
 
 
 def run_variants(args: StudyArguments, variants: list[Variant], file: CellFile, accelerator: Accelerator) -> None:
-    """Choose each learning rate with the first seed, then run the others at it: variant by variant, seed by seed."""
-    first, *others = args.seeds
+    """Choose each learning rate with the tuning seed, then run the others at it: variant by variant, seed by seed."""
     for variant in variants:
-        tuning = [cell_of(args, variant, rate, first, file, accelerator) for rate in args.learning_rates]
+        tuned = variant.tuned_as(args)
+        tuning = [cell_of(args, tuned, rate, args.tuning_seed, file, accelerator) for rate in args.learning_rates]
         best = chosen_rate(tuning)
         if best is not None:
-            for seed in others:
+            for seed in args.seeds:
                 cell_of(args, variant, best, seed, file, accelerator)
 
 
@@ -251,8 +279,8 @@ def cell_of(
         cell = run_cell(args, variant, rate, seed, accelerator)
         file.add(cell)
         text = ", ".join(f"{value}" for value in variant.settings().values())
-        figures = f"{cell.get('psnr', math.nan):.2f} dB held out, {cell.get('test_psnr', math.nan):.2f} dB test"
-        print(f"{text}, {rate:g}, seed {seed}: {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
+        seconds = time.perf_counter() - started
+        print(f"{text}, {rate:g}, seed {seed}: {cell.get('psnr', math.nan):.2f} dB ({seconds:.0f} s)", flush=True)
     return cell
 
 

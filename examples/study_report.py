@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
     learning_rate: float
     at_edge: bool
-    """Whether that is the lowest or the highest that was tried: the best may lie outside."""
+    """Whether that is the lowest or the highest that was tried for it: the best may lie outside."""
     psnr: dict[int, float]
     """Test PSNR (dB) by seed."""
     diverged: int
@@ -47,22 +47,21 @@ def chosen_rate(tuning: list[Cell]) -> float | None:
     return max(done, key=lambda cell: cell["psnr"])["learning_rate"] if done else None
 
 
-def results_of(cells: Iterable[Cell], first_seed: int) -> Results:
-    """Of each variant at the rate that was best on the held-out pairs of the first seed."""
+def results_of(cells: Iterable[Cell], tuning_seed: int) -> Results:
+    """Of each variant, over the seeds besides the one that learning rates were chosen with."""
     groups: dict[Key, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell.get(name) for name in VARIANT), []).append(cell)
     results = {}
     for key, own in groups.items():
-        tuning = [cell for cell in own if cell["seed"] == first_seed]
-        rate, rates = chosen_rate(tuning), [cell["learning_rate"] for cell in tuning]
-        chosen = [cell for cell in own if cell["learning_rate"] == rate]
-        done = [cell for cell in chosen if "test_psnr" in cell]
+        rates = [cell["learning_rate"] for cell in own if cell["seed"] == tuning_seed]
+        runs = [cell for cell in own if cell["seed"] != tuning_seed]
+        done = [cell for cell in runs if "psnr" in cell]
         if done:
-            psnr = {cell["seed"]: cell["test_psnr"] for cell in done}
+            rate = done[0]["learning_rate"]
             at_edge = len(rates) > 1 and rate in (min(rates), max(rates))
-            seconds = mean(cell["seconds"] for cell in done)
-            results[key] = Result(rate, at_edge, psnr, len(chosen) - len(done), seconds)
+            psnr, seconds = {cell["seed"]: cell["psnr"] for cell in done}, mean(cell["seconds"] for cell in done)
+            results[key] = Result(rate, at_edge, psnr, len(runs) - len(done), seconds)
     return results
 
 
@@ -322,15 +321,16 @@ def sections(
 def write_report(folder: Path) -> str:
     """Write report.md, budgets.png and betas.png into `folder`; the text."""
     cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
-    results, scores = results_of(cells, settings["first_seed"]), load_scores(folder / SCORES_FOLDER)
+    results, scores = results_of(cells, settings["tuning_seed"]), load_scores(folder / SCORES_FOLDER)
     keys, tasks = Keys(settings["default_estimator"], settings["beta"]), values_in(results, "task")
     plot_budgets(results, tasks, keys, folder / "budgets.png")
     plot_betas(results, tasks, keys, folder / "betas.png")
     text = (
         "Test PSNR in dB, mean ± standard deviation over the seeds (their number), at the learning rate that was best "
-        f"on held-out training pairs of the first seed. {settings['train_pairs']} pairs, "
+        f"for the method on held-out training pairs with another seed. {settings['train_pairs']} pairs, "
         f"{settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
-        f"{settings['resolution']}. Differences are paired by seed, with their standard error over the seeds.\n\n"
+        f"{settings['resolution']}, measured on the centres of the test pictures ({settings['evaluated_size']} px). "
+        "Differences are paired by seed, with their standard error over the seeds.\n\n"
     )
     parts = sections(results, scores, tasks, keys)
     text += "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())

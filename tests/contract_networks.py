@@ -135,12 +135,13 @@ def plain_with_deltas(row: Row, model: PeftModel, *adapters: str) -> nn.Module:
     for name, layer in model.get_base_model().named_modules():
         for adapter in adapters if isinstance(layer, CoLoRALayer) else ():
             if adapter in layer.colora_dense:
-                delta = layer.colora_dense[adapter] / layer.colora_dense[adapter].shape[1] ** 0.5
+                delta = layer.colora_dense[adapter] / layer.colora_dense[adapter].shape[1]
             elif adapter in layer.colora_B:
-                delta = layer.colora_B[adapter] @ layer.colora_A[adapter] / layer.colora_A[adapter].shape[0] ** 0.5
+                r, k = layer.colora_A[adapter].shape
+                delta = layer.colora_B[adapter] @ layer.colora_A[adapter] / (r * k**0.5)
             else:
                 continue
-            bare.get_submodule(name).weight.data += 3.0 * delta.detach().view_as(layer.weight)  # colora_alpha
+            bare.get_submodule(name).weight.data += 16.0 * delta.detach().view_as(layer.weight)  # colora_alpha
     return bare
 
 

@@ -13,7 +13,7 @@ from tiny_networks import network
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.allocation import is_dense
-from colora_peft.scaling import adapter_scaling
+from colora_peft.scaling import STD_OF_A, adapter_scaling
 
 compare_scaling = load_example("compare_scaling")
 
@@ -58,10 +58,11 @@ def test_rule_sets_factor_and_spread_of_every_layer(rule, ranks):
 
 
 def test_rule_of_the_package_is_among_them():
-    rule = compare_scaling.RULES["sqrt"]
+    rule = compare_scaling.RULES["linear_unit"]
     for rank, d, k in ((1, 64, 144), (8, 64, 144), (16, 16, 27)):
         expected = rule.dense(k) if is_dense(rank, d, k) else rule.factors(rank, k)
         assert adapter_scaling(rank, d, k, CoLoRAConfig.colora_alpha) == pytest.approx(expected)
+        assert rule.std(k) == STD_OF_A
 
 
 def test_launched_comparison_runs_its_part_and_nothing_twice(tmp_path):

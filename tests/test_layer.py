@@ -59,9 +59,9 @@ def make_case(name, storage):
     return bare, layer, torch.randn(shape)
 
 
-def adapted(bare, rank=1, name="default", **settings):
+def adapted(bare, rank=1, name="default", colora_alpha=16.0, **settings):
     layer = CoLoRALayer(copy.deepcopy(bare))
-    layer.update_layer(name, rank, colora_alpha=3.0, **settings)
+    layer.update_layer(name, rank, colora_alpha, **settings)
     layer.set_adapter(name)
     return layer
 
@@ -198,20 +198,30 @@ def test_arguments_that_the_bare_layer_refuses_are_refused(case):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 1000])
-def test_first_adam_step_moves_the_weight_alike_at_every_rank(rank):
-    """The scaling rule: entries of W move by colora_alpha * lr / sqrt(k), root mean square over the weight."""
+@pytest.mark.parametrize("steps", [1, 20])
+def test_adam_moves_the_output_alike_at_every_rank(rank, steps):
+    """The scaling rule: each step moves the output by 0.8 colora_alpha * lr / sqrt(k) times the norm of the input, and
+    factors by 1 + sqrt(k) * lr * steps more, as A turns."""
     torch.manual_seed(0)
-    learning_rate, alpha, layer = 1e-3, 3.0, adapted(nn.Conv2d(64, 64, 3).requires_grad_(False), rank=rank)
-    optimizer = torch.optim.Adam((p for p in layer.parameters() if p.requires_grad), lr=learning_rate)
-    layer(torch.randn(2, 64, 8, 8)).square().sum().backward()
-    optimizer.step()
-    moved = layer.get_delta_weight("default").square().mean().sqrt().item()
-    assert moved == pytest.approx(alpha * learning_rate / math.sqrt(64 * 9), rel=0.25)
+    d, k, learning_rate, alpha, moved = 32, 144, 1e-3, 16.0, []
+    for _ in range(60):
+        layer = adapted(nn.Linear(k, d, bias=False).requires_grad_(False), rank, colora_alpha=alpha)
+        x = torch.randn(1, k)
+        optimizer = torch.optim.Adam((p for p in layer.parameters() if p.requires_grad), lr=learning_rate)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            layer(x).sum().backward()  # whose gradient never turns
+            optimizer.step()
+        moved.append((layer.base_layer(x) - layer(x)).mean().item() / x.norm().item())
+    expected = steps * math.sqrt(2 / math.pi) * alpha * learning_rate / math.sqrt(k)
+    if rank < d:
+        expected *= 1 + math.sqrt(k) * learning_rate * steps
+    assert sum(moved) / len(moved) == pytest.approx(expected, rel=0.15)
 
 
 def test_scaling_of_factors_and_dense():
-    assert adapter_scaling(4, 100, 100, 3.0) == pytest.approx(3.0 / 2)
-    assert adapter_scaling(50, 100, 100, 3.0) == pytest.approx(3.0 / 10)
+    assert adapter_scaling(4, 100, 100, 16.0) == pytest.approx(16.0 / 4 / 10)
+    assert adapter_scaling(50, 100, 100, 16.0) == pytest.approx(16.0 / 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

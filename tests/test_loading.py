@@ -90,8 +90,8 @@ def test_an_adapter_of_another_network_is_refused(tmp_path):
 
 
 def test_an_adapter_of_a_newer_method_is_refused(tmp_path):
-    bare, _, _, folder = saved(tmp_path, {"method_version": 2})
-    with pytest.raises(ValueError, match="newer colora_peft .method_version 2.*pip install -U"):
+    bare, _, _, folder = saved(tmp_path, {"method_version": 3})
+    with pytest.raises(ValueError, match="newer colora_peft .method_version 3.*pip install -U"):
         PeftModel.from_pretrained(bare, folder)
 
 
@@ -102,13 +102,15 @@ def test_fields_of_a_newer_peft_are_ignored_with_a_warning(tmp_path):
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
 
 
-def test_an_adapter_saved_before_there_were_versions_loads(tmp_path):
-    bare, x, expected, folder = saved(tmp_path)
+@pytest.mark.parametrize("version", [{"method_version": 1}, {}])
+def test_an_adapter_of_another_scaling_is_refused_instead_of_misread(tmp_path, version):
+    bare, _, _, folder = saved(tmp_path)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     del config["method_version"]
-    file.write_text(json.dumps(config | {"target_modules": None}))
-    torch.testing.assert_close(PeftModel.from_pretrained(bare, folder).eval()(x), expected, rtol=0, atol=1e-6)
+    file.write_text(json.dumps(config | version))
+    with pytest.raises(ValueError, match="older colora_peft .method_version 1.*train it again"):
+        PeftModel.from_pretrained(bare, folder)
 
 
 @pytest.mark.parametrize("name", ["train", "half", "keys"])

@@ -7,9 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import EXAMPLES, load_example, write_pairs
 from scipy.stats import spearmanr
 
+grid_cells = load_example("grid_cells")
 study = load_example("study_contributions")
 study_report = load_example("study_report")
 
@@ -30,52 +32,76 @@ def test_plan_runs_every_variant_once_and_uniform_ranks_in_every_question():
     assert {(v.task, v.scores_of) for v in transfers} == {(x, y) for x in "ab" for y in "ab"}
 
 
-def cell(rate, seed, psnr, test_psnr, **settings):
-    shared = {"task": "a", "method": "lora", "parameter_budget": 0.07, "seconds": 1.0}
-    return {**shared, **settings, "learning_rate": rate, "seed": seed, "psnr": psnr, "test_psnr": test_psnr}
+TUNING = 100
 
 
-def test_learning_rate_is_chosen_on_held_out_pairs_of_the_first_seed_alone():
-    cells = [
-        cell(1e-3, 0, psnr=20.0, test_psnr=30.0),
-        cell(3e-3, 0, psnr=21.0, test_psnr=19.0),
-        cell(3e-3, 1, psnr=10.0, test_psnr=18.0),
-        cell(1e-3, 1, psnr=25.0, test_psnr=31.0),
-        {"task": "a", "method": "lora", "parameter_budget": 0.07, "learning_rate": 1e-2, "seed": 0, "failed": "nan"},
-    ]
-    (result,) = study_report.results_of(cells, first_seed=0).values()
+def cell(rate, seed, psnr, **settings):
+    shared = {"task": "a", "method": "lora", "parameter_budget": 0.07, "seconds": 1.0, "psnr": psnr}
+    return {**shared, **settings, "learning_rate": rate, "seed": seed}
+
+
+def failed(rate, seed):
+    return {"task": "a", "method": "lora", "parameter_budget": 0.07, "learning_rate": rate, "seed": seed, "failed": ""}
+
+
+def test_pairs_that_rates_were_chosen_on_are_not_in_the_results():
+    cells = [cell(1e-3, TUNING, 90.0), cell(3e-3, TUNING, 91.0), cell(1e-2, TUNING, 80.0), failed(3e-2, TUNING)]
+    cells += [cell(3e-3, 0, 19.0), cell(3e-3, 1, 18.0)]
+    (result,) = study_report.results_of(cells, TUNING).values()
     assert result.learning_rate == 3e-3 and result.psnr == {0: 19.0, 1: 18.0} and not result.at_edge
 
 
 def test_a_rate_at_the_edge_and_seeds_that_diverged_are_said():
-    failed = {key: value for key, value in cell(3e-3, 1, 0.0, 0.0).items() if "psnr" not in key} | {"failed": "nan"}
-    cells = [cell(1e-3, 0, psnr=20.0, test_psnr=30.0), cell(3e-3, 0, psnr=21.0, test_psnr=19.0), failed]
-    (result,) = study_report.results_of(cells, first_seed=0).values()
+    cells = [cell(1e-3, TUNING, 20.0), cell(3e-3, TUNING, 21.0), cell(3e-3, 0, 19.0), failed(3e-3, 1)]
+    (result,) = study_report.results_of(cells, TUNING).values()
     assert result.at_edge and result.diverged == 1
     assert study_report.spread(result) == "19.00 (1, 1 diverged) at 0.003 (edge)"
 
 
-def test_variants_run_at_the_rate_of_the_first_seed(monkeypatch):
-    """And the report reads the same rate from their cells."""
+def test_variants_run_at_the_rate_of_their_method(monkeypatch):
+    """Chosen with the tuning seed, of the nearest budget that is tuned; nothing else is tried."""
     ran = []
 
     def fake(args, variant, rate, seed, file, accelerator):
-        ran.append(cell(rate, seed, psnr=rate if seed == 5 else -rate, test_psnr=1.0, **variant.settings()))
-        return ran[-1]
+        psnr = -abs(math.log(rate / (3e-3 if variant.parameter_budget == 0.02 else 1e-3)))
+        ran.append((variant, rate, seed))
+        return cell(rate, seed, psnr, **variant.settings())
 
     monkeypatch.setattr(study, "cell_of", fake)
-    args = arguments(seeds=[5, 1, 2], learning_rates=[1e-3, 3e-3, 2e-3])
-    study.run_variants(args, [study.Variant("a", "lora", 0.07)], None, None)
-    assert [(c["seed"], c["learning_rate"]) for c in ran] == [(5, 1e-3), (5, 3e-3), (5, 2e-3), (1, 3e-3), (2, 3e-3)]
-    (result,) = study_report.results_of(ran, first_seed=5).values()
-    assert result.learning_rate == 3e-3 and set(result.psnr) == {5, 1, 2}
+    args = arguments(seeds=[5, 1], learning_rates=[1e-3, 3e-3, 2e-3])
+    default = study.colora(args, "a")
+    cases = {
+        study.uniform(args, "a", 0.01): (study.uniform(args, "a", 0.02), 3e-3),
+        default._replace(estimator="faig"): (default, 1e-3),
+        default._replace(parameter_budget=0.14, beta=1.0): (default, 1e-3),
+        study.Variant("a", "full"): (study.Variant("a", "full"), 1e-3),
+    }
+    for variant, (tuned, best) in cases.items():
+        ran.clear()
+        study.run_variants(args, [variant], None, None)
+        tuning = [(tuned, rate, args.tuning_seed) for rate in args.learning_rates]
+        assert ran == [*tuning, (variant, best, 5), (variant, best, 1)]
+
+
+class WithNames(list):
+    names = ("picture",)
+
+
+@pytest.mark.parametrize("size", [2, 3, 50])
+def test_centres_of_pairs(size):
+    pairs = WithNames([(torch.rand(3, 5, 8), torch.rand(3, 5, 8))])
+    degraded, target = grid_cells.PairCentres(pairs, size)[0]
+    height, width = min(size, 5), min(size, 8)
+    top, left = (5 - height) // 2, (8 - width) // 2
+    assert torch.equal(degraded, pairs[0][0][:, top : top + height, left : left + width])
+    assert degraded.shape == target.shape == (3, height, width)
 
 
 def test_differences_are_paired_by_seed():
-    cells = [cell(1e-3, seed, psnr, psnr) for seed, psnr in ((0, 10.0), (1, 20.0), (2, 30.0))]
+    cells = [cell(1e-3, seed, psnr) for seed, psnr in ((0, 10.0), (1, 20.0), (2, 30.0))]
     other = {"method": "colora", "estimator": "probe", "beta": 0.5, "scores_of": "a"}
-    cells += [cell(1e-3, seed, psnr, psnr, **other) for seed, psnr in ((0, 11.0), (1, 21.0), (2, 31.0))]
-    results, keys = study_report.results_of(cells, first_seed=0), study_report.Keys("probe", 0.5)
+    cells += [cell(1e-3, seed, psnr, **other) for seed, psnr in ((0, 11.0), (1, 21.0), (2, 31.0))]
+    results, keys = study_report.results_of(cells, TUNING), study_report.Keys("probe", 0.5)
     difference = study_report.difference(results, keys.colora("a"), keys.uniform("a"))
     assert difference == (1.0, 0.0, 3)
     assert study_report.difference(results, keys.colora("b"), keys.uniform("b")) is None
@@ -103,6 +129,7 @@ def test_random_scores_are_the_same_scores_elsewhere(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"seeds": [100]}, "--tuning_seed 100 is one of --seeds"),
         ({"seeds": [0, 0]}, "--seeds must list at least one value and none twice"),
         ({"train_dirs": ["x/a/train", "y/a/train"]}, "--train_dirs must list .* none twice, got \\['a', 'a'\\]"),
         ({"questions": ["why"]}, "no question 'why'"),
@@ -135,7 +162,7 @@ def test_launched_study_answers_every_question_and_a_second_call_runs_nothing(tm
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "study" / "cells.json").read_text())
-    assert all(math.isfinite(cell[key]) for cell in cells for key in ("psnr", "test_psnr"))
+    assert all(math.isfinite(cell["psnr"]) for cell in cells)
     report = (tmp_path / "study" / "report.md").read_text()
     for title in ("CoLoRA, gradient", "CoLoRA, random", "CoLoRA, 0.02", "scores of other", "| 1 |"):
         assert title in report
