@@ -18,6 +18,9 @@ METHOD_VERSION = 2
 2: another factor before the delta (`colora_peft.scaling`).
 """
 
+PRIOR_CONTRIBUTIONS = "colora_contributions"
+"""Where a network's own configuration carries contributions that are to serve any task: layer name to score >= 0."""
+
 
 @dataclass
 class CoLoRAConfig(PeftConfig):
@@ -29,9 +32,10 @@ class CoLoRAConfig(PeftConfig):
     round.
 
     Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions`; what was allocated is
-    written into `ranks`, so that loading needs this configuration alone. Without contributions every layer gets the
-    same share as far as whole ranks allow: a thin layer (depthwise, first or last) of which one rank is more than
-    that share gets rank 0.
+    written into `ranks`, so that loading needs this configuration alone. Without contributions those count which the
+    network brings along (`model.config.colora_contributions`, a prior that holds for many tasks). Where it brings
+    none, or `beta` is 0, every layer gets the same share as far as whole ranks allow: a thin layer (depthwise, first
+    or last) of which one rank is more than that share gets rank 0.
 
     Args:
         target_modules: As in PEFT: full names or suffixes of them, a regular expression of full names, or
@@ -42,7 +46,7 @@ class CoLoRAConfig(PeftConfig):
         contributions: Score C_i >= 0 of each layer by its full module name, of any unit; or the path of a file that
             `ContributionScores.save` wrote, from which they are read at once, so that nothing depends on it later.
         parameter_budget: Trained share of the targeted weights, in (0, 1]. Used where `ranks` is not given.
-        beta: Exponent >= 0 from contribution to share; 0 is uniform, as without contributions.
+        beta: Exponent >= 0 from contribution to share; 0 is uniform.
         delta_min: Share in [0, 1] that each layer may have before contributions count.
         min_rank_pattern: Ranks that some layers get at least, by full name, suffix or regular expression as in PEFT's
             `rank_pattern`: the first that matches counts. Where a layer has no rank that high it is dense. Used, as

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, get_args
 from .files import write_text
 from .messages import some
 
-__all__ = ["ContributionScores", "check_scores"]
+__all__ = ["ContributionScores", "check_scores", "mean_scores"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,29 @@ class ContributionScores:
                 stacklevel=2,
             )
         return scores
+
+
+def mean_scores(measured: Sequence[ContributionScores]) -> dict[str, float]:
+    """Mean of measurements of the same layers, each divided by its sum: they count alike, whatever their units.
+
+    Raises:
+        ValueError: There is no measurement, one names other layers than the first, or its scores are all 0.
+    """
+    if not measured:
+        raise ValueError("There are no contributions to take the mean of: pass at least one measurement.")
+    totals = [sum(own.scores.values()) for own in measured]
+    for own, total in zip(measured, totals, strict=True):
+        if own.scores.keys() != measured[0].scores.keys():
+            raise ValueError(
+                f"The contributions are of different networks: {own.source or own.method} has other layers than "
+                f"{measured[0].source or measured[0].method}. Measure them on the same one."
+            )
+        if total == 0:
+            raise ValueError(f"The contributions {own.source or own.method} are all 0: measure again.")
+    return {
+        layer: sum(own.scores[layer] / total for own, total in zip(measured, totals, strict=True)) / len(measured)
+        for layer in measured[0].scores
+    }
 
 
 def check_scores(scores: Any, remedy: str) -> None:

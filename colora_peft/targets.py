@@ -15,7 +15,8 @@ from torch import nn
 
 from .adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
 from .allocation import allocate_ranks, check_same_names, names_hint, stored_rank, unknown_layer_message
-from .config import CoLoRAConfig
+from .config import PRIOR_CONTRIBUTIONS, CoLoRAConfig
+from .contribution_scores import check_scores
 from .layer import CoLoRALayer
 from .offloading import is_offloaded
 
@@ -47,14 +48,9 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
     elif config.ranks is not None:
         ranks = dict.fromkeys(shapes, config.ranks)
     else:
-        scores = config.contributions
-        if scores is not None:
-            _check_known(scores, layers, "contributions")
-            # Scores are measured once for the whole network and serve any choice of targets.
-            scores = {name: score for name, score in scores.items() if name in shapes}
         return allocate_ranks(
             shapes,
-            scores,
+            _targeted_scores(config, model, layers, shapes),
             config.parameter_budget,
             config.beta,
             config.delta_min,
@@ -64,6 +60,30 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
     if not any(ranks.values()):
         raise ValueError("All ranks are 0, so nothing would be trained: give at least one layer a rank of 1.")
     return {name: stored_rank(rank, *shapes[name]) for name, rank in ranks.items()}
+
+
+def _targeted_scores(
+    config: CoLoRAConfig, model: nn.Module, layers: Iterable[str], targets: Iterable[str]
+) -> dict[str, float] | None:
+    """Contributions of the targeted layers: given, or what the network's own configuration carries; None if neither.
+
+    Scores are measured once for the whole network and serve any choice of targets.
+    """
+    scores = config.contributions
+    if scores is not None:
+        _check_known(scores, layers, "contributions")
+    else:
+        scores = getattr(getattr(model, "config", None), PRIOR_CONTRIBUTIONS, None)
+        if scores is None or config.beta == 0:
+            return None
+        where = f"of {type(model).__name__} (its config.{PRIOR_CONTRIBUTIONS})"
+        remedy = "pass `contributions` of your own, or beta=0 for uniform ranks"
+        check_scores(scores, remedy)
+        missing = [name for name in targets if name not in scores]
+        if missing:
+            raise ValueError(f"The contributions {where} lack the targeted layer {missing[0]!r}: {remedy}.")
+    targets = set(targets)
+    return {name: score for name, score in scores.items() if name in targets}
 
 
 def _matched_ranks(patterns: dict[str, int], names: Iterable[str], what: str) -> dict[str, int]:
@@ -193,7 +213,7 @@ def matches(config: CoLoRAConfig, target_modules: set[str] | str, name: str) -> 
     return check_target_module_exists(view, name)
 
 
-def _check_known(names: dict[str, Any], layers: dict[str, nn.Module], what: str) -> None:
+def _check_known(names: dict[str, Any], layers: Iterable[str], what: str) -> None:
     """Check that each of `names` is a layer that can be adapted.
 
     Raises:

@@ -43,7 +43,7 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
     if method == "colora":
         return get_peft_model(model, replace(config))  # PEFT writes into the configuration it is given
     if method == "lora":
-        return get_peft_model(model, replace(config, contributions=None, ranks=None))
+        return get_peft_model(model, replace(config, contributions=None, ranks=None, beta=0.0))
     if method == "full":
         return _train_only(model, method, lambda name: True)
     if method == "bias":

@@ -47,6 +47,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, ContributionScores, FaigSettings, ProbeSettings
+from colora_peft.contribution_scores import mean_scores
 from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder, PairSource
 from colora_peft.patches import PairedPatches
@@ -56,6 +57,8 @@ from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
 
 RANDOM = "random"
 """Scores of the default estimator, dealt out to the layers at random."""
+OTHERS = "others"
+"""Mean of the scores of all other tasks: what a prior that knows nothing of the task can say."""
 ESTIMATORS = ("probe", "gradient", "taylor", "fisher", "faig", RANDOM)
 
 
@@ -157,7 +160,8 @@ def variants_of(question: str, task: str, args: StudyArguments) -> list[Variant]
     if question == "betas":
         return [uniform(args, task), default, *(default._replace(beta=beta) for beta in args.betas)]
     if question == "transfer":
-        return [default._replace(scores_of=other) for other in args.tasks()]
+        sources = list(args.tasks()) if len(args.tasks()) == 1 else [OTHERS, *args.tasks()]
+        return [default._replace(scores_of=source) for source in sources]
     raise ValueError(f"There is no question {question!r}: choose of estimators, budgets, betas, transfer.")
 
 
@@ -296,6 +300,10 @@ def contributions_of(
         values = list(measured.scores.values())
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
         return replace(measured, scores={name: values[i] for name, i in zip(measured.scores, order, strict=True)})
+    if variant.scores_of == OTHERS:
+        others = [task for task in args.tasks() if task != variant.task]
+        found = [contributions_of(args, variant._replace(scores_of=task), seed, accelerator) for task in others]
+        return replace(found[0], scores=mean_scores(found))
     path = Path(args.output_dir) / SCORES_FOLDER / f"{variant.scores_of}-{variant.estimator}-seed{seed}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

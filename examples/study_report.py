@@ -302,7 +302,10 @@ def sections(
         f"{beta:g}": lambda task, beta=beta: keys.colora(task, beta=beta)
         for beta in sorted({key[4] for key in results if key[3] == keys.default})
     }
-    others = {f"scores of {other}": lambda task, other=other: keys.colora(task, scores_of=other) for other in tasks}
+    others = {
+        f"scores of {other}": lambda task, other=other: keys.colora(task, scores_of=other)
+        for other in (*tasks, "others")
+    }
     compared = [(task, keys.default) for task in tasks]
     compared += [(tasks[0], name) for name in by_estimator if name != keys.default]
     return {

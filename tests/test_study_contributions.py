@@ -29,7 +29,7 @@ def test_plan_runs_every_variant_once_and_uniform_ranks_in_every_question():
         for task in ("a", "b"):
             assert any(v.task == task and v.method == "colora" for v in own)
     transfers = study.plan(arguments(questions=["transfer"]))
-    assert {(v.task, v.scores_of) for v in transfers} == {(x, y) for x in "ab" for y in "ab"}
+    assert {(v.task, v.scores_of) for v in transfers} == {(x, y) for x in "ab" for y in ("a", "b", study.OTHERS)}
 
 
 TUNING = 100
@@ -124,6 +124,18 @@ def test_random_scores_are_the_same_scores_elsewhere(monkeypatch, tmp_path):
     assert dealt[0].scores == dealt[1].scores != dealt[2].scores
     assert list(dealt[0].scores) == list(scores) and sorted(dealt[0].scores.values()) == sorted(scores.values())
     assert dealt[0].scores != scores
+
+
+def test_scores_of_the_others_leave_the_own_task_out(monkeypatch, tmp_path):
+    tasks = {"a": {"x": 1.0, "y": 0.0}, "b": {"x": 3.0, "y": 1.0}, "c": {"x": 0.0, "y": 8.0}}
+
+    def fake(args, task, *_):
+        return study.ContributionScores(scores=tasks[task], method="gradient", num_batches=1, loss_start=1.0)
+
+    monkeypatch.setattr(study, "measure", fake)
+    args = study.StudyArguments(["a/train", "b/train", "c/train"], output_dir=str(tmp_path))
+    variant = study.colora(args, "a")._replace(scores_of=study.OTHERS)
+    assert study.contributions_of(args, variant, 0, None).scores == {"x": 0.375, "y": 0.625}
 
 
 @pytest.mark.parametrize(
