@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
+from colora_peft.contribution_scores import mean_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")
 
@@ -328,3 +329,21 @@ def test_bad_score_files_are_named(tmp_path, change, message):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         ContributionScores.load(path)
+
+
+def test_mean_of_scores_does_not_see_their_units():
+    def measured(*scores):
+        return ContributionScores(
+            scores=dict(zip("xyz", scores, strict=False)), method="gradient", num_batches=1, loss_start=1.0
+        )
+
+    one, other = measured(1.0, 3.0, 0.0), measured(2.0, 2.0, 4.0)
+    mean = mean_scores([one, other])
+    assert mean == pytest.approx({"x": 0.25, "y": 0.5, "z": 0.25}) and sum(mean.values()) == pytest.approx(1)
+    assert mean_scores([measured(100.0, 300.0, 0.0), other]) == pytest.approx(mean)
+    with pytest.raises(ValueError, match="of different networks"):
+        mean_scores([one, measured(1.0, 2.0)])
+    with pytest.raises(ValueError, match="are all 0"):
+        mean_scores([one, measured(0.0, 0.0, 0.0)])
+    with pytest.raises(ValueError, match="no contributions to take the mean of"):
+        mean_scores([])

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,46 @@ def test_bounds_are_matched_as_pefts_rank_pattern(settings, name, allowed, tmp_p
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(network()[0], tmp_path).peft_config["default"]
     assert loaded.ranks == ranks and loaded.max_rank_pattern == settings.get("max_rank_pattern", {})
+
+
+def with_prior(scores):
+    model, _ = network()
+    model.config = SimpleNamespace(colora_contributions=scores)
+    return model
+
+
+def test_contributions_that_the_network_brings_along_decide_unless_others_are_given():
+    scores = {name: 2.0**-i for i, name in enumerate(EVERY_LAYER)}
+    reverse = dict(zip(scores, reversed(scores.values()), strict=True))
+
+    def ranks(model, **settings):
+        config = CoLoRAConfig(parameter_budget=0.5, **settings)
+        get_peft_model(model, config)
+        return config.ranks
+
+    def bare():
+        return network()[0]
+
+    assert ranks(with_prior(scores)) == ranks(bare(), contributions=scores) != ranks(bare())
+    assert ranks(with_prior(scores), contributions=reverse) == ranks(bare(), contributions=reverse)
+    assert ranks(with_prior(scores), beta=0) == ranks(bare())
+    assert ranks(with_prior(scores), target_modules=["mix"]) == ranks(
+        bare(), contributions=scores, target_modules=["mix"]
+    )
+    assert ranks(with_prior(scores), ranks=1) == ranks(bare(), ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"conv": 1.0}, r"config.colora_contributions\) lack the targeted layer .*or beta=0 for uniform ranks"),
+        (dict.fromkeys(EVERY_LAYER, float("nan")), "scores must be finite"),
+        ([1.0], "no table of layer name to score"),
+    ],
+)
+def test_contributions_of_a_network_that_do_not_fit_it_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(with_prior(scores), CoLoRAConfig())
 
 
 def test_ranks_survive_more_targets_than_peft_lists():
