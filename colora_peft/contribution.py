@@ -101,7 +101,7 @@ def estimate_contributions(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFn,
-    estimator: Estimator = "probe",
+    estimator: Estimator = "gradient",
     *,
     end_state: Mapping[str, Tensor] | None = None,
     settings: FaigSettings | ProbeSettings | None = None,

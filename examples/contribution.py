@@ -71,6 +71,8 @@ class ContributionArguments(TaskArguments):
         super().__post_init__()
         if self.num_path_steps is not None:
             check_at_least(self, "num_path_steps", 1)
+            if self.estimator not in ("faig", "probe"):
+                raise ValueError(f"--num_path_steps has no effect with --estimator {self.estimator}; leave it out.")
         if self.estimator == "faig" and self.end_model_name_or_path is None:
             raise ValueError(
                 "--estimator faig needs --end_model_name_or_path: a network tuned in full on the task "

@@ -61,9 +61,9 @@ class FinetuneArguments(TaskArguments, TrainArguments):
                   "these parameters of the network itself."},
     )  # fmt: skip
     estimator: Literal["probe", "gradient", "fisher", "taylor"] = field(
-        default="probe",
-        metadata={"help": "How contributions are measured (colora). probe: tune for --probe_steps and walk there; "
-                  "gradient, fisher, taylor: one pass, no tuning. (contribution.py also knows faig.)"},
+        default=TaskArguments.estimator,
+        metadata={"help": "How contributions are measured (colora). gradient, fisher, taylor: one pass, no tuning; "
+                  "probe: tune for --probe_steps and walk there. (contribution.py also knows faig.)"},
     )  # fmt: skip
     contributions: str | None = field(
         default=None,

@@ -69,9 +69,9 @@ class TaskArguments:
     )
     beta: float = field(default=CoLoRAConfig.beta, metadata={"help": "From contribution to rank: 0 is uniform."})
     estimator: Estimator = field(
-        default="probe",
-        metadata={"help": "How contributions are measured. faig: walk to the weights of a fully tuned network; probe: "
-                  "tune for --probe_steps and walk there; gradient, fisher, taylor: one pass, no tuning."},
+        default="gradient",
+        metadata={"help": "How contributions are measured. gradient, fisher, taylor: one pass, no tuning; probe: tune "
+                  "for --probe_steps and walk there; faig: walk to the weights of a fully tuned network."},
     )  # fmt: skip
     probe_steps: int = field(
         default=ProbeSettings.num_steps,

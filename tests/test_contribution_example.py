@@ -52,7 +52,7 @@ def flags(task, tmp_path):
 
 def test_launched_run_leaves_all_and_the_command_it_prints_goes_on(flags, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", str(EXAMPLES / "contribution.py"), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, "--estimator", "probe"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     output_dir = tmp_path / "contribution"
     assert {path.name for path in output_dir.iterdir()} == {"contributions.json", "contribution.png"}
@@ -70,7 +70,7 @@ def test_launched_run_leaves_all_and_the_command_it_prints_goes_on(flags, tmp_pa
     assert ContributionScores.load(tuned / "contributions.json") == scores
 
 
-@pytest.mark.parametrize("estimator", ["probe", "taylor"])
+@pytest.mark.parametrize("estimator", ["probe", "gradient"])
 def test_finetune_measures_the_same_by_itself(task, flags, tmp_path, estimator):
     """Also the same adapter, to the bit."""
     file = measure(*flags, "--estimator", estimator) / "contributions.json"
@@ -192,7 +192,8 @@ def test_two_launched_processes_share_the_batches(flags, task, tmp_path):
     ("bad", "culprit"),
     [
         (["--estimator", "faig"], "needs --end_model_name_or_path"),
-        (["--end_model_name_or_path", "x"], "no effect with --estimator probe"),
+        (["--end_model_name_or_path", "x"], "no effect with --estimator gradient"),
+        (["--num_path_steps", "2"], "num_path_steps has no effect with --estimator gradient"),
         (["--num_path_steps", "0"], "--num_path_steps must be at least 1, got 0"),
         (["--probe_batches", "0"], "--probe_batches must be at least 1"),
         (["--resolution", "0"], "--resolution must be at least 1"),
