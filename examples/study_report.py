@@ -133,7 +133,7 @@ def over_tasks(differences: list[Difference | None]) -> str:
     if not found:
         return ""
     error = math.hypot(*(difference.standard_error for difference in found)) / len(found)
-    return f"{mean(d.mean for d in found):+.2f} ± {error:.2f} ({len(found)} tasks)"
+    return f"{mean(d.mean for d in found):+.2f} ± {error:.2f} ({len(found)} task{'s' * (len(found) > 1)})"
 
 
 def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Key]], keys: Keys) -> str:
@@ -142,7 +142,8 @@ def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Ke
     for label, key_of in rows.items():
         cells = [spread(results[key_of(task)]) if key_of(task) in results else "" for task in tasks]
         if any(cells):
-            less_uniform = over_tasks([difference(results, key_of(task), keys.uniform(task)) for task in tasks])
+            pairs = [(key_of(task), keys.uniform(task)) for task in tasks]
+            less_uniform = over_tasks([difference(results, one, other) for one, other in pairs if one != other])
             lines.append(f"| {label} | {' | '.join(cells)} | {less_uniform} |")
     return "\n".join(lines)
 
