@@ -16,7 +16,7 @@ from .scaling import STD_OF_A, adapter_scaling
 
 __all__ = ["DeltaStore", "check_adapter_name", "rename_key"]
 
-INITIAL_STD = 0.05
+INITIAL_STD = 0.02
 """Standard deviation of B, and of a dense delta, under `init_weights=False`."""
 
 _TAKEN_NAMES = frozenset(dir(nn.ParameterDict()))

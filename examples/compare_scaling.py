@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from finetune import FinetuneArguments
 from grid_cells import (
     RESULTS,
     Cell,
@@ -39,7 +40,7 @@ from restoration_task import measure_contributions
 from torch import nn
 from transformers import HfArgumentParser
 
-from colora_peft import CoLoRAConfig, CoLoRALayer, ProbeSettings
+from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.evaluation import evaluate
 from colora_peft.files import write_text
 from colora_peft.pairs import PairSource
@@ -67,11 +68,11 @@ class Rule(NamedTuple):
 RULES = {
     # LoRA as PEFT draws and scales it with alpha = rank.
     "lora": Rule(lambda r, k: 1.0, lambda k: 1.0, lambda k: 1 / math.sqrt(3 * k)),
-    # Equal movement of the weights in the first step of Adam.
+    # Equal movement of the weights in the first step of Adam: the package's until method_version 2.
     "sqrt": Rule(lambda r, k: 3 / math.sqrt(r), lambda k: 3 / math.sqrt(k), lambda k: 1 / math.sqrt(k)),
     # Equal movement of the outputs in the first step of Adam.
     "linear": Rule(lambda r, k: 16 / r, lambda k: 16 / k, lambda k: 1 / math.sqrt(k)),
-    # The same, and A so large that it hardly turns: movement stays equal after the first step, too.
+    # The same, and A so large that it hardly turns: movement stays equal after the first step, too. The package's.
     "linear_unit": Rule(lambda r, k: 16 / (r * math.sqrt(k)), lambda k: 16 / k, lambda k: 1.0),
     # The same with layers of large fan-in moving faster, as "sqrt" has it.
     "linear_unit_sqrt": Rule(lambda r, k: 4 / (3 * r), lambda k: 4 / (3 * math.sqrt(k)), lambda k: 1.0),
@@ -83,7 +84,7 @@ class ScalingArguments:
     """Flags of the comparison."""
 
     train_dir: str = field(metadata={"help": "Folder TASK/train with input/ and target/."})
-    rules: list[str] = field(default_factory=lambda: ["sqrt"], metadata={"help": f"Of {', '.join(RULES)}."})
+    rules: list[str] = field(default_factory=lambda: ["linear_unit"], metadata={"help": f"Of {', '.join(RULES)}."})
     ranks: list[str] = field(
         default_factory=lambda: ["1", "2", "4", "8", "16", "dense", MIX],
         metadata={"help": "The same rank in every layer; dense; or mix: ranks by contribution under the budget."},
@@ -131,7 +132,11 @@ def cell_settings(args: ScalingArguments, rule: str, rank: str, learning_rate: f
         "seed": seed,
         **{name: getattr(args, name) for name in SHARED},
     }
-    mix = {"parameter_budget": args.parameter_budget, "beta": CoLoRAConfig.beta, "probe": asdict(ProbeSettings())}
+    mix = {
+        "parameter_budget": args.parameter_budget,
+        "beta": CoLoRAConfig.beta,
+        "estimator": FinetuneArguments.estimator,
+    }
     return settings | (mix if rank == MIX else {})
 
 

@@ -115,7 +115,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 def train(model: nn.Module, x: Tensor, steps: int = 3) -> PeftModel:
     """A few steps of SGD over all parameters, so that whatever requires a gradient moves."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(steps):
         optimizer.zero_grad()
         output = model(x)

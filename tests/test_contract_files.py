@@ -39,7 +39,7 @@ def test_loaded_network_is_the_saved_one_frozen_and_in_evaluation_mode(row, opti
 def test_configuration_given_at_loading_is_the_one_that_counts(row, tmp_path):
     model = row.adapted()
     model.save_pretrained(tmp_path)
-    config = row.config(ranks=model.peft_config["default"].ranks, colora_alpha=6.0)
+    config = row.config(ranks=model.peft_config["default"].ranks, colora_alpha=32.0)
     loaded = PeftModel.from_pretrained(row.bare(), tmp_path, config=config)
     assert loaded.peft_config["default"] is config and config.inference_mode
     for layer, saved in zip(tuner_layers(loaded), tuner_layers(model), strict=True):

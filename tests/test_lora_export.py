@@ -62,7 +62,7 @@ def trained_whole(model):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 5)
+                parameter.add_(torch.randn_like(parameter) / 50)
     return model
 
 

@@ -71,7 +71,9 @@ def test_gradient_is_the_limit_of_a_probe_of_one_step():
     scores = estimate_contributions(model, batches, mse, "gradient").scores
     rate = 1e-6
     settings = ProbeSettings(num_steps=1, learning_rate=rate, num_path_steps=1)
-    probe = estimate_contributions(model.double(), [tuple(x.double() for x in batches[0])], mse, settings=settings)
+    probe = estimate_contributions(
+        model.double(), [tuple(x.double() for x in batches[0])], mse, "probe", settings=settings
+    )
     assert {name: score / rate for name, score in probe.scores.items()} == pytest.approx(scores, rel=1e-2)
 
 
@@ -260,7 +262,7 @@ def test_progress_is_shown_on_request_only(estimator, capfd):
 def test_settings_are_recorded():
     model, end, batches = linear_pair()
     settings = ProbeSettings(num_steps=4, learning_rate=1e-2, num_path_steps=3)
-    result = estimate_contributions(model, batches, mse, settings=settings)
+    result = estimate_contributions(model, batches, mse, "probe", settings=settings)
     assert (result.method, result.num_tuning_steps, result.tuning_learning_rate) == ("probe", 4, 1e-2)
     assert (result.num_path_steps, result.num_batches, result.num_processes) == (3, 3, 1) and result.seconds > 0
     result = estimate_contributions(model, batches, mse, "faig", end_state=end)
