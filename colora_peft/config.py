@@ -33,7 +33,7 @@ class CoLoRAConfig(PeftConfig):
 
     Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions`; what was allocated is
     written into `ranks`, so that loading needs this configuration alone. Without contributions those count which the
-    network brings along (`model.config.colora_contributions`, a prior that holds for many tasks). Where it brings
+    network brings along (`model.config.colora_contributions`). Where it brings
     none, or `beta` is 0, every layer gets the same share as far as whole ranks allow: a thin layer (depthwise, first
     or last) of which one rank is more than that share gets rank 0.
 
@@ -80,19 +80,19 @@ class CoLoRAConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     init_weights: bool = True
-    method_version: int = METHOD_VERSION
+    method_version: int | None = None
     # PEFT's matching looks for this field; single parameters cannot be targeted.
     target_parameters: None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_method_version(from_file=self.peft_type is not None)  # only files say so before the next line does
         self.peft_type = COLORA
         # PEFT compares names with sets, and writes sets as lists.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        self._check_method_version()
         if isinstance(self.contributions, str | os.PathLike):
             self.contributions = ContributionScores.load(self.contributions).scores
         self._check_numbers()
@@ -105,12 +105,14 @@ class CoLoRAConfig(PeftConfig):
         fields = {name: value for name, value in super().to_dict().items() if name != "target_parameters"}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """What PEFT read from a file; the first versions wrote no `method_version`."""
-        return super().check_kwargs(**{"method_version": 1, **kwargs})
-
-    def _check_method_version(self) -> None:
+    def _check_method_version(self, from_file: bool) -> None:
+        if self.method_version is None:  # the first versions wrote none
+            self.method_version = 1 if from_file else METHOD_VERSION
+        if not isinstance(self.method_version, int):
+            raise ValueError(
+                f"The adapter's method_version is {self.method_version!r}, no whole number: adapter_config.json is "
+                "damaged, take it from where the adapter came from."
+            )
         if self.method_version > METHOD_VERSION:
             raise ValueError(
                 f"The adapter was saved by a newer colora_peft (method_version {self.method_version}, this one "

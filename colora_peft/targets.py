@@ -76,14 +76,27 @@ def _targeted_scores(
         scores = getattr(getattr(model, "config", None), PRIOR_CONTRIBUTIONS, None)
         if scores is None or config.beta == 0:
             return None
-        where = f"of {type(model).__name__} (its config.{PRIOR_CONTRIBUTIONS})"
-        remedy = "pass `contributions` of your own, or beta=0 for uniform ranks"
-        check_scores(scores, remedy)
-        missing = [name for name in targets if name not in scores]
-        if missing:
-            raise ValueError(f"The contributions {where} lack the targeted layer {missing[0]!r}: {remedy}.")
+        _check_prior(scores, targets, f"The config.{PRIOR_CONTRIBUTIONS} of {type(model).__name__}")
     targets = set(targets)
     return {name: score for name, score in scores.items() if name in targets}
+
+
+def _check_prior(scores: Any, targets: Iterable[str], what: str) -> None:
+    """Check the contributions that a network brings along.
+
+    Raises:
+        ValueError: They are no scores, lack a targeted layer, or are 0 for all of them; it names whose they are.
+    """
+    remedy = "pass `contributions` of your own, or beta=0 for uniform ranks"
+    try:
+        check_scores(scores, remedy)
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be used. {error}") from error
+    missing = [name for name in targets if name not in scores]
+    if missing:
+        raise ValueError(f"{what} lacks the targeted layer {missing[0]!r}: {remedy}.")
+    if not any(scores[name] for name in targets):
+        raise ValueError(f"{what} is 0 for every targeted layer: {remedy}.")
 
 
 def _matched_ranks(patterns: dict[str, int], names: Iterable[str], what: str) -> dict[str, int]:

@@ -72,7 +72,8 @@ RULES = {
     "sqrt": Rule(lambda r, k: 3 / math.sqrt(r), lambda k: 3 / math.sqrt(k), lambda k: 1 / math.sqrt(k)),
     # Equal movement of the outputs in the first step of Adam.
     "linear": Rule(lambda r, k: 16 / r, lambda k: 16 / k, lambda k: 1 / math.sqrt(k)),
-    # The same, and A so large that it hardly turns: movement stays equal after the first step, too. The package's.
+    # The same, and A so large that it turns slowly: movement stays nearly equal after the first step, too. The
+    # package's.
     "linear_unit": Rule(lambda r, k: 16 / (r * math.sqrt(k)), lambda k: 16 / k, lambda k: 1.0),
     # The same with layers of large fan-in moving faster, as "sqrt" has it.
     "linear_unit_sqrt": Rule(lambda r, k: 4 / (3 * r), lambda k: 4 / (3 * math.sqrt(k)), lambda k: 1.0),
@@ -239,8 +240,8 @@ def rule_table(cells: list[Cell], what: str) -> str:
     lines = [f"| rank | {' | '.join(f'{rate:g}' for rate in rates)} | optimum | kept over 4x |"]
     lines.append("|---" * (len(rates) + 3) + "|")
     optima = {}
-    for rank in dict.fromkeys(cell["rank"] for cell in cells):
-        own = [cell for cell in cells if cell["rank"] == rank]
+    for rank in dict.fromkeys(row_name(cell) for cell in cells):
+        own = [cell for cell in cells if row_name(cell) == rank]
         psnr = {}
         for rate in rates:
             values = {cell["seed"]: cell.get(what, math.nan) for cell in own if cell["learning_rate"] == rate}
@@ -254,6 +255,13 @@ def rule_table(cells: list[Cell], what: str) -> str:
         ratio = optima["1"] / optima["dense"]
         lines.append(f"\nOptimum of rank 1 over that of dense: {_shown(ratio, '.2f')}.")
     return "\n".join(lines)
+
+
+def row_name(cell: Cell) -> str:
+    """Rank, and how a mix was made: mixes of different estimators are different rows."""
+    if cell["rank"] != MIX:
+        return cell["rank"]
+    return f"{MIX} ({cell['estimator']}, {cell['parameter_budget']:.0%}, beta {cell['beta']:g})"
 
 
 def _shown(value: float, form: str) -> str:

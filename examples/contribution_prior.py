@@ -9,9 +9,11 @@ them: examples/benchmark_results/contributions/report.md, "Scores of another tas
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -20,8 +22,8 @@ from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores
 from colora_peft.config import PRIOR_CONTRIBUTIONS
-from colora_peft.contribution import Estimator
 from colora_peft.contribution_scores import mean_scores
+from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder
 from colora_peft.patches import PairedPatches
 from colora_peft.training import use_all_cores
@@ -36,7 +38,9 @@ class PriorArguments:
         default=TaskArguments.model_name_or_path,
         metadata={"help": "Folder of the network; its config.json is changed."},
     )
-    estimator: Estimator = field(default=TaskArguments.estimator, metadata={"help": "As in contribution.py."})
+    estimator: Literal["probe", "gradient", "fisher", "taylor"] = field(
+        default=TaskArguments.estimator, metadata={"help": "As in finetune.py."}
+    )
     resolution: int = field(default=TaskArguments.resolution, metadata={"help": "Side of the patches in pixels."})
     probe_batches: int = field(default=16, metadata={"help": "Batches of each task."})
     seed: int = field(default=0, metadata={"help": "Of the patches."})
@@ -61,11 +65,13 @@ def main(args: PriorArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
     scores = mean_scores([measure(task, accelerator) for task in args.tasks()])
-    config = load_network(args.tasks()[0], accelerator).config
-    # Four digits: the ranks that follow do not see more, and the file stays readable.
-    setattr(config, PRIOR_CONTRIBUTIONS, {layer: float(f"{score:.4g}") for layer, score in scores.items()})
-    config.save_pretrained(args.model_name_or_path)
-    accelerator.print(f"The contributions of {len(scores)} layers are in {args.model_name_or_path}/config.json.")
+    if accelerator.is_main_process:
+        path = Path(args.model_name_or_path) / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Four digits: the ranks that follow do not see more, and the file stays readable.
+        config[PRIOR_CONTRIBUTIONS] = {layer: float(f"{score:.4g}") for layer, score in scores.items()}
+        write_json(path, config)
+        print(f"The contributions of {len(scores)} layers are in {path}.")
 
 
 if __name__ == "__main__":

@@ -42,23 +42,23 @@ from grid_cells import (
     train_and_validate,
 )
 from restoration_task import measure_contributions
-from study_report import BUDGET, CELLS_FILE, SCORES_FOLDER, SETTINGS_FILE, chosen_rate, write_report
+from study_report import BUDGET, CELLS_FILE, SCORES_FOLDER, SETTINGS_FILE, chosen_rate, others_of, write_report
 from torch import nn
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, ContributionScores, FaigSettings, ProbeSettings
 from colora_peft.contribution_scores import mean_scores
 from colora_peft.files import write_json
+from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.pairs import PairedImageFolder, PairSource
 from colora_peft.patches import PairedPatches
 from colora_peft.scaling import adapter_scaling
+from colora_peft.train_arguments import check_at_least
 from colora_peft.training import TrainingDiverged, train, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
 
 RANDOM = "random"
 """Scores of the default estimator, dealt out to the layers at random."""
-OTHERS = "others"
-"""Mean of the scores of all other tasks: what a prior that knows nothing of the task can say."""
 ESTIMATORS = ("probe", "gradient", "taylor", "fisher", "faig", RANDOM)
 
 
@@ -78,7 +78,7 @@ class StudyArguments:
         default_factory=lambda: [0.25, 0.75, 1.0], metadata={"help": "For `betas`, besides 0 (uniform) and 0.5."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3], metadata={"help": "Tried with the tuning seed."}
+        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Tried with the tuning seed."}
     )
     tuned_budgets: list[float] = field(
         default_factory=lambda: [0.02, 0.07], metadata={"help": "At which rates are tried, for uniform and CoLoRA."}
@@ -100,6 +100,7 @@ class StudyArguments:
         for name, values in {"train_dirs": [task_name(folder) for folder in self.train_dirs], **lists}.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
+        check_at_least(self, "evaluated_size", SSIM_WINDOW_PX)
         if self.tuning_seed in self.seeds:
             raise ValueError(f"--tuning_seed {self.tuning_seed} is one of --seeds: choose another.")
 
@@ -160,8 +161,8 @@ def variants_of(question: str, task: str, args: StudyArguments) -> list[Variant]
     if question == "betas":
         return [uniform(args, task), default, *(default._replace(beta=beta) for beta in args.betas)]
     if question == "transfer":
-        sources = list(args.tasks()) if len(args.tasks()) == 1 else [OTHERS, *args.tasks()]
-        return [default._replace(scores_of=source) for source in sources]
+        others = others_of(task, list(args.tasks()))
+        return [default._replace(scores_of=source) for source in ([others] if others else []) + list(args.tasks())]
     raise ValueError(f"There is no question {question!r}: choose of estimators, budgets, betas, transfer.")
 
 
@@ -239,17 +240,18 @@ def cell_settings(variant: Variant, learning_rate: float, seed: int) -> Cell:
 def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
     """Train once; PSNR on the test folder, or for the tuning seed on pairs held out of the training folder.
 
-    A run, or an estimate before it, that cannot be done is a cell that says why under `failed`.
+    A run that diverges, also one of an estimate before it, is a cell that says so under `failed`.
     """
-    settings = cell_settings(variant, rate, seed)
+    drawn, settings = draw(args, variant.task, seed), cell_settings(variant, rate, seed)
     try:
-        return {**settings, **tuned_cell(args, variant, rate, seed, accelerator)}
-    except (TrainingDiverged, ValueError) as error:
+        return {**settings, **tuned_cell(args, variant, drawn, rate, seed, accelerator)}
+    except TrainingDiverged as error:
         return {**settings, "failed": str(error)}
 
 
-def tuned_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    drawn = draw(args, variant.task, seed)
+def tuned_cell(
+    args: StudyArguments, variant: Variant, drawn: Draw, rate: float, seed: int, accelerator: Accelerator
+) -> Cell:
     config = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET)
     if variant.method == "colora":
         scores = contributions_of(args, variant, seed, accelerator).scores
@@ -268,9 +270,11 @@ def run_variants(args: StudyArguments, variants: list[Variant], file: CellFile, 
         tuned = variant.tuned_as(args)
         tuning = [cell_of(args, tuned, rate, args.tuning_seed, file, accelerator) for rate in args.learning_rates]
         best = chosen_rate(tuning)
-        if best is not None:
-            for seed in args.seeds:
-                cell_of(args, variant, best, seed, file, accelerator)
+        if best is None:
+            print(f"{variant}: left out, as every learning rate failed.", flush=True)
+            continue
+        for seed in args.seeds:
+            cell_of(args, variant, best, seed, file, accelerator)
 
 
 def cell_of(
@@ -284,7 +288,8 @@ def cell_of(
         file.add(cell)
         text = ", ".join(f"{value}" for value in variant.settings().values())
         seconds = time.perf_counter() - started
-        print(f"{text}, {rate:g}, seed {seed}: {cell.get('psnr', math.nan):.2f} dB ({seconds:.0f} s)", flush=True)
+        outcome = cell["failed"] if "failed" in cell else f"{cell['psnr']:.2f} dB"
+        print(f"{text}, {rate:g}, seed {seed}: {outcome} ({seconds:.0f} s)", flush=True)
     return cell
 
 
@@ -300,8 +305,8 @@ def contributions_of(
         values = list(measured.scores.values())
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
         return replace(measured, scores={name: values[i] for name, i in zip(measured.scores, order, strict=True)})
-    if variant.scores_of == OTHERS:
-        others = [task for task in args.tasks() if task != variant.task]
+    if "+" in variant.scores_of:
+        others = variant.scores_of.split("+")
         found = [contributions_of(args, variant._replace(scores_of=task), seed, accelerator) for task in others]
         return replace(found[0], scores=mean_scores(found))
     path = Path(args.output_dir) / SCORES_FOLDER / f"{variant.scores_of}-{variant.estimator}-seed{seed}.json"

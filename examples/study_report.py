@@ -32,8 +32,8 @@ class Result(NamedTuple):
     """Whether that is the lowest or the highest that was tried for it: the best may lie outside."""
     psnr: dict[int, float]
     """Test PSNR (dB) by seed."""
-    diverged: int
-    """Seeds that have none."""
+    failed: int
+    """Seeds that have none, because the training diverged."""
     seconds: float
     """Of training, mean over the seeds."""
 
@@ -47,22 +47,43 @@ def chosen_rate(tuning: list[Cell]) -> float | None:
     return max(done, key=lambda cell: cell["psnr"])["learning_rate"] if done else None
 
 
+def others_of(task: str, tasks: list[str]) -> str:
+    """Names the mean of the scores of all other tasks: what a prior that knows nothing of `task` can say."""
+    return "+".join(sorted(other for other in tasks if other != task))
+
+
 def results_of(cells: Iterable[Cell], tuning_seed: int) -> Results:
-    """Of each variant, over the seeds besides the one that learning rates were chosen with."""
+    """Of each variant, over the seeds besides the one that learning rates were chosen with.
+
+    Raises:
+        ValueError: A variant was run at two learning rates.
+    """
     groups: dict[Key, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell.get(name) for name in VARIANT), []).append(cell)
+    rates = {
+        key: [cell["learning_rate"] for cell in own if cell["seed"] == tuning_seed] for key, own in groups.items()
+    }
     results = {}
     for key, own in groups.items():
-        rates = [cell["learning_rate"] for cell in own if cell["seed"] == tuning_seed]
         runs = [cell for cell in own if cell["seed"] != tuning_seed]
+        if len({cell["learning_rate"] for cell in runs}) > 1:
+            raise ValueError(f"The variant {key} was run at two learning rates: delete the cells of one.")
         done = [cell for cell in runs if "psnr" in cell]
         if done:
-            rate = done[0]["learning_rate"]
-            at_edge = len(rates) > 1 and rate in (min(rates), max(rates))
+            rate, tried = done[0]["learning_rate"], rates[tuned_like(key, rates)]
+            at_edge = len(tried) > 1 and rate in (min(tried), max(tried))
             psnr, seconds = {cell["seed"]: cell["psnr"] for cell in done}, mean(cell["seconds"] for cell in done)
             results[key] = Result(rate, at_edge, psnr, len(runs) - len(done), seconds)
     return results
+
+
+def tuned_like(key: Key, rates: dict[Key, list[float]]) -> Key:
+    """Whose learning rate a variant takes: of those of its task and method that were tuned, the nearest in budget."""
+    tuned = [other for other, tried in rates.items() if tried and other[:2] == key[:2]]
+    if key in tuned or not tuned:
+        return key
+    return min(tuned, key=lambda other: abs(math.log(other[2] / key[2])))
 
 
 class Keys(NamedTuple):
@@ -99,7 +120,7 @@ def spread(result: Result) -> str:
     """Mean and standard deviation over the seeds, their number, and the learning rate."""
     values = list(result.psnr.values())
     text = f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-    failed = f", {result.diverged} diverged" if result.diverged else ""
+    failed = f", {result.failed} diverged" if result.failed else ""
     return f"{text} ({len(values)}{failed}) at {result.learning_rate:g}{' (edge)' if result.at_edge else ''}"
 
 
@@ -112,7 +133,8 @@ class Difference(NamedTuple):
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.standard_error:.2f} ({self.count})"
+        spread = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2f}"
+        return f"{self.mean:+.2f}{spread} ({self.count})"
 
 
 def difference(results: Results, key: Key, other: Key) -> Difference | None:
@@ -133,7 +155,8 @@ def over_tasks(differences: list[Difference | None]) -> str:
     if not found:
         return ""
     error = math.hypot(*(difference.standard_error for difference in found)) / len(found)
-    return f"{mean(d.mean for d in found):+.2f} ± {error:.2f} ({len(found)} task{'s' * (len(found) > 1)})"
+    spread = "" if math.isnan(error) else f" ± {error:.2f}"
+    return f"{mean(d.mean for d in found):+.2f}{spread} ({len(found)} task{'s' * (len(found) > 1)})"
 
 
 def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Key]], keys: Keys) -> str:
@@ -303,10 +326,8 @@ def sections(
         f"{beta:g}": lambda task, beta=beta: keys.colora(task, beta=beta)
         for beta in sorted({key[4] for key in results if key[3] == keys.default})
     }
-    others = {
-        f"scores of {other}": lambda task, other=other: keys.colora(task, scores_of=other)
-        for other in (*tasks, "others")
-    }
+    others = {f"scores of {other}": lambda task, other=other: keys.colora(task, scores_of=other) for other in tasks}
+    others["mean of the others' scores"] = lambda task: keys.colora(task, scores_of=others_of(task, tasks))
     compared = [(task, keys.default) for task in tasks]
     compared += [(tasks[0], name) for name in by_estimator if name != keys.default]
     return {
@@ -334,7 +355,8 @@ def write_report(folder: Path) -> str:
         f"for the method on held-out training pairs with another seed. {settings['train_pairs']} pairs, "
         f"{settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
         f"{settings['resolution']}, measured on the centres of the test pictures ({settings['evaluated_size']} px). "
-        "Differences are paired by seed, with their standard error over the seeds.\n\n"
+        "Differences are paired by seed, with their standard error over the seeds. faig walks to a network that was "
+        f"tuned in full at {settings['faig']['learning_rate']:g}.\n\n"
     )
     parts = sections(results, scores, tasks, keys)
     text += "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())

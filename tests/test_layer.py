@@ -200,8 +200,8 @@ def test_arguments_that_the_bare_layer_refuses_are_refused(case):
 @pytest.mark.parametrize("rank", [1, 2, 5, 1000])
 @pytest.mark.parametrize("steps", [1, 20])
 def test_adam_moves_the_output_alike_at_every_rank(rank, steps):
-    """The scaling rule: each step moves the output by 0.8 colora_alpha * lr / sqrt(k) times the norm of the input, and
-    factors by 1 + sqrt(k) * lr * steps more, as A turns."""
+    """The scaling rule: each step moves the output by 0.8 colora_alpha * lr / sqrt(k) times the norm of the input;
+    as A turns, factors have then moved it 1 + sqrt(k) * lr * steps times as far."""
     torch.manual_seed(0)
     d, k, learning_rate, alpha, moved = 32, 144, 1e-3, 16.0, []
     for _ in range(60):

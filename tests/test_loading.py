@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from tiny_networks import Sequence, network
@@ -102,14 +102,21 @@ def test_fields_of_a_newer_peft_are_ignored_with_a_warning(tmp_path):
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("version", [{"method_version": 1}, {}])
-def test_an_adapter_of_another_scaling_is_refused_instead_of_misread(tmp_path, version):
+@pytest.mark.parametrize("read", [PeftModel.from_pretrained, lambda _, folder: PeftConfig.from_pretrained(folder)])
+@pytest.mark.parametrize("version", [{"method_version": 1}, {"method_version": None}, {}])
+def test_an_adapter_of_another_scaling_is_refused_instead_of_misread(tmp_path, version, read):
     bare, _, _, folder = saved(tmp_path)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     del config["method_version"]
     file.write_text(json.dumps(config | version))
     with pytest.raises(ValueError, match="older colora_peft .method_version 1.*train it again"):
+        read(bare, folder)
+
+
+def test_a_version_that_is_no_number_is_named(tmp_path):
+    bare, _, _, folder = saved(tmp_path, {"method_version": "two"})
+    with pytest.raises(ValueError, match="method_version is 'two', no whole number"):
         PeftModel.from_pretrained(bare, folder)
 
 

@@ -137,13 +137,14 @@ def test_contributions_that_the_network_brings_along_decide_unless_others_are_gi
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ({"conv": 1.0}, r"config.colora_contributions\) lack the targeted layer .*or beta=0 for uniform ranks"),
+        ({"conv": 1.0}, "lacks the targeted layer .*or beta=0 for uniform ranks"),
+        (dict.fromkeys(EVERY_LAYER, 0.0), "is 0 for every targeted layer: pass `contributions`"),
         (dict.fromkeys(EVERY_LAYER, float("nan")), "scores must be finite"),
         ([1.0], "no table of layer name to score"),
     ],
 )
 def test_contributions_of_a_network_that_do_not_fit_it_are_refused(scores, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^The config.colora_contributions of Restorer .*{message}"):
         get_peft_model(with_prior(scores), CoLoRAConfig())
 
 
