@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from colora_peft.prod.degradations import gaussian_kernel, line_kernel, motion_kernel
+from colora_peft.prod.kernels import gaussian_kernel, line_kernel, motion_kernel
 
 
 def second_moments(kernel):

@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .convolution import convolve, convolve_separably
+from .kernels import gaussian_kernel, gaussian_weights, line_kernel, motion_kernel
+
 Range = tuple[float, float]
 Parameters = dict[str, float | int | bool]
 
@@ -50,14 +53,14 @@ def draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (), generator=generator))
 
 
-def to_pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W) tensor to the contiguous (H, W, 3) array that OpenCV wants."""
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+def to_planes(image: Tensor) -> np.ndarray:
+    """(3, H, W) tensor as the array that OpenCV reads plane by plane; it may share the tensor's memory."""
+    return np.ascontiguousarray(image.numpy())
 
 
-def to_image(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) array back to a contiguous (3, H, W) tensor, clipped to [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).clamp(0, 1).contiguous()
+def to_image(planes: np.ndarray) -> Tensor:
+    """(3, H, W) array as a tensor on the same memory, clipped to [0, 1]."""
+    return torch.from_numpy(planes).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -84,20 +87,9 @@ class GaussianBlur:
         """Convolve with a Gaussian whose first axis is turned by `angle_deg`; sigma 0 leaves that axis alone."""
         if max(sigma_x_px, sigma_y_px) == 0:
             return image
-        kernel = gaussian_kernel(sigma_x_px, sigma_y_px, angle_deg)
-        return to_image(cv2.filter2D(to_pixels(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
-
-
-def gaussian_kernel(sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> np.ndarray:
-    """Normalised (K, K) float32 Gaussian, K = 2 * ceil(3 * the larger sigma) + 1."""
-    radius = math.ceil(3 * max(sigma_x_px, sigma_y_px))
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float32)
-    cos, sin = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
-    # A sigma far below a pixel is a line of single pixels; the floor keeps exp() away from 0 / 0.
-    along = (cos * x + sin * y) / max(sigma_x_px, 0.05)
-    across = (cos * y - sin * x) / max(sigma_y_px, 0.05)
-    kernel = np.exp(-0.5 * (along**2 + across**2))
-    return kernel / kernel.sum()
+        if sigma_x_px == sigma_y_px:  # round Gaussians alone are separable, and then far cheaper
+            return to_image(convolve_separably(to_planes(image), gaussian_weights(sigma_x_px)))
+        return to_image(convolve(to_planes(image), gaussian_kernel(sigma_x_px, sigma_y_px, angle_deg)))
 
 
 @dataclass(frozen=True)
@@ -131,9 +123,10 @@ class Noise:
         generator = torch.Generator().manual_seed(seed)
         fields = torch.randn((4, *image.shape[1:]), generator=generator)
         # Three fields of their own and one in common have unit variance and the wanted correlation by construction.
-        field = math.sqrt(1 - colour_correlation) * fields[:3] + math.sqrt(colour_correlation) * fields[3]
-        relative_variance = (1 - shot_share) + 2 * shot_share * image
-        return (image + std_255 / 255 * relative_variance.sqrt() * field).clamp(0, 1)
+        common = fields[3].mul_(math.sqrt(colour_correlation))
+        field = fields[:3].mul_(math.sqrt(1 - colour_correlation)).add_(common)
+        std = (2 * shot_share * image).add_(1 - shot_share).sqrt_().mul_(std_255 / 255)
+        return field.mul_(std).add_(image).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -185,48 +178,22 @@ class Rain:
             streaks = rain_layer(veil.shape, length_px / distance, angle_deg, density, generator)
             focus_blur_px = 0.4 * distance
             veil += cv2.GaussianBlur(streaks, (0, 0), focus_blur_px) / distance
-        alpha = opacity * torch.from_numpy(np.clip(veil, 0, 1))
-        return (image + alpha * (brightness - image)).clamp(0, 1)
+        alpha = to_image(veil).mul_(opacity)
+        return torch.lerp(image, torch.tensor(brightness), alpha).clamp_(0, 1)
 
 
 def rain_layer(
     shape: tuple[int, ...], length_px: float, angle_deg: float, density: float, generator: torch.Generator
 ) -> np.ndarray:
     """Streaks of one depth, (H, W) float32 in [0, 1]: random drops drawn out along the wind."""
-    drops = torch.rand(shape, generator=generator) < density
-    strength = torch.rand(shape, generator=generator).mul_(0.5).add_(0.5)
-    # The streaks of drops above the picture reach into it: the periodic border supplies them.
+    is_drop = torch.rand(shape, generator=generator).numpy() < density
+    strength = torch.rand(shape, generator=generator).numpy()
+    drops = np.zeros(shape, np.float32)
+    drops[is_drop] = 0.5 + 0.5 * strength[is_drop]
     kernel = line_kernel(length_px, angle_deg)
-    pixels = (drops * strength).numpy()
-    pad = kernel.shape[0] // 2
-    padded = cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_WRAP)
-    streaks = cv2.filter2D(padded, -1, kernel / kernel.max())[pad:-pad, pad:-pad]
-    return np.clip(streaks, 0, 1)
-
-
-def line_kernel(length_px: float, angle_deg: float) -> np.ndarray:
-    """Normalised (K, K) kernel of a straight line through the centre; 0 degrees is vertical."""
-    steps = np.linspace(-0.5, 0.5, max(2, math.ceil(2 * length_px))) * length_px
-    angle = math.radians(angle_deg)
-    return path_kernel(steps * math.sin(angle), steps * math.cos(angle))
-
-
-def path_kernel(x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
-    """Normalised (K, K) float32 kernel of a point that spends equal time at each (x, y), spread bilinearly."""
-    radius = max(1, math.ceil(max(np.abs(x_px).max(), np.abs(y_px).max())))
-    size = 2 * radius + 1
-    left, top = np.floor(x_px).astype(int), np.floor(y_px).astype(int)
-    right_share, bottom_share = x_px - left, y_px - top
-    kernel = np.zeros((size + 1, size + 1))
-    for row, column, weight in (
-        (top, left, (1 - bottom_share) * (1 - right_share)),
-        (top, left + 1, (1 - bottom_share) * right_share),
-        (top + 1, left, bottom_share * (1 - right_share)),
-        (top + 1, left + 1, bottom_share * right_share),
-    ):
-        np.add.at(kernel, (row + radius, column + radius), weight)
-    kernel = kernel[:size, :size].astype(np.float32)
-    return kernel / kernel.sum()
+    # The streaks of drops above the picture reach into it: the periodic border supplies them.
+    (streaks,) = convolve(drops[None], kernel / kernel.max(), cv2.BORDER_WRAP)
+    return np.clip(streaks, 0, 1, out=streaks)
 
 
 @dataclass(frozen=True)
@@ -250,11 +217,11 @@ class JPEG:
     def apply(self, image: Tensor, quality: int, subsample_chroma: bool) -> Tensor:
         """Round to 8 bits, encode at `quality` (1 to 100), decode."""
         sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420 if subsample_chroma else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
-        pixels = cv2.cvtColor((to_pixels(image) * 255).round().astype(np.uint8), cv2.COLOR_RGB2BGR)
         options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
-        _, encoded = cv2.imencode(".jpg", pixels, options)
-        decoded = cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        return to_image(decoded.astype(np.float32) / 255)
+        red, green, blue = to_planes((image * 255).round_()).astype(np.uint8)
+        _, encoded = cv2.imencode(".jpg", cv2.merge([blue, green, red]), options)
+        blue, green, red = cv2.split(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
+        return torch.from_numpy(np.stack([red, green, blue])).float().div_(255)
 
 
 @dataclass(frozen=True)
@@ -283,16 +250,4 @@ class MotionBlur:
         """Average the picture along the path of `seed`; length 0 leaves it alone."""
         if length_px == 0:
             return image
-        kernel = motion_kernel(length_px, angle_deg, shake_deg, seed)
-        return to_image(cv2.filter2D(to_pixels(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
-
-
-def motion_kernel(length_px: float, angle_deg: float, shake_deg: float, seed: int) -> np.ndarray:
-    """Normalised kernel of a walk of `length_px` in half-pixel steps, centred on its mean position."""
-    steps = max(2, math.ceil(2 * length_px))
-    turns = torch.randn(steps, generator=torch.Generator().manual_seed(seed)).numpy()
-    heading = np.radians(angle_deg) + np.cumsum(turns) * np.radians(shake_deg) / math.sqrt(steps)
-    x_px = np.cumsum(np.cos(heading)) * length_px / steps
-    y_px = np.cumsum(np.sin(heading)) * length_px / steps
-    # Centred, the blurred picture stays registered with its clean target.
-    return path_kernel(x_px - x_px.mean(), y_px - y_px.mean())
+        return to_image(convolve(to_planes(image), motion_kernel(length_px, angle_deg, shake_deg, seed)))
