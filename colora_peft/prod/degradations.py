@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .convolution import convolve, convolve_separably
-from .kernels import gaussian_kernel, gaussian_weights, line_kernel, motion_kernel
+from .kernels import disc_kernel, gaussian_kernel, gaussian_weights, line_kernel, motion_kernel
 
 Range = tuple[float, float]
 Parameters = dict[str, float | int | bool]
@@ -65,10 +65,11 @@ def to_image(planes: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """Blur by a Gaussian, round or stretched: defocus and resampling.
+    """Blur by a Gaussian, round or stretched: defocus, resampling, and the uneven softness of lenses off their axis.
 
-    sigma_px: standard deviation along each axis in pixels. 0.3 does not show; at 3 no texture is left.
-    isotropic_probability: how often both axes share one sigma. Half: lenses do both.
+    sigma_px: standard deviation along each axis in pixels, both drawn. 0.3 does not show: the neighbours get 0.4%. At
+        3 no detail below some 10 pixels is left, and what is can only be guessed.
+    isotropic_probability: how often both axes share one sigma. Half: lenses do both, neither is the rule.
     """
 
     name: ClassVar[str] = "blur"
@@ -96,13 +97,14 @@ class GaussianBlur:
 class Noise:
     """Sensor noise: Gaussian, signal-dependent and correlated between the colours, in calibrated proportions.
 
-    The variance at intensity x is std^2 * ((1 - shot) + 2 * shot * x): `shot` is the share that grows with the light
-    as photon noise does, and std is met exactly at mid-grey whatever the share. The correlation coefficient between
-    two colours is `correlation`, as demosaicing leaves behind.
+    The variance at intensity x is std^2 * ((1 - shot) + 2 * shot * x), before clipping: `shot` is the share that grows
+    with the light as photon noise does, and std is met exactly at mid-grey whatever the share. The correlation
+    coefficient between two colours is `correlation`, as demosaicing and colour matrices leave behind.
 
-    std_255: standard deviation at mid-grey in 8-bit steps, drawn log-uniformly. 1 is invisible, 50 the usual hardest
-        setting of denoising papers.
-    shot_share, colour_correlation: over all mixtures that sensors and raw converters produce.
+    std_255: standard deviation at mid-grey in 8-bit steps, drawn log-uniformly: real cameras are at the low end, where
+        a step counts most. 1 is invisible, 50 the usual hardest setting of denoising papers.
+    shot_share: from read noise alone (0, deep shadows) to photon noise alone (1, bright light).
+    colour_correlation: 0 is three sensors of their own; above 0.8 the noise is grey to the eye already.
     """
 
     name: ClassVar[str] = "noise"
@@ -131,13 +133,21 @@ class Noise:
 
 @dataclass(frozen=True)
 class Rain:
-    """Streaks of rain in depth layers, some out of focus, veiling the picture like thin grey glass.
+    """Streaks of rain in depth layers, the near ones out of focus, veiling the picture like thin bright glass.
 
-    length_px, angle_deg (0 is vertical): short drizzle to long streaks, wind from either side.
-    density: share of pixels in which a streak of a layer starts.
-    opacity: how much of the background the brightest streak hides.
-    brightness: grey level of the water; it scatters the sky, hence bright.
-    layers: 1 to this many, each farther one shorter, fainter and softer than the one before.
+    The camera is focused on the scene behind: a drop n times as far away has a streak 1/n as long, 1/n as opaque, and
+    spread over a disc of 1/n the diameter. Spreading keeps the light of a streak, so wide streaks are faint ones.
+
+    length_px, angle_deg (0 is vertical, positive from the upper left): 6 is drizzle at a short exposure, 30 a downpour
+        in a small picture; wind from either side. Beyond 40 degrees rain is a storm that nobody photographs.
+    density: share of the pixels that are the middle of a streak of a layer, drawn log-uniformly. At 0.001 a patch of
+        64 x 64 has four, at 0.02 long streaks begin to close: what they hide can no longer be restored.
+    opacity: how much of the background the strongest streak in focus hides. Below 0.2 it drowns in a photo's texture;
+        water is never quite opaque.
+    brightness: grey level of the water. A drop refracts a wide part of the sky, hence bright.
+    focus_blur_px: diameter of the disc over which the lens spreads each point of the nearest layer. 1 is in focus; at
+        4 a streak is a soft band.
+    layers: 1 to this many. A fourth would be shorter than its own width.
     """
 
     name: ClassVar[str] = "rain"
@@ -146,6 +156,7 @@ class Rain:
     density: Range = (0.001, 0.02)
     opacity: Range = (0.2, 0.9)
     brightness: Range = (0.7, 1.0)
+    focus_blur_px: Range = (1.0, 4.0)
     layers: int = 3
 
     def draw(self, generator: torch.Generator) -> Parameters:
@@ -155,6 +166,7 @@ class Rain:
             "density": log_uniform(self.density, generator),
             "opacity": uniform(self.opacity, generator),
             "brightness": uniform(self.brightness, generator),
+            "focus_blur_px": uniform(self.focus_blur_px, generator),
             "layers": 1 + int(torch.randint(self.layers, (), generator=generator)),
             "seed": draw_seed(generator),
         }
@@ -167,17 +179,16 @@ class Rain:
         density: float,
         opacity: float,
         brightness: float,
+        focus_blur_px: float,
         layers: int,
         seed: int,
     ) -> Tensor:
         """Blend towards `brightness` by the streak field of `seed`."""
         generator = torch.Generator().manual_seed(seed)
-        veil = np.zeros(tuple(image.shape[1:]), np.float32)
-        for layer in range(layers):
-            distance = 1.0 + layer
+        veil = np.zeros((1, *image.shape[1:]), np.float32)
+        for distance in range(1, layers + 1):
             streaks = rain_layer(veil.shape, length_px / distance, angle_deg, density, generator)
-            focus_blur_px = 0.4 * distance
-            veil += cv2.GaussianBlur(streaks, (0, 0), focus_blur_px) / distance
+            veil += convolve(streaks, disc_kernel(focus_blur_px / distance) / distance, cv2.BORDER_WRAP)
         alpha = to_image(veil).mul_(opacity)
         return torch.lerp(image, torch.tensor(brightness), alpha).clamp_(0, 1)
 
@@ -185,14 +196,15 @@ class Rain:
 def rain_layer(
     shape: tuple[int, ...], length_px: float, angle_deg: float, density: float, generator: torch.Generator
 ) -> np.ndarray:
-    """Streaks of one depth, (H, W) float32 in [0, 1]: random drops drawn out along the wind."""
+    """Streaks of one depth in focus, (1, H, W) float32 in [0, 1]: random drops drawn out along the wind."""
     is_drop = torch.rand(shape, generator=generator).numpy() < density
     strength = torch.rand(shape, generator=generator).numpy()
     drops = np.zeros(shape, np.float32)
+    # Drops come in all sizes; one half as strong as the strongest still shows.
     drops[is_drop] = 0.5 + 0.5 * strength[is_drop]
     kernel = line_kernel(length_px, angle_deg)
     # The streaks of drops above the picture reach into it: the periodic border supplies them.
-    (streaks,) = convolve(drops[None], kernel / kernel.max(), cv2.BORDER_WRAP)
+    streaks = convolve(drops, kernel / kernel.max(), cv2.BORDER_WRAP)
     return np.clip(streaks, 0, 1, out=streaks)
 
 
@@ -200,7 +212,9 @@ def rain_layer(
 class JPEG:
     """A real JPEG round trip (libjpeg through OpenCV), with or without chroma subsampling.
 
-    quality: 10 is blocks, 95 hardly shows. subsampling_probability: how often chroma is halved (4:2:0).
+    quality: as libjpeg counts it. Below 10 hardly more than the mean of each block is left; 95 hardly shows.
+    subsampling_probability: how often chroma is halved (4:2:0). It is what most cameras and sites do at most
+        qualities, hence three in four.
     """
 
     name: ClassVar[str] = "jpeg"
@@ -228,10 +242,13 @@ class JPEG:
 class MotionBlur:
     """Blur along the path of a shaking camera or a moving subject.
 
-    The path is a walk with inertia: each step turns the heading by a normal angle of `shake_deg` / sqrt(steps), so 0
-    is a straight line and 90 a curl.
+    The path is a walk with inertia: each of its steps, half a pixel long, turns the heading by a normal angle of
+    `shake_deg` / sqrt(steps), so that the heading at its end is normal around the first with a standard deviation of
+    `shake_deg`.
 
     length_px: length of the path. 2 hardly shows; 25 is a strong hand shake at full resolution.
+    shake_deg: 0 is a straight line, a subject that moves or a panned camera; at 90 one path in three turns by more
+        than a right angle, as hands do over long exposures. The first heading (0 is to the right) may be any.
     """
 
     name: ClassVar[str] = "motion"

@@ -34,6 +34,14 @@ def gaussian_kernel(sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> n
     return kernel
 
 
+def disc_kernel(diameter_px: float) -> np.ndarray:
+    """A lens out of focus: an even disc whose edge is one pixel soft; one pixel alone up to a diameter of 1."""
+    radius = max(0, math.ceil(diameter_px / 2 - 0.5))
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    kernel = np.clip(diameter_px / 2 + 0.5 - np.hypot(x, y), 0, 1).astype(np.float32)
+    return np.ones((1, 1), np.float32) if radius == 0 else kernel / kernel.sum()
+
+
 def line_kernel(length_px: float, angle_deg: float) -> np.ndarray:
     """A straight line through the centre; 0 degrees is vertical, 90 horizontal."""
     steps = np.linspace(-0.5, 0.5, max(2, math.ceil(2 * length_px))) * length_px
