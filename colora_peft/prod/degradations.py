@@ -140,7 +140,7 @@ class Rain:
 
     length_px, angle_deg (0 is vertical, positive from the upper left): 6 is drizzle at a short exposure, 30 a downpour
         in a small picture; wind from either side. Beyond 40 degrees rain is a storm that nobody photographs.
-    density: share of the pixels that are the middle of a streak of a layer, drawn log-uniformly. At 0.001 a patch of
+    density: mean number of streaks of a layer for each pixel, drawn log-uniformly. At 0.001 a patch of
         64 x 64 has four, at 0.02 long streaks begin to close: what they hide can no longer be restored.
     opacity: how much of the background the strongest streak in focus hides. Below 0.2 it drowns in a photo's texture;
         water is never quite opaque.
@@ -197,11 +197,13 @@ def rain_layer(
     shape: tuple[int, ...], length_px: float, angle_deg: float, density: float, generator: torch.Generator
 ) -> np.ndarray:
     """Streaks of one depth in focus, (1, H, W) float32 in [0, 1]: random drops drawn out along the wind."""
-    is_drop = torch.rand(shape, generator=generator).numpy() < density
-    strength = torch.rand(shape, generator=generator).numpy()
     drops = np.zeros(shape, np.float32)
+    # Drops fall independently of each other: their number is Poisson's. To draw them costs far less than to ask every
+    # pixel for one.
+    count = int(torch.poisson(torch.tensor(density * drops.size, dtype=torch.float64), generator=generator))
+    places = torch.randint(drops.size, (count,), generator=generator).numpy()
     # Drops come in all sizes; one half as strong as the strongest still shows.
-    drops[is_drop] = 0.5 + 0.5 * strength[is_drop]
+    drops.reshape(-1)[places] = torch.rand(count, generator=generator).mul_(0.5).add_(0.5).numpy()
     kernel = line_kernel(length_px, angle_deg)
     # The streaks of drops above the picture reach into it: the periodic border supplies them.
     streaks = convolve(drops, kernel / kernel.max(), cv2.BORDER_WRAP)
