@@ -21,13 +21,14 @@ def convolve(image: np.ndarray, kernel: np.ndarray, border: int = cv2.BORDER_REF
     radius = kernel.shape[0] // 2
     height, width = image.shape[1:]
     blocks = list(direct_blocks(kernel))
-    result = np.zeros(image.shape, np.float32)
+    result = np.empty(image.shape, np.float32)
     for plane, filtered in zip(image, result, strict=True):
         padded = cv2.copyMakeBorder(plane, radius, radius, radius, radius, border)
-        for top, left, block in blocks:
+        for number, (top, left, block) in enumerate(blocks):
             rows, columns = block.shape
             window = padded[top : top + height + rows - 1, left : left + width + columns - 1]
-            filtered += cv2.filter2D(window, -1, block, anchor=(0, 0))[:height, :width]
+            part = cv2.filter2D(window, -1, block, anchor=(0, 0))[:height, :width]
+            np.copyto(filtered, part) if number == 0 else np.add(filtered, part, out=filtered)
     return result
 
 

@@ -28,6 +28,10 @@ Range = tuple[float, float]
 Parameters = dict[str, float | int | bool]
 
 
+# To look a division up is faster than to divide.
+_FROM_8_BITS = np.arange(256, dtype=np.float32) / 255
+
+
 class Degradation(Protocol):
     """What a degradation must offer to take part in PROD."""
 
@@ -234,10 +238,10 @@ class JPEG:
         """Round to 8 bits, encode at `quality` (1 to 100), decode."""
         sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420 if subsample_chroma else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
         options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
-        red, green, blue = to_planes((image * 255).round_()).astype(np.uint8)
+        red, green, blue = (cv2.convertScaleAbs(plane, alpha=255) for plane in to_planes(image))
         _, encoded = cv2.imencode(".jpg", cv2.merge([blue, green, red]), options)
         blue, green, red = cv2.split(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
-        return torch.from_numpy(np.stack([red, green, blue])).float().div_(255)
+        return torch.from_numpy(np.stack([cv2.LUT(plane, _FROM_8_BITS) for plane in (red, green, blue)]))
 
 
 @dataclass(frozen=True)
