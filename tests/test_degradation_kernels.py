@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from colora_peft.prod.degradations import gaussian_kernel, line_kernel, motion_kernel
+from colora_peft.prod import GaussianBlur, MotionBlur, Rain
+from colora_peft.prod.kernels import disc_kernel, gaussian_kernel, gaussian_weights, line_kernel, motion_kernel
 
 
 def second_moments(kernel):
@@ -24,6 +26,10 @@ def second_moments(kernel):
     [
         gaussian_kernel(0.3, 0.3, 0),
         gaussian_kernel(3.0, 0.4, 70),
+        np.outer(gaussian_weights(1.3), gaussian_weights(1.3)),
+        disc_kernel(0.0),
+        disc_kernel(1.6),
+        disc_kernel(4.0),
         line_kernel(17.0, 25),
         motion_kernel(2.0, 10, 0, 0),
         motion_kernel(25.0, 100, 90, 3),
@@ -48,6 +54,29 @@ def test_a_gaussian_has_the_spread_and_the_direction_it_was_given(sigma_x, sigma
     np.testing.assert_allclose(covariance, expected, atol=0.04 * max(sigma_x, sigma_y) ** 2)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_every_kernel_that_is_drawn_sums_to_one(seed):
+    drawn = torch.Generator().manual_seed(seed)
+    blur, motion, rain = (degradation.draw(drawn) for degradation in (GaussianBlur(), MotionBlur(), Rain()))
+    for kernel in (
+        gaussian_kernel(**blur),
+        motion_kernel(**motion),
+        line_kernel(rain["length_px"], rain["angle_deg"]),
+        disc_kernel(rain["focus_blur_px"]),
+    ):
+        assert kernel.dtype == np.float32 and kernel.min() >= 0
+        assert kernel.sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_disc_has_the_spread_of_its_diameter():
+    for diameter_px in (2.0, 4.0, 7.0):
+        _, covariance = second_moments(disc_kernel(diameter_px))
+        # The variance of a disc is diameter^2 / 16 along any axis; pixels and the soft edge add 1/6 at most.
+        np.testing.assert_allclose(np.diag(covariance), diameter_px**2 / 16, atol=1 / 6)
+        assert abs(covariance[0, 1]) < 1e-9
+    assert disc_kernel(1.0).shape == (1, 1)
+
+
 @pytest.mark.parametrize("shake_deg", [0, 30, 90])
 def test_motion_stays_registered_with_the_clean_picture(shake_deg):
     for seed in range(5):
@@ -66,6 +95,24 @@ def test_motion_without_shake_is_a_line_of_the_given_length(angle_deg):
         direction = np.linalg.eigh(covariance)[1][:, 1]
         turn = math.radians(angle_deg)
         assert abs(direction @ [math.cos(turn), math.sin(turn)]) > 0.99
+
+
+@pytest.mark.parametrize("shake_deg", [0, 40, 90])
+def test_a_path_is_as_long_and_turns_as_much_as_it_should(shake_deg):
+    """The end-to-end distance of a walk whose heading spreads like Brownian motion, in closed form."""
+    length_px = 24.0
+    squares = []
+    for seed in range(400):
+        thin, wide = np.linalg.eigvalsh(second_moments(motion_kernel(length_px, 0, shake_deg, seed))[1])
+        squares.append(thin + wide)
+    # Spread of a path about its mean: half the mean squared distance of two of its points, (length u, u in [0, 1])
+    # apart, whose headings decorrelate as exp(-shake^2 u / 2).
+    rate = math.radians(shake_deg) ** 2 / 2
+    u = (np.arange(1000) + 0.5) / 1000
+    squared = u**2 if rate == 0 else 2 * (rate * u - 1 + np.exp(-rate * u)) / rate**2
+    expected = length_px**2 * np.mean((1 - u) * squared)
+    # Spreading a point over four pixels adds 1/6 along each axis on average.
+    assert np.mean(squares) == pytest.approx(expected + 1 / 3, rel=0.05)
 
 
 def test_shake_bends_the_path():

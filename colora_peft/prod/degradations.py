@@ -21,8 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .convolution import convolve, convolve_separably
+from .kernels import disc_kernel, gaussian_kernel, gaussian_weights, line_kernel, motion_kernel
+
 Range = tuple[float, float]
 Parameters = dict[str, float | int | bool]
+
+
+# To look a division up is faster than to divide.
+_FROM_8_BITS = np.arange(256, dtype=np.float32) / 255
 
 
 class Degradation(Protocol):
@@ -50,22 +57,23 @@ def draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (), generator=generator))
 
 
-def to_pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W) tensor to the contiguous (H, W, 3) array that OpenCV wants."""
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+def to_planes(image: Tensor) -> np.ndarray:
+    """(3, H, W) tensor as the array that OpenCV reads plane by plane; it may share the tensor's memory."""
+    return np.ascontiguousarray(image.numpy())
 
 
-def to_image(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) array back to a contiguous (3, H, W) tensor, clipped to [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).clamp(0, 1).contiguous()
+def to_image(planes: np.ndarray) -> Tensor:
+    """(3, H, W) array as a tensor on the same memory, clipped to [0, 1]."""
+    return torch.from_numpy(planes).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """Blur by a Gaussian, round or stretched: defocus and resampling.
+    """Blur by a Gaussian, round or stretched: defocus, resampling, and the uneven softness of lenses off their axis.
 
-    sigma_px: standard deviation along each axis in pixels. 0.3 does not show; at 3 no texture is left.
-    isotropic_probability: how often both axes share one sigma. Half: lenses do both.
+    sigma_px: standard deviation along each axis in pixels, both drawn. 0.3 does not show: the neighbours get 0.4%. At
+        3 no detail below some 10 pixels is left, and what is can only be guessed.
+    isotropic_probability: how often both axes share one sigma. Half: lenses do both, neither is the rule.
     """
 
     name: ClassVar[str] = "blur"
@@ -84,33 +92,23 @@ class GaussianBlur:
         """Convolve with a Gaussian whose first axis is turned by `angle_deg`; sigma 0 leaves that axis alone."""
         if max(sigma_x_px, sigma_y_px) == 0:
             return image
-        kernel = gaussian_kernel(sigma_x_px, sigma_y_px, angle_deg)
-        return to_image(cv2.filter2D(to_pixels(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
-
-
-def gaussian_kernel(sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> np.ndarray:
-    """Normalised (K, K) float32 Gaussian, K = 2 * ceil(3 * the larger sigma) + 1."""
-    radius = math.ceil(3 * max(sigma_x_px, sigma_y_px))
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float32)
-    cos, sin = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
-    # A sigma far below a pixel is a line of single pixels; the floor keeps exp() away from 0 / 0.
-    along = (cos * x + sin * y) / max(sigma_x_px, 0.05)
-    across = (cos * y - sin * x) / max(sigma_y_px, 0.05)
-    kernel = np.exp(-0.5 * (along**2 + across**2))
-    return kernel / kernel.sum()
+        if sigma_x_px == sigma_y_px:  # round Gaussians alone are separable, and then far cheaper
+            return to_image(convolve_separably(to_planes(image), gaussian_weights(sigma_x_px)))
+        return to_image(convolve(to_planes(image), gaussian_kernel(sigma_x_px, sigma_y_px, angle_deg)))
 
 
 @dataclass(frozen=True)
 class Noise:
     """Sensor noise: Gaussian, signal-dependent and correlated between the colours, in calibrated proportions.
 
-    The variance at intensity x is std^2 * ((1 - shot) + 2 * shot * x): `shot` is the share that grows with the light
-    as photon noise does, and std is met exactly at mid-grey whatever the share. The correlation coefficient between
-    two colours is `correlation`, as demosaicing leaves behind.
+    The variance at intensity x is std^2 * ((1 - shot) + 2 * shot * x), before clipping: `shot` is the share that grows
+    with the light as photon noise does, and std is met exactly at mid-grey whatever the share. The correlation
+    coefficient between two colours is `correlation`, as demosaicing and colour matrices leave behind.
 
-    std_255: standard deviation at mid-grey in 8-bit steps, drawn log-uniformly. 1 is invisible, 50 the usual hardest
-        setting of denoising papers.
-    shot_share, colour_correlation: over all mixtures that sensors and raw converters produce.
+    std_255: standard deviation at mid-grey in 8-bit steps, drawn log-uniformly: real cameras are at the low end, where
+        a step counts most. 1 is invisible, 50 the usual hardest setting of denoising papers.
+    shot_share: from read noise alone (0, deep shadows) to photon noise alone (1, bright light).
+    colour_correlation: 0 is three sensors of their own; above 0.8 the noise is grey to the eye already.
     """
 
     name: ClassVar[str] = "noise"
@@ -131,20 +129,29 @@ class Noise:
         generator = torch.Generator().manual_seed(seed)
         fields = torch.randn((4, *image.shape[1:]), generator=generator)
         # Three fields of their own and one in common have unit variance and the wanted correlation by construction.
-        field = math.sqrt(1 - colour_correlation) * fields[:3] + math.sqrt(colour_correlation) * fields[3]
-        relative_variance = (1 - shot_share) + 2 * shot_share * image
-        return (image + std_255 / 255 * relative_variance.sqrt() * field).clamp(0, 1)
+        common = fields[3].mul_(math.sqrt(colour_correlation))
+        field = fields[:3].mul_(math.sqrt(1 - colour_correlation)).add_(common)
+        std = (2 * shot_share * image).add_(1 - shot_share).sqrt_().mul_(std_255 / 255)
+        return field.mul_(std).add_(image).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
 class Rain:
-    """Streaks of rain in depth layers, some out of focus, veiling the picture like thin grey glass.
+    """Streaks of rain in depth layers, the near ones out of focus, veiling the picture like thin bright glass.
 
-    length_px, angle_deg (0 is vertical): short drizzle to long streaks, wind from either side.
-    density: share of pixels in which a streak of a layer starts.
-    opacity: how much of the background the brightest streak hides.
-    brightness: grey level of the water; it scatters the sky, hence bright.
-    layers: 1 to this many, each farther one shorter, fainter and softer than the one before.
+    The camera is focused on the scene behind: a drop n times as far away has a streak 1/n as long, 1/n as opaque, and
+    spread over a disc of 1/n the diameter. Spreading keeps the light of a streak, so wide streaks are faint ones.
+
+    length_px, angle_deg (0 is vertical, positive from the upper left): 6 is drizzle at a short exposure, 30 a downpour
+        in a small picture; wind from either side. Beyond 40 degrees rain is a storm that nobody photographs.
+    density: mean number of streaks of a layer for each pixel, drawn log-uniformly. At 0.001 a patch of
+        64 x 64 has four, at 0.02 long streaks begin to close: what they hide can no longer be restored.
+    opacity: how much of the background the strongest streak in focus hides. Below 0.2 it drowns in a photo's texture;
+        water is never quite opaque.
+    brightness: grey level of the water. A drop refracts a wide part of the sky, hence bright.
+    focus_blur_px: diameter of the disc over which the lens spreads each point of the nearest layer. 1 is in focus; at
+        4 a streak is a soft band.
+    layers: 1 to this many. A fourth would be shorter than its own width.
     """
 
     name: ClassVar[str] = "rain"
@@ -153,6 +160,7 @@ class Rain:
     density: Range = (0.001, 0.02)
     opacity: Range = (0.2, 0.9)
     brightness: Range = (0.7, 1.0)
+    focus_blur_px: Range = (1.0, 4.0)
     layers: int = 3
 
     def draw(self, generator: torch.Generator) -> Parameters:
@@ -162,6 +170,7 @@ class Rain:
             "density": log_uniform(self.density, generator),
             "opacity": uniform(self.opacity, generator),
             "brightness": uniform(self.brightness, generator),
+            "focus_blur_px": uniform(self.focus_blur_px, generator),
             "layers": 1 + int(torch.randint(self.layers, (), generator=generator)),
             "seed": draw_seed(generator),
         }
@@ -174,66 +183,44 @@ class Rain:
         density: float,
         opacity: float,
         brightness: float,
+        focus_blur_px: float,
         layers: int,
         seed: int,
     ) -> Tensor:
         """Blend towards `brightness` by the streak field of `seed`."""
         generator = torch.Generator().manual_seed(seed)
-        veil = np.zeros(tuple(image.shape[1:]), np.float32)
-        for layer in range(layers):
-            distance = 1.0 + layer
+        veil = np.zeros((1, *image.shape[1:]), np.float32)
+        for distance in range(1, layers + 1):
             streaks = rain_layer(veil.shape, length_px / distance, angle_deg, density, generator)
-            focus_blur_px = 0.4 * distance
-            veil += cv2.GaussianBlur(streaks, (0, 0), focus_blur_px) / distance
-        alpha = opacity * torch.from_numpy(np.clip(veil, 0, 1))
-        return (image + alpha * (brightness - image)).clamp(0, 1)
+            veil += convolve(streaks, disc_kernel(focus_blur_px / distance) / distance, cv2.BORDER_WRAP)
+        alpha = to_image(veil).mul_(opacity)
+        return torch.lerp(image, torch.tensor(brightness), alpha).clamp_(0, 1)
 
 
 def rain_layer(
     shape: tuple[int, ...], length_px: float, angle_deg: float, density: float, generator: torch.Generator
 ) -> np.ndarray:
-    """Streaks of one depth, (H, W) float32 in [0, 1]: random drops drawn out along the wind."""
-    drops = torch.rand(shape, generator=generator) < density
-    strength = torch.rand(shape, generator=generator).mul_(0.5).add_(0.5)
-    # The streaks of drops above the picture reach into it: the periodic border supplies them.
+    """Streaks of one depth in focus, (1, H, W) float32 in [0, 1]: random drops drawn out along the wind."""
+    drops = np.zeros(shape, np.float32)
+    # Drops fall independently of each other: their number is Poisson's. To draw them costs far less than to ask every
+    # pixel for one.
+    count = int(torch.poisson(torch.tensor(density * drops.size, dtype=torch.float64), generator=generator))
+    places = torch.randint(drops.size, (count,), generator=generator).numpy()
+    # Drops come in all sizes; one half as strong as the strongest still shows.
+    drops.reshape(-1)[places] = torch.rand(count, generator=generator).mul_(0.5).add_(0.5).numpy()
     kernel = line_kernel(length_px, angle_deg)
-    pixels = (drops * strength).numpy()
-    pad = kernel.shape[0] // 2
-    padded = cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_WRAP)
-    streaks = cv2.filter2D(padded, -1, kernel / kernel.max())[pad:-pad, pad:-pad]
-    return np.clip(streaks, 0, 1)
-
-
-def line_kernel(length_px: float, angle_deg: float) -> np.ndarray:
-    """Normalised (K, K) kernel of a straight line through the centre; 0 degrees is vertical."""
-    steps = np.linspace(-0.5, 0.5, max(2, math.ceil(2 * length_px))) * length_px
-    angle = math.radians(angle_deg)
-    return path_kernel(steps * math.sin(angle), steps * math.cos(angle))
-
-
-def path_kernel(x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
-    """Normalised (K, K) float32 kernel of a point that spends equal time at each (x, y), spread bilinearly."""
-    radius = max(1, math.ceil(max(np.abs(x_px).max(), np.abs(y_px).max())))
-    size = 2 * radius + 1
-    left, top = np.floor(x_px).astype(int), np.floor(y_px).astype(int)
-    right_share, bottom_share = x_px - left, y_px - top
-    kernel = np.zeros((size + 1, size + 1))
-    for row, column, weight in (
-        (top, left, (1 - bottom_share) * (1 - right_share)),
-        (top, left + 1, (1 - bottom_share) * right_share),
-        (top + 1, left, bottom_share * (1 - right_share)),
-        (top + 1, left + 1, bottom_share * right_share),
-    ):
-        np.add.at(kernel, (row + radius, column + radius), weight)
-    kernel = kernel[:size, :size].astype(np.float32)
-    return kernel / kernel.sum()
+    # The streaks of drops above the picture reach into it: the periodic border supplies them.
+    streaks = convolve(drops, kernel / kernel.max(), cv2.BORDER_WRAP)
+    return np.clip(streaks, 0, 1, out=streaks)
 
 
 @dataclass(frozen=True)
 class JPEG:
     """A real JPEG round trip (libjpeg through OpenCV), with or without chroma subsampling.
 
-    quality: 10 is blocks, 95 hardly shows. subsampling_probability: how often chroma is halved (4:2:0).
+    quality: as libjpeg counts it. Below 10 hardly more than the mean of each block is left; 95 hardly shows.
+    subsampling_probability: how often chroma is halved (4:2:0). It is what most cameras and sites do at most
+        qualities, hence three in four.
     """
 
     name: ClassVar[str] = "jpeg"
@@ -250,21 +237,24 @@ class JPEG:
     def apply(self, image: Tensor, quality: int, subsample_chroma: bool) -> Tensor:
         """Round to 8 bits, encode at `quality` (1 to 100), decode."""
         sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420 if subsample_chroma else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
-        pixels = cv2.cvtColor((to_pixels(image) * 255).round().astype(np.uint8), cv2.COLOR_RGB2BGR)
         options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
-        _, encoded = cv2.imencode(".jpg", pixels, options)
-        decoded = cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        return to_image(decoded.astype(np.float32) / 255)
+        red, green, blue = (cv2.convertScaleAbs(plane, alpha=255) for plane in to_planes(image))
+        _, encoded = cv2.imencode(".jpg", cv2.merge([blue, green, red]), options)
+        blue, green, red = cv2.split(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
+        return torch.from_numpy(np.stack([cv2.LUT(plane, _FROM_8_BITS) for plane in (red, green, blue)]))
 
 
 @dataclass(frozen=True)
 class MotionBlur:
     """Blur along the path of a shaking camera or a moving subject.
 
-    The path is a walk with inertia: each step turns the heading by a normal angle of `shake_deg` / sqrt(steps), so 0
-    is a straight line and 90 a curl.
+    The path is a walk with inertia: each of its steps, half a pixel long, turns the heading by a normal angle of
+    `shake_deg` / sqrt(steps), so that the heading at its end is normal around the first with a standard deviation of
+    `shake_deg`.
 
     length_px: length of the path. 2 hardly shows; 25 is a strong hand shake at full resolution.
+    shake_deg: 0 is a straight line, a subject that moves or a panned camera; at 90 one path in three turns by more
+        than a right angle, as hands do over long exposures. The first heading (0 is to the right) may be any.
     """
 
     name: ClassVar[str] = "motion"
@@ -283,16 +273,4 @@ class MotionBlur:
         """Average the picture along the path of `seed`; length 0 leaves it alone."""
         if length_px == 0:
             return image
-        kernel = motion_kernel(length_px, angle_deg, shake_deg, seed)
-        return to_image(cv2.filter2D(to_pixels(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
-
-
-def motion_kernel(length_px: float, angle_deg: float, shake_deg: float, seed: int) -> np.ndarray:
-    """Normalised kernel of a walk of `length_px` in half-pixel steps, centred on its mean position."""
-    steps = max(2, math.ceil(2 * length_px))
-    turns = torch.randn(steps, generator=torch.Generator().manual_seed(seed)).numpy()
-    heading = np.radians(angle_deg) + np.cumsum(turns) * np.radians(shake_deg) / math.sqrt(steps)
-    x_px = np.cumsum(np.cos(heading)) * length_px / steps
-    y_px = np.cumsum(np.sin(heading)) * length_px / steps
-    # Centred, the blurred picture stays registered with its clean target.
-    return path_kernel(x_px - x_px.mean(), y_px - y_px.mean())
+        return to_image(convolve(to_planes(image), motion_kernel(length_px, angle_deg, shake_deg, seed)))
