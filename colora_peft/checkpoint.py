@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import write_json
+from .files import PARTIAL, write_json
 
 _PREFIX = "checkpoint-"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -54,8 +54,8 @@ def save_checkpoint(
     """
     output_dir = Path(output_dir)
     final = output_dir / f"{_PREFIX}{state['step']}"
-    partial = final.with_name(f".{final.name}.partial")
-    for leftover in output_dir.glob(f".{_PREFIX}*.partial"):  # of runs that were killed while they saved
+    partial = final.with_name(f".{final.name}{PARTIAL}")
+    for leftover in output_dir.glob(f".{_PREFIX}*{PARTIAL}"):  # of runs that were killed while they saved
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
@@ -100,7 +100,7 @@ def _flush(folder: Path) -> None:
 
 def _hide(checkpoint: Path) -> Path:
     """Rename a checkpoint that is to go, so that a run killed meanwhile leaves no visible half of it."""
-    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old.partial"))
+    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old{PARTIAL}"))
 
 
 def load_checkpoint(

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from .checkpoint import list_checkpoints, read_state
-from .files import write_json
+from .files import PARTIAL, write_json
 from .train_arguments import TrainArguments
 
 _RUN_FILE = "run.json"
@@ -60,7 +60,7 @@ def create_output_dir(args: TrainArguments, accelerator: Accelerator) -> None:
 def _check_free(args: TrainArguments, output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; choose a folder.")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or all(path.name.endswith(PARTIAL) for path in output_dir.iterdir()):
         return
     if not (output_dir / _RUN_FILE).is_file():
         raise ValueError(f"--output_dir {output_dir} holds files that are not of a run; choose another folder.")

@@ -222,6 +222,7 @@ from pathlib import Path
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
 from test_training import NoisyPatches, arguments, nafnet
+from colora_peft.pairs import PairedImageFolder, PairSubset
 from colora_peft.run_folder import check_output_dir, create_output_dir
 from colora_peft.training import TrainingDiverged, TrainingStopped, train
 folder, what = sys.argv[1], json.loads(sys.argv[2])
@@ -235,8 +236,10 @@ args, accelerator = arguments(folder, **flags), Accelerator()
 assert accelerator.num_processes == 2
 checkpoint = check_output_dir(args)
 create_output_dir(args, accelerator)
+pairs = PairedImageFolder(what["eval_dir"]) if what["eval_dir"] else None
+pairs = pairs and PairSubset(pairs, range(what["eval_count"]))
 try:
-    train(nafnet(), Patches(broken=what["broken"]), args, accelerator, checkpoint)
+    train(nafnet(), Patches(broken=what["broken"]), args, accelerator, checkpoint, pairs)
 except (TrainingDiverged, TrainingStopped) as error:
     # A file each: what two processes print may come out interleaved.
     file = Path(args.output_dir).with_name(f"stopped{{accelerator.process_index}}")
@@ -245,9 +248,10 @@ accelerator.end_training()
 """
 
 
-def launch_two(tmp_path, folder, broken=(), signal_at=None, **flags):
+def launch_two(tmp_path, folder, broken=(), signal_at=None, eval_dir=None, eval_count=1, **flags):
     """Run the script above on two processes; a sample may be broken, or ask its process to stop."""
-    argv = str(folder), json.dumps({"broken": broken, "signal_at": signal_at, "flags": flags})
+    what = {"broken": broken, "signal_at": signal_at, "eval_dir": eval_dir, "eval_count": eval_count, "flags": flags}
+    argv = str(folder), json.dumps(what)
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv]
