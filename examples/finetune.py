@@ -28,6 +28,7 @@ from restoration_task import (
     measure_contributions,
     report_allocation,
 )
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, adaptable_layers
@@ -232,5 +233,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged) as error:
         sys.exit(f"finetune.py: {error}")

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
@@ -131,5 +132,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged) as error:
         sys.exit(f"pretrain.py: {error}")
