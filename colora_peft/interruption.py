@@ -1,6 +1,7 @@
 """A clean stop on SIGTERM (as a cluster sends it before it takes a machine away) and SIGINT (Ctrl-C).
 
-The signal is only noted; the loop asks for it between two steps, saves and stops.
+The signal is only noted; the loop asks for it between two steps, saves and stops. One that comes during an evaluation
+waits for its end.
 """
 
 from __future__ import annotations
