@@ -1,7 +1,7 @@
 """Checkpoints of a training run: safetensors and JSON, written whole or not at all.
 
-A checkpoint holds what training changes and nothing else: the trainable parameters, the buffers and the optimiser's
-state. The frozen base of an adapter run is not copied.
+A checkpoint holds what training changes and nothing else: the trainable parameters, the buffers, the optimiser's
+state and, where there are any, the averages of the weights. The frozen base of an adapter run is not copied.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import write_json
+from .files import PARTIAL, write_json
 
 _PREFIX = "checkpoint-"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+_AVERAGES = "ema.safetensors"
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -41,24 +42,36 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     limit: int | None,
+    averages: dict[str, Tensor] | None = None,
 ) -> Path:
     """Save `output_dir/checkpoint-<step>` and remove the oldest beyond `limit` (None keeps all).
 
-    `state` is JSON and must hold `step`. The new checkpoint is complete before an old one goes; if it cannot be
-    written (a full disk), the old ones are left as they were and the error is raised.
+    `state` is JSON and must hold `step`; `averages` are those of `ExponentialMovingAverage`, by parameter name. The
+    new checkpoint is complete and on the disk before an old one goes.
+
+    Raises:
+        OSError: if it cannot be written (a full disk); the old checkpoints are as they were, nothing else is left.
     """
     output_dir = Path(output_dir)
     final = output_dir / f"{_PREFIX}{state['step']}"
-    partial = final.with_name(f".{final.name}.partial")
-    for leftover in output_dir.glob(f".{_PREFIX}*.partial"):  # of runs that were killed while they saved
+    partial = final.with_name(f".{final.name}{PARTIAL}")
+    for leftover in output_dir.glob(f".{_PREFIX}*{PARTIAL}"):  # of runs that were killed while they saved
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
         save_file(_contiguous(trained_tensors(model)), partial / _WEIGHTS)
         save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
+        if averages is not None:
+            save_file(_contiguous(averages), partial / _AVERAGES)
         write_json(partial / _STATE, state)
-    except BaseException:
+        _flush(partial)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):  # safetensors reports a full disk as the latter
+            raise OSError(
+                f"{final} could not be written ({error}). Earlier checkpoints are unharmed: make room and go on with "
+                "--resume_from_checkpoint latest."
+            ) from error
         raise
     hidden = _hide(final) if final.exists() else None
     os.replace(partial, final)
@@ -72,13 +85,31 @@ def save_checkpoint(
     return final
 
 
+def _flush(folder: Path) -> None:
+    """Have the disk take the files. Some file systems report only now that they were full; and a machine that loses
+    its power later must not be left with an empty file in place of an older checkpoint."""
+    if os.name != "posix":  # elsewhere a file that is open for reading cannot be flushed
+        return
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _hide(checkpoint: Path) -> Path:
     """Rename a checkpoint that is to go, so that a run killed meanwhile leaves no visible half of it."""
-    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old.partial"))
+    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old{PARTIAL}"))
 
 
-def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load a checkpoint into `model` and `optimizer` and return its state.
+def load_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint into `model`, `optimizer` and, where given, `averages`, and return its state.
 
     Raises:
         ValueError: if the folder is no readable checkpoint, or one of another model; nothing was changed then.
@@ -87,10 +118,11 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     state = read_state(path)
     try:
         weights, moments = load_file(path / _WEIGHTS), load_file(path / _OPTIMIZER)
+        averaged = {} if averages is None else load_file(path / _AVERAGES)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no readable checkpoint ({error}); resume from another one.") from error
     own = trained_tensors(model)
-    wrong = [name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name)]
+    wrong = _differing(own, weights) + [f"average of {name}" for name in _differing(averages or {}, averaged)]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong += [key for key, value in moments.items() if not _is_moment(key, value, trained)]
     if wrong:
@@ -101,6 +133,8 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+        for name, tensor in averaged.items():
+            averages[name].copy_(tensor)
     _load_optimizer_tensors(trained, optimizer, moments)
     return state
 
@@ -118,6 +152,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise ValueError(f"{path} is no readable checkpoint ({_STATE} has no step); resume from another one.")
     return state
+
+
+def _differing(own: dict[str, Tensor], stored: dict[str, Tensor]) -> list[str]:
+    """The names that only one of the two has, or has in another shape."""
+    return [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .metrics import psnr, ssim
 from .pairs import PairSource
-from .training import reconstruct
+from .reconstruction import reconstruct
 
 
 @contextmanager

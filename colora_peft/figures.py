@@ -3,6 +3,7 @@
 Matplotlib is imported inside the functions (it is an extra), through its object interface: no window, no global state.
 """
 
+import importlib.util
 import io
 import math
 import os
@@ -21,7 +22,7 @@ from .images import to_pil
 from .metrics import psnr
 from .report import budget_line, check_layers, trained_fraction
 
-__all__ = ["plot_contributions", "save_before_after"]
+__all__ = ["check_figures_can_be_drawn", "plot_contributions", "save_before_after"]
 
 # Shares below this look alike in the figure: the colour scale is logarithmic, as shares span decades.
 _SMALLEST_FRACTION = 0.01
@@ -33,6 +34,16 @@ _GAP_PIXELS = 6
 _CAPTION_PIXELS = 26
 _PIXELS_PER_INCH = 100
 _FILE_BYTES_MAX = 1_400_000
+
+
+def check_figures_can_be_drawn() -> None:
+    """Refuse to begin work at whose end there is a figure that cannot be drawn.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('The figures need matplotlib: pip install "colora-peft[examples]".')
 
 
 def plot_contributions(

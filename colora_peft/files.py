@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Ending of what is being written. A process that was killed may leave it behind: it is worth nothing.
+PARTIAL = ".partial"
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text so that a reader sees the old file or the new one, never half of it.
@@ -14,7 +17,7 @@ def write_text(path: str | Path, text: str) -> None:
     After an error the old file is as it was and nothing else is left.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

@@ -80,6 +80,27 @@ class DegradedPatches(PatchDataset):
         return self.degradation.apply(clean, self.degradation.draw(generator)), clean
 
 
+class DegradedPictures:
+    """Pairs to evaluate on, of clean pictures: the patch and the degradation of picture i depend on i alone, so that
+    the figures of runs with other seeds compare.
+
+    Args:
+        pictures: The clean pictures.
+        degradation: Draws a recipe for each.
+        resolution: Side of the square patch in pixels.
+    """
+
+    def __init__(self, pictures: PictureSource, degradation: RandomOrderDegradation, resolution: int) -> None:
+        self.names = [f"picture {index}" for index in range(len(pictures))]
+        self._patches = DegradedPatches(pictures, degradation, resolution, seed=0)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._patches.sample(index, sample_generator(index))
+
+
 class PairedPatches(PatchDataset):
     """Aligned patches of real pairs."""
 

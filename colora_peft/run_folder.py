@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from .checkpoint import list_checkpoints, read_state
-from .files import write_json
+from .files import PARTIAL, write_json
 from .train_arguments import TrainArguments
 
 _RUN_FILE = "run.json"
-# What may change on resume without changing the result. The batch size may because processes may: their product,
-# the global batch, is checked when training starts.
+# What may change on resume without changing the result. Batch size and accumulation may because processes may: their
+# product, the global batch, is checked when training starts.
 _FREE = frozenset(
     {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
-    | {"dataloader_num_workers", "per_device_train_batch_size"}
+    | {"dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    | {"validation_steps", "report_to"}
 )
 
 
@@ -59,7 +60,7 @@ def create_output_dir(args: TrainArguments, accelerator: Accelerator) -> None:
 def _check_free(args: TrainArguments, output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; choose a folder.")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or all(path.name.endswith(PARTIAL) for path in output_dir.iterdir()):
         return
     if not (output_dir / _RUN_FILE).is_file():
         raise ValueError(f"--output_dir {output_dir} holds files that are not of a run; choose another folder.")
@@ -96,11 +97,12 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     saved = read_state(checkpoint).get("arguments")
     if not isinstance(saved, dict):
         raise ValueError(f"{checkpoint} is no checkpoint of a training run; resume from another one.")
-    # A flag that is newer than the checkpoint cannot have been set.
+    # A flag that is newer than the checkpoint cannot have been set: the run had its default.
+    before = {setting.name: saved.get(setting.name, setting.default) for setting in fields(args)}
     changed = [
-        f"--{key} was {saved[key]!r}, now {now!r}"
+        f"--{key} was {before[key]!r}, now {now!r}"
         for key, now in asdict(args).items()
-        if key not in _FREE and key in saved and saved[key] != now
+        if key not in _FREE and before[key] != now
     ]
     if changed:
         raise ValueError(f"{checkpoint} is from a run with other settings ({'; '.join(changed)}); use the same ones.")

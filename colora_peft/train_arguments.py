@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -16,6 +17,18 @@ class TrainArguments:
     resolution: int = field(metadata={"help": "Side of the square training patches in pixels."})
     learning_rate: float = field(metadata={"help": "Peak learning rate of AdamW; it decays to zero along a cosine."})
     lr_warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from zero."})
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"help": "Batches whose gradients each process adds up for a step: like a batch this many times "
+                  "larger, in the memory of one."},
+    )  # fmt: skip
+    use_ema: bool = field(
+        default=False, metadata={"help": "The result is the exponential moving average of the trained weights."}
+    )
+    ema_decay: float = field(
+        default=0.9999,
+        metadata={"help": "Weight of the past in that average at each step; it rises to this value."},
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     seed: int = field(
         default=0, metadata={"help": "Seed of everything random; on one CPU set-up it fixes the result bitwise."}
@@ -23,6 +36,14 @@ class TrainArguments:
     checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
     checkpoints_total_limit: int = field(
         default=2, metadata={"help": "Checkpoints kept; older ones go. 0 keeps all of them."}
+    )
+    validation_steps: int = field(
+        default=0,
+        metadata={"help": "Steps between evaluations during training, with sample pictures in --output_dir. 0: none."},
+    )
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = field(
+        default="none",
+        metadata={"help": "Send figures and sample pictures there, besides train_log.jsonl in --output_dir."},
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "'latest' or a checkpoint in --output_dir: go on from there."}
@@ -35,13 +56,20 @@ class TrainArguments:
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "per_device_train_batch_size", "resolution", "checkpointing_steps"):
             check_at_least(self, name, 1)
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "checkpoints_total_limit"):
+        check_at_least(self, "gradient_accumulation_steps", 1)
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "checkpoints_total_limit", "validation_steps"):
             check_at_least(self, name, 0)
         check_seed(self.seed)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must be at least 0 and below 1, got {self.ema_decay}.")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name} must be a positive number, got {value}.")
+
+    def is_due(self, every_steps: int, done: int) -> bool:
+        """Whether what happens every so many steps (0: never) happens after `done` steps, the last of all included."""
+        return every_steps > 0 and (done % every_steps == 0 or done == self.max_train_steps)
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine that reaches zero after the last step."""

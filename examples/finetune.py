@@ -18,29 +18,29 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from restoration_task import (
     CONTRIBUTIONS_FILE,
     TaskArguments,
-    check_figures_can_be_drawn,
     load_network,
     load_pairs,
     measure_contributions,
     report_allocation,
 )
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, adaptable_layers
 from colora_peft.allocation import check_same_names
 from colora_peft.cards import RunFacts, adapted_card, hardware_name
 from colora_peft.evaluation import evaluate, restore_some
-from colora_peft.figures import save_before_after
+from colora_peft.figures import check_figures_can_be_drawn, save_before_after
 from colora_peft.files import write_json, write_text
 from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
 from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments
 from colora_peft.training import TrainingDiverged, train, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, Method, prepare_for_tuning, trained_parameters
@@ -119,7 +119,7 @@ def note_on_source(contributions: ContributionScores, args: FinetuneArguments) -
 
 
 def main(args: FinetuneArguments) -> None:
-    accelerator = Accelerator()
+    accelerator = create_accelerator(args)
     use_all_cores(accelerator)
     set_seed(args.seed)
     check_figures_can_be_drawn()
@@ -147,7 +147,7 @@ def main(args: FinetuneArguments) -> None:
     sizes = trained_parameters(model)
     accelerator.print(f"{sizes['trainable_parameters']:,} parameters are trained.")
 
-    model, seconds = train(model, patches, args, accelerator, checkpoint)
+    model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
     after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
     accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
     if accelerator.is_main_process:
@@ -233,5 +233,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged) as error:
         sys.exit(f"finetune.py: {error}")

@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.cards import RunFacts, backbone_card, hardware_name
+from colora_peft.figures import check_figures_can_be_drawn
 from colora_peft.files import relative_path, write_text
 from colora_peft.images import list_images
+from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.pairs import ImageFiles
-from colora_peft.patches import DegradedPatches
+from colora_peft.patches import DegradedPatches, DegradedPictures
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.run_folder import check_output_dir, create_output_dir
-from colora_peft.train_arguments import TrainArguments
+from colora_peft.trackers import create_accelerator
+from colora_peft.train_arguments import TrainArguments, check_at_least
 from colora_peft.training import TrainingDiverged, train, use_all_cores
 
 SMALL_NAFNET = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")
@@ -43,6 +46,9 @@ class PretrainArguments(TrainArguments):
     lr_warmup_steps: int = field(default=500, metadata={"help": "Steps over which the learning rate rises."})
     checkpointing_steps: int = field(default=2_000, metadata={"help": "Steps between checkpoints."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder of clean pictures (required)."})
+    eval_dir: str | None = field(
+        default=None, metadata={"help": "Folder of other clean pictures, for --validation_steps."}
+    )
     mode: Literal["prod", "single", "fixed"] = field(
         default="prod",
         metadata={"help": "prod: random subsets in random order; single: one at a time; fixed: all, in one order."},
@@ -64,6 +70,10 @@ class PretrainArguments(TrainArguments):
         super().__post_init__()
         if self.train_dir is None:
             raise ValueError("--train_dir is missing: name a folder of clean pictures.")
+        if (self.eval_dir is None) != (self.validation_steps == 0):
+            raise ValueError("--validation_steps and --eval_dir need each other: give both or none.")
+        if self.validation_steps:
+            check_at_least(self, "resolution", SSIM_WINDOW_PX)
 
 
 def build_model(args: PretrainArguments) -> torch.nn.Module:
@@ -72,17 +82,27 @@ def build_model(args: PretrainArguments) -> torch.nn.Module:
     return AutoModelForImageToImage.from_config(AutoConfig.from_pretrained(args.config_name))
 
 
+def open_pictures(folder: str, resolution: int) -> ImageFiles:
+    pictures = ImageFiles(list_images(folder))
+    pictures.check(resolution)
+    return pictures
+
+
 def main(args: PretrainArguments) -> None:
-    accelerator = Accelerator()
+    accelerator = create_accelerator(args)
     use_all_cores(accelerator)
     set_seed(args.seed)
     checkpoint = check_output_dir(args)
-    pictures = ImageFiles(list_images(args.train_dir))
-    pictures.check(args.resolution)
-    patches = DegradedPatches(pictures, RandomOrderDegradation(mode=args.mode), args.resolution, args.seed)
+    pictures = open_pictures(args.train_dir, args.resolution)
+    degradation = RandomOrderDegradation(mode=args.mode)
+    patches = DegradedPatches(pictures, degradation, args.resolution, args.seed)
+    eval_pairs = None
+    if args.eval_dir is not None:
+        check_figures_can_be_drawn()
+        eval_pairs = DegradedPictures(open_pictures(args.eval_dir, args.resolution), degradation, args.resolution)
     model = build_model(args)
     create_output_dir(args, accelerator)
-    model, seconds = train(model, patches, args, accelerator, checkpoint)
+    model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
     if accelerator.is_main_process:
         facts = RunFacts(args.data_card, hardware_name(accelerator.device), seconds, accelerator.num_processes)
         save(model, args, facts, len(pictures))
@@ -94,11 +114,12 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, num_p
     # The model itself stays float32, so its config says float32 and that is how it loads.
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     model.save_pretrained(args.output_dir, state_dict=weights)
-    batch = args.per_device_train_batch_size * facts.processes
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * facts.processes
+    averaged = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     method = (
         f"Pre-trained to undo synthetic degradations (blur, noise, rain, JPEG, motion; mode `{args.mode}`, see "
         f"arXiv 2408.01099) on {num_pictures} clean pictures: {args.max_train_steps} steps of {batch} patches of "
-        f"{args.resolution}x{args.resolution}, seed {args.seed}."
+        f"{args.resolution}x{args.resolution}, seed {args.seed}{averaged}."
     )
     card = backbone_card(model, Path(args.output_dir).name, method, facts)
     write_text(Path(args.output_dir) / "README.md", card)
@@ -111,5 +132,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged) as error:
         sys.exit(f"pretrain.py: {error}")

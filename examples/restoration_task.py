@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from colora_peft import (
     weight_matrix_shape,
 )
 from colora_peft.contribution import Estimator
+from colora_peft.figures import check_figures_can_be_drawn as check_figures_can_be_drawn  # for contribution.py
 from colora_peft.figures import plot_contributions
 from colora_peft.files import relative_path
 from colora_peft.metrics import SSIM_WINDOW_PX
@@ -197,9 +197,3 @@ def report_allocation(
     plot_contributions(scores, ranks, shapes, output_dir / FIGURE_FILE)
     if contributions is not None:
         contributions.save(output_dir / CONTRIBUTIONS_FILE)
-
-
-def check_figures_can_be_drawn() -> None:
-    # Now, not after the training.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('The figures need matplotlib: pip install "colora-peft[examples]".')

@@ -141,6 +141,41 @@ def test_failed_save_leaves_the_earlier_checkpoint_alone(tmp_path, monkeypatch, 
     assert_equal(everything(model, optimizer), expected)
 
 
+@pytest.mark.parametrize("limit_bytes", [100, 700, 2500])  # in the weights, the moments, the state
+def test_file_that_the_system_refuses_to_write_on_leaves_the_earlier_checkpoint_alone(tmp_path, limit_bytes):
+    resource = pytest.importorskip("resource")
+    model, optimizer = trained_network()
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 4}, limit=1)
+    state = {"step": 5, "note": "a" * 3000}
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, old[1]))
+    try:
+        with pytest.raises(OSError, match="checkpoint-5 could not be written .*--resume_from_checkpoint latest"):
+            save_checkpoint(tmp_path, *trained_network(seed=3), state, limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert load_checkpoint(path, *trained_network(seed=1)) == {"step": 4}
+    assert save_checkpoint(tmp_path, model, optimizer, state, limit=1).name == "checkpoint-5"
+
+
+@pytest.mark.parametrize("averages", [{}, {"conv.weight": torch.zeros(2)}, {"norm.bias": torch.zeros(4)}])
+def test_averages_of_other_parameters_are_refused(tmp_path, averages):
+    model, optimizer = trained_network()
+    own = {"conv.weight": model.conv.weight.detach().clone()}
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 2}, limit=None, averages=averages)
+    with pytest.raises(ValueError, match=r"average of (conv\.weight|norm\.bias)"):
+        load_checkpoint(path, model, optimizer, own)
+    assert torch.equal(own["conv.weight"], model.conv.weight)
+
+
+def test_checkpoint_without_averages_is_refused_where_they_are_needed(tmp_path):
+    model, optimizer = trained_network()
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 2}, limit=None)
+    with pytest.raises(ValueError, match=r"no readable checkpoint.*ema\.safetensors"):
+        load_checkpoint(path, model, optimizer, {"conv.weight": model.conv.weight.detach().clone()})
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save_checkpoint(tmp_path, *trained_network(seed=3), {"step": 4}, limit=2)
     model, optimizer = trained_network(seed=4)

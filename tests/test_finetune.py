@@ -112,6 +112,20 @@ def test_a_longer_run_learns_the_task(flags):
     assert metrics["psnr_after"] > metrics["psnr_input"] + 1 and metrics["psnr_after"] > metrics["psnr_before"] + 1
 
 
+def test_the_last_evaluation_of_the_training_is_that_of_the_result(flags):
+    output_dir = run(*flags, "--validation_steps", 3, "--use_ema", "--ema_decay", 0.5)
+    three, four = [json.loads(line) for line in (output_dir / "validation_log.jsonl").read_text().splitlines()]
+    metrics = metrics_of(output_dir)
+    assert (three["step"], four["step"]) == (3, 4)
+    assert four["psnr"] == pytest.approx(metrics["psnr_after"], abs=1e-6)
+    assert four["psnr_input"] == pytest.approx(metrics["psnr_input"], abs=1e-6)
+    averages = load_file(output_dir / "checkpoint-4" / "ema.safetensors")
+    stored = load_file(output_dir / "adapter_model.safetensors")
+    assert len(averages) == len(stored)
+    for name, tensor in averages.items():
+        assert torch.equal(stored[name.replace(".default", "")], tensor)
+
+
 def test_without_eval_dir_a_fifth_is_held_out(train_dir, tiny_nafnet, tmp_path, capsys):
     flags = ["--train_dir", train_dir, "--model_name_or_path", tiny_nafnet, *QUICK, "--method", "bias"]
     metrics = metrics_of(run(*flags, "--output_dir", tmp_path / "out"))

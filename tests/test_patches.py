@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from colora_peft.patches import DegradedPatches, PairedPatches, StepSampler, random_patch, sample_generator
+from colora_peft.patches import (
+    DegradedPatches,
+    DegradedPictures,
+    PairedPatches,
+    StepSampler,
+    random_patch,
+    sample_generator,
+)
 from colora_peft.prod import RandomOrderDegradation
 
 OFFSET = 0.25
@@ -48,6 +55,16 @@ def paired(seed=1, **kwargs):
 
 def degraded(seed=1):
     return DegradedPatches(Pictures(), RandomOrderDegradation(), resolution=16, seed=seed)
+
+
+def test_pictures_to_evaluate_on_are_the_same_whenever_asked_for():
+    pairs, again = (DegradedPictures(Pictures(), RandomOrderDegradation(), resolution=16) for _ in range(2))
+    assert len(pairs) == len(pairs.names) == 5
+    first = [pairs[index] for index in range(5)]
+    for index in (3, 0, 3, 4):
+        assert all(torch.equal(one, other) for one, other in zip(first[index], again[index], strict=True))
+    assert all(tensor.shape == (3, 16, 16) for pair in first for tensor in pair)
+    assert any(not torch.equal(degraded, clean) for degraded, clean in first)
 
 
 both_kinds = pytest.mark.parametrize("make", [paired, degraded])

@@ -81,6 +81,38 @@ def test_the_run_is_logged(flags):
     assert rows[-1]["step"] == 4 and {"loss", "psnr", "learning_rate", "seconds"} <= rows[-1].keys()
 
 
+def test_evaluated_at_intervals_averaged_and_accumulated(flags, eval_dir):
+    extra = ["--eval_dir", eval_dir / "target", "--validation_steps", 2, "--use_ema"]
+    output_dir = run(*flags, *extra, "--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 1)
+    rows = [json.loads(line) for line in (output_dir / "validation_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0]["psnr_input"] == rows[1]["psnr_input"] and rows[0]["psnr"] != rows[1]["psnr"]
+    assert {path.name for path in (output_dir / "samples").iterdir()} == {"step-2.png", "step-4.png"}
+    result, averages, weights = (
+        load_file(output_dir / name)
+        for name in ("model.safetensors", "checkpoint-4/ema.safetensors", "checkpoint-4/model.safetensors")
+    )
+    assert all(torch.equal(result[name], tensor) for name, tensor in averages.items())
+    assert any(not torch.equal(result[name], tensor) for name, tensor in weights.items())
+    card = (output_dir / "README.md").read_text()
+    assert "4 steps of 2 patches of 32x32" in card and "weights averaged with decay 0.9999" in card
+
+
+@pytest.mark.parametrize(
+    ("extra", "culprit"),
+    [
+        (["--validation_steps", 2], "--validation_steps and --eval_dir need each other"),
+        (["--eval_dir", "anywhere"], "--validation_steps and --eval_dir need each other"),
+        (["--eval_dir", "anywhere", "--validation_steps", 2, "--resolution", 8], "--resolution must be at least 11"),
+        (["--eval_dir", "nowhere", "--validation_steps", 2], "nowhere"),
+    ],
+)
+def test_evaluation_that_cannot_be_is_refused_before_anything_is_written(flags, tmp_path, extra, culprit):
+    with pytest.raises((ValueError, FileNotFoundError), match=culprit):
+        run(*flags, *extra)
+    assert not (tmp_path / "out").exists()
+
+
 def too_small(path: Path) -> None:
     Image.new("RGB", (20, 60)).save(path)
 

@@ -96,7 +96,8 @@ def test_run_goes_on_in_its_own_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 1}, {"learning_rate": 0.2}, {"max_train_steps": 10}, {"resolution": 16}, {"max_grad_norm": 2.0}],
+    [{"seed": 1}, {"learning_rate": 0.2}, {"max_train_steps": 10}, {"resolution": 16}, {"max_grad_norm": 2.0}]
+    + [{"use_ema": True}, {"ema_decay": 0.5}],
 )
 def test_resume_with_other_settings_names_the_flag(tmp_path, changed):
     checkpoint(tmp_path, 3)
@@ -107,12 +108,25 @@ def test_resume_with_other_settings_names_the_flag(tmp_path, changed):
 def test_resume_may_change_what_does_not_change_the_result(tmp_path):
     path = checkpoint(tmp_path, 3)
     free = {"checkpointing_steps": 7, "checkpoints_total_limit": 0, "dataloader_num_workers": 1}
+    free |= {"gradient_accumulation_steps": 2, "validation_steps": 3, "report_to": "tensorboard"}
     assert prepare(tmp_path, resume_from_checkpoint="latest", per_device_train_batch_size=1, **free) == path
 
 
 def test_checkpoint_older_than_a_flag_can_be_resumed(tmp_path):
     path = checkpoint(tmp_path, 3)
     assert prepare(tmp_path, kind=NewerArguments, resume_from_checkpoint="latest") == path
+
+
+def test_flag_newer_than_the_checkpoint_had_its_default(tmp_path):
+    checkpoint(tmp_path, 3)
+    with pytest.raises(ValueError, match="--invented_later was 3, now 4"):
+        check_output_dir(arguments(tmp_path, NewerArguments, resume_from_checkpoint="latest", invented_later=4))
+
+
+def test_run_killed_before_its_settings_were_written_can_begin_again(tmp_path):
+    (tmp_path / ".run.json.partial").write_text('{"see')
+    prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_checkpoint_of_something_else_is_refused(tmp_path):

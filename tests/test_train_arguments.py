@@ -44,6 +44,11 @@ def test_every_flag_is_explained():
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
         ("max_grad_norm", 0.0),
+        ("gradient_accumulation_steps", 0),
+        ("validation_steps", -1),
+        ("ema_decay", -0.1),
+        ("ema_decay", 1.0),
+        ("ema_decay", float("nan")),
         ("lr_warmup_steps", -1),
         ("dataloader_num_workers", -1),
         ("seed", -1),
@@ -53,6 +58,12 @@ def test_every_flag_is_explained():
 def test_value_out_of_range_is_refused_by_flag_and_value(name, value):
     with pytest.raises(ValueError, match=f"--{name} must .*{value}"):
         TrainArguments(**{**REQUIRED, name: value})
+
+
+def test_what_is_due_every_so_many_steps_is_due_at_the_last_too():
+    args = TrainArguments(**REQUIRED)
+    assert [done for done in range(1, 11) if args.is_due(4, done)] == [4, 8, 10]
+    assert not any(args.is_due(0, done) for done in range(1, 11))
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():

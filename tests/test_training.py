@@ -1,7 +1,9 @@
 """The training loop: exact resume, the same run however it is split, and a clean stop where the loss diverges."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from colora_peft import CoLoRAConfig
+from colora_peft import checkpoint as checkpoint_module
 from colora_peft.checkpoint import list_checkpoints
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 from colora_peft.patches import PatchDataset
@@ -69,6 +74,10 @@ def run(folder, model, dataset=None, **settings):
     return trained.state_dict()
 
 
+def rows(folder, log="train_log.jsonl"):
+    return [json.loads(line) for line in (folder / log).read_text().splitlines()]
+
+
 def assert_equal(one, other):
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -107,6 +116,83 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, make, kille
     assert_equal(resumed, expected)
 
 
+@pytest.mark.parametrize("killed_at", [13, 14, 15])  # in the first and the second batch of step 3
+def test_kill_under_accumulation_and_averaging_changes_nothing(tmp_path, killed_at):
+    flags = {"gradient_accumulation_steps": 2, "use_ema": True, "ema_decay": 0.6}
+    expected = run(tmp_path / "whole", plain(), **flags)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", plain(), DiesAt(killed_at), checkpointing_steps=2, **flags)
+    resumed = run(tmp_path / "parts", plain(), resume_from_checkpoint="latest", checkpointing_steps=2, **flags)
+    assert_equal(resumed, expected)
+    for name in ("model", "optimizer", "ema"):
+        files = [tmp_path / folder / "checkpoint-6" / f"{name}.safetensors" for folder in ("whole", "parts")]
+        assert_equal(*map(load_file, files))
+
+
+class Precise(nn.Module):
+    """A network that computes in float64, so that only the data, not the order of sums, can make a difference."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1)
+        self.layers = nn.Sequential(*layers).double()
+
+    def forward(self, x):
+        return self.layers(x.double())
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(1, 6), (2, 3), (3, 2)])
+def test_accumulation_equals_the_larger_batch(tmp_path, batch_size, accumulated):
+    whole = run(tmp_path / "whole", Precise(), per_device_train_batch_size=6)
+    parts = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+    summed = run(tmp_path / "parts", Precise(), **parts)
+    for name, tensor in summed.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
+    other = run(tmp_path / "other", Precise(), per_device_train_batch_size=5)
+    assert max((other[name] - tensor).abs().max() for name, tensor in whole.items()) > 1e-3
+    (row,), (expected,) = (rows(tmp_path / folder) for folder in ("parts", "whole"))
+    assert row["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert row["psnr"] == pytest.approx(expected["psnr"], abs=1e-4)
+
+
+def test_result_is_the_average_of_the_weights_of_the_steps(tmp_path):
+    decay, flags = 0.3, {"checkpointing_steps": 1, "checkpoints_total_limit": 0}
+    result = run(tmp_path / "ema", nafnet(), use_ema=True, ema_decay=decay, **flags)
+    run(tmp_path / "bare", nafnet(), **flags)
+    expected = nafnet().state_dict()
+    for step in range(1, 7):
+        weights = load_file(tmp_path / "ema" / f"checkpoint-{step}" / "model.safetensors")
+        # Averaging leaves the training as it is.
+        assert_equal(weights, load_file(tmp_path / "bare" / f"checkpoint-{step}" / "model.safetensors"))
+        past = min(decay, (1 + step) / (10 + step))
+        expected = {name: past * tensor + (1 - past) * weights[name] for name, tensor in expected.items()}
+    for name, tensor in result.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    assert not torch.equal(result["intro.weight"], weights["intro.weight"])
+
+
+def test_adapters_are_averaged_and_resumed_and_the_base_is_not_stored(tmp_path):
+    def adapted():
+        torch.manual_seed(1)
+        return get_peft_model(nafnet(), CoLoRAConfig(parameter_budget=0.3))
+
+    base = nafnet().state_dict()
+    flags = {"use_ema": True, "checkpointing_steps": 2, "gradient_accumulation_steps": 2}
+    expected = run(tmp_path / "whole", adapted(), **flags)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", adapted(), DiesAt(18), **flags)
+    resumed = run(tmp_path / "parts", adapted(), resume_from_checkpoint="latest", **flags)
+    assert_equal(resumed, expected)
+    checkpoint = tmp_path / "whole" / "checkpoint-6"
+    weights, averages = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema"))
+    assert weights.keys() == averages.keys() and all("colora_" in name for name in averages)
+    assert_equal(averages, {name: expected[name] for name in averages})
+    assert any(not torch.equal(averages[name], weights[name]) for name in averages)
+    frozen = {name.replace("base_model.model.", "").replace(".base_layer", ""): name for name in expected}
+    assert_equal(base, {name: expected[frozen[name]] for name in base})
+
+
 def test_training_moves_the_weights_and_lowers_the_loss(tmp_path):
     model, batch = nafnet(), NoisyPatches()[0]
     batch = {key: value[None] for key, value in batch.items()}
@@ -128,28 +214,44 @@ def test_number_of_workers_changes_nothing(tmp_path):
 
 
 TWO_PROCESSES = """
+import json
+import os
+import signal
 import sys
 from pathlib import Path
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
 from test_training import NoisyPatches, arguments, nafnet
+from colora_peft.pairs import PairedImageFolder, PairSubset
 from colora_peft.run_folder import check_output_dir, create_output_dir
-from colora_peft.training import TrainingDiverged, train
-broken, folder = [int(number) for number in sys.argv[2:]], sys.argv[1]
-args, accelerator = arguments(folder, max_train_steps=4, per_device_train_batch_size=1), Accelerator()
+from colora_peft.training import TrainingDiverged, TrainingStopped, train
+folder, what = sys.argv[1], json.loads(sys.argv[2])
+class Patches(NoisyPatches):
+    def __getitem__(self, number):
+        if number == what["signal_at"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(number)
+flags = dict(max_train_steps=4, per_device_train_batch_size=1) | what["flags"]
+args, accelerator = arguments(folder, **flags), Accelerator()
 assert accelerator.num_processes == 2
 checkpoint = check_output_dir(args)
 create_output_dir(args, accelerator)
+pairs = PairedImageFolder(what["eval_dir"]) if what["eval_dir"] else None
+pairs = pairs and PairSubset(pairs, range(what["eval_count"]))
 try:
-    train(nafnet(), NoisyPatches(broken=broken), args, accelerator, checkpoint)
-except TrainingDiverged as error:
+    train(nafnet(), Patches(broken=what["broken"]), args, accelerator, checkpoint, pairs)
+except (TrainingDiverged, TrainingStopped) as error:
     # A file each: what two processes print may come out interleaved.
-    Path(args.output_dir).with_name(f"stopped{{accelerator.process_index}}").write_text(str(error))
+    file = Path(args.output_dir).with_name(f"stopped{{accelerator.process_index}}")
+    file.write_text(f"{{type(error).__name__}} {{error}}")
 accelerator.end_training()
 """
 
 
-def launch_two(tmp_path, *argv):
+def launch_two(tmp_path, folder, broken=(), signal_at=None, eval_dir=None, eval_count=1, **flags):
+    """Run the script above on two processes; a sample may be broken, or ask its process to stop."""
+    what = {"broken": broken, "signal_at": signal_at, "eval_dir": eval_dir, "eval_count": eval_count, "flags": flags}
+    argv = str(folder), json.dumps(what)
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv]
@@ -161,22 +263,34 @@ def launch_two(tmp_path, *argv):
 @pytest.mark.slow
 def test_two_processes_give_the_same_network_as_one(tmp_path):
     expected = run(tmp_path / "one", nafnet(), max_train_steps=4)
-    launch_two(tmp_path, str(tmp_path / "two"))
+    launch_two(tmp_path, tmp_path / "two")
     trained = load_file(tmp_path / "two" / "checkpoint-4" / "model.safetensors")
     assert trained.keys() == expected.keys()
     for name, tensor in trained.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
-    logs = [(tmp_path / name / "train_log.jsonl").read_text().splitlines() for name in ("one", "two")]
-    (one,), (two,) = ([json.loads(line) for line in log] for log in logs)
+    (one,), (two,) = (rows(tmp_path / name) for name in ("one", "two"))
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert two["psnr"] == pytest.approx(one["psnr"], abs=1e-3)
 
 
 @pytest.mark.slow
+def test_a_run_begun_on_two_processes_goes_on_with_one(tmp_path):
+    """The global batch of 4 over 2 processes, then 2 batches of 2 that one process adds up."""
+    flags = {"max_train_steps": 4, "use_ema": True, "checkpointing_steps": 2}
+    expected = run(tmp_path / "one", nafnet(), per_device_train_batch_size=4, **flags)
+    launch_two(tmp_path, tmp_path / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2, **flags)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    resumed = run(tmp_path / "two", nafnet(), resume_from_checkpoint="latest", **parts, **flags)
+    for name, tensor in resumed.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_all_processes_stop_where_one_diverges(tmp_path):
-    launch_two(tmp_path, str(tmp_path / "run"), "5")  # number 5 is of step 2 on the second process
+    launch_two(tmp_path, tmp_path / "run", broken=[5])  # number 5 is of step 2 on the second process
     for rank in (0, 1):
-        assert (tmp_path / f"stopped{rank}").read_text().startswith("The loss became nan at step 2 ")
+        assert (tmp_path / f"stopped{rank}").read_text().startswith("TrainingDiverged The loss became nan at step 2 ")
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
@@ -251,6 +365,39 @@ def test_checkpoints_appear_at_their_steps_and_at_the_end(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 4, 5)]
 
 
+@pytest.mark.parametrize("failing", ["model", "optimizer", "ema", "trainer_state"])
+def test_full_disk_ends_the_run_and_the_checkpoint_before_goes_on(tmp_path, monkeypatch, failing):
+    flags = {"use_ema": True, "checkpointing_steps": 2}
+    expected = run(tmp_path / "whole", nafnet(), **flags)
+    fails_in_its_second_save(monkeypatch, failing)
+    with pytest.raises(OSError, match="checkpoint-4 could not be written .*No space left.*--resume_from_checkpoint"):
+        run(tmp_path / "parts", nafnet(), **flags)
+    monkeypatch.undo()
+    left = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert left == {"checkpoint-2", "run.json"}
+    assert_equal(run(tmp_path / "parts", nafnet(), resume_from_checkpoint="latest", **flags), expected)
+
+
+def fails_in_its_second_save(monkeypatch, name):
+    """Have the disk be full when the file of this name is written for the second time, and half of it is there."""
+    written = []
+
+    def full_when_due(write):
+        def wrapped(first, second):
+            path = first if isinstance(first, Path) else second  # write_json(path, ...), save_file(..., path)
+            if path.stem == name:
+                written.append(path)
+            if len(written) == 2 and written[-1] == path:
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(first, second)
+
+        return wrapped
+
+    for function in ("save_file", "write_json"):
+        monkeypatch.setattr(checkpoint_module, function, full_when_due(getattr(checkpoint_module, function)))
+
+
 def test_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path):
     expected = run(tmp_path, nafnet())
     assert_equal(run(tmp_path, nafnet(), resume_from_checkpoint="latest"), expected)
@@ -260,7 +407,7 @@ def test_resume_with_another_global_batch_is_refused_and_changes_nothing(tmp_pat
     run(tmp_path, nafnet(), max_train_steps=2)
     model = nafnet()
     flags = {"resume_from_checkpoint": "latest", "per_device_train_batch_size": 3, "max_train_steps": 2}
-    with pytest.raises(ValueError, match="2 patches a step.* 3; set --per_device_train_batch_size"):
+    with pytest.raises(ValueError, match="2 patches a step.* 3; set --per_device_train_batch_size and --gradient_acc"):
         run(tmp_path, model, **flags)
     assert_equal(model.state_dict(), nafnet().state_dict())
 

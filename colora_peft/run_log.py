@@ -1,0 +1,30 @@
+"""Logs of a run: files with a line of JSON for each row, every row with its `step`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .files import write_text
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row at the end."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut_rows(path: Path, last_step: int) -> None:
+    """Drop the rows after `last_step`, and a last row that a killed run left half-written. No file, nothing to do."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > last_step:
+                break
+        except json.JSONDecodeError:
+            break
+        kept.append(f"{line}\n")
+    write_text(path, "".join(kept))

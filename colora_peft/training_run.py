@@ -1,0 +1,211 @@
+"""What a training run keeps besides its loop: where it stands, its checkpoints, its log and its progress bar."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from .checkpoint import load_checkpoint, read_state, save_checkpoint
+from .ema import ExponentialMovingAverage
+from .interruption import TrainingStopped
+from .pairs import PairSource
+from .processes import Processes
+from .run_log import append_row, cut_rows
+from .train_arguments import TrainArguments
+from .validation import VALIDATION_LOG, validate
+
+_LOG_FILE = "train_log.jsonl"
+_LOG_EVERY_STEPS = 20
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step gave over all processes: mean loss, mean PSNR (dB), norm of the gradient before clipping, and the
+    signal that asks the run to stop, if any process got one."""
+
+    loss: float
+    psnr: float
+    norm: float
+    finite: bool
+    stop_signal: int | None = None
+
+
+class TrainingRun:
+    """A run of `model` by `optimizer`; files and the progress bar are the main process's.
+
+    Args:
+        model: The network, on its device, not wrapped for several processes.
+        optimizer: Of the parameters that require gradients.
+        args: The run's settings.
+        accelerator: The run's.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainArguments, accelerator: Accelerator
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.args = args
+        self.accelerator = accelerator
+        self.averages = ExponentialMovingAverage(model, args.ema_decay) if args.use_ema else None
+        self.output_dir = Path(args.output_dir)
+        self._recent: list[tuple[float, float]] = []
+        self._recent_seconds = 0.0
+        self._step_started = self._started = time.perf_counter()
+        self._earlier_seconds = 0.0
+        self._bar: tqdm | None = None
+
+    @property
+    def global_batch_size(self) -> int:
+        """Patches of an optimiser step, over all processes and accumulated batches."""
+        of_a_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return of_a_process * self.accelerator.num_processes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before a restart included."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def resume(self, checkpoint: Path | None) -> int:
+        """Load a checkpoint (None: begin anew); the number of steps done.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another model, precision or global batch; nothing was changed.
+        """
+        if checkpoint is None:
+            return 0
+        self._check_comparable(checkpoint)
+        averages = None if self.averages is None else self.averages.averages
+        state = load_checkpoint(checkpoint, self.model, self.optimizer, averages)
+        self._earlier_seconds = state.get("seconds", 0.0)
+        # Under fp16 the scale of the loss was found over many steps; without it a resumed run would skip some.
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.is_main_process:
+            for name in (_LOG_FILE, VALIDATION_LOG):
+                cut_rows(self.output_dir / name, state["step"])
+        return state["step"]
+
+    def _check_comparable(self, checkpoint: Path) -> None:
+        saved = read_state(checkpoint)
+        precision = saved.get("mixed_precision", self.accelerator.mixed_precision)
+        if precision != self.accelerator.mixed_precision:
+            raise ValueError(
+                f"{checkpoint} was trained with --mixed_precision {precision}, this run has "
+                f"{self.accelerator.mixed_precision}; launch it with the same."
+            )
+        batch_size = saved.get("global_batch_size")
+        if batch_size != self.global_batch_size:
+            raise ValueError(
+                f"{checkpoint} was trained with {batch_size} patches a step over all processes, this run has "
+                f"{self.global_batch_size}; set --per_device_train_batch_size and --gradient_accumulation_steps so "
+                "that they are equal."
+            )
+
+    def save(self, step: int) -> Path:
+        """Save a checkpoint of the state after `step` steps; every process returns when it is complete, or fails."""
+        path = self.output_dir / f"checkpoint-{step}"
+        # Together: a process that ended earlier would have the launcher kill the one that writes.
+        with Processes(self.accelerator).failing_together():
+            if self.accelerator.is_main_process:
+                scaler = self.accelerator.scaler
+                state = {
+                    "step": step,
+                    "seconds": self.seconds,
+                    "global_batch_size": self.global_batch_size,
+                    "mixed_precision": self.accelerator.mixed_precision,
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "arguments": asdict(self.args),
+                }
+                averages = None if self.averages is None else self.averages.averages
+                limit = self.args.checkpoints_total_limit or None
+                path = save_checkpoint(self.output_dir, self.model, self.optimizer, state, limit, averages)
+        return path
+
+    def save_last_good(self) -> Path:
+        """After a divergence: the network as a user loads it, where it knows how to save itself, and where that is."""
+        folder = self.output_dir / "last_good"
+        if not hasattr(self.model, "save_pretrained"):
+            return folder.parent
+        with Processes(self.accelerator).failing_together(), self._result_weights():
+            if self.accelerator.is_main_process:
+                self.model.save_pretrained(folder)
+        return folder
+
+    def stop(self, signum: int, step: int) -> None:
+        """Save, say how to go on, and end the run.
+
+        Raises:
+            TrainingStopped: always.
+        """
+        checkpoint = self.save(step)
+        if self.accelerator.is_main_process:
+            self._bar.close()
+            without = " instead of --overwrite_output_dir" if self.args.overwrite_output_dir else ""
+            print(
+                f"\nStopped by {signal.Signals(signum).name} after step {step} of {self.args.max_train_steps}, saved "
+                f"as {checkpoint}. Go on with the same command and --resume_from_checkpoint latest{without}.",
+                file=sys.stderr,
+            )
+        raise TrainingStopped(signum, step, checkpoint)
+
+    # --------------------------------------------------------------------------------------------- log and results
+
+    def progress(self, first_step: int) -> tqdm:
+        """The progress bar, which shows the time left, to be entered around the steps."""
+        self._bar = tqdm(
+            total=self.args.max_train_steps,
+            initial=first_step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        self._step_started = time.perf_counter()
+        return self._bar
+
+    def finish_step(self, done: int, figures: StepFigures) -> None:
+        """Take in that the weights have made step number `done`: averages, progress, sometimes a row of the log."""
+        if self.averages is not None:
+            self.averages.update(done)
+        self._recent.append((figures.loss, figures.psnr))
+        self._recent_seconds += time.perf_counter() - self._step_started
+        if self.args.is_due(_LOG_EVERY_STEPS, done):
+            self._log(done)
+        self._bar.update()
+        self._step_started = time.perf_counter()
+
+    def _log(self, done: int) -> None:
+        """Show and write the means over the steps since the last time."""
+        loss, psnr = (sum(column) / len(column) for column in zip(*self._recent, strict=True))
+        speed = len(self._recent) * self.global_batch_size / max(self._recent_seconds, 1e-9)
+        self._recent.clear()
+        self._recent_seconds = 0.0
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {psnr:.2f} dB, {speed:.3g} patches/s", refresh=False)
+        if self.accelerator.is_main_process:
+            rate = self.args.learning_rate_at(done - 1)
+            figures = {"loss": loss, "psnr": psnr, "learning_rate": rate, "patches_per_second": round(speed, 2)}
+            append_row(self.output_dir / _LOG_FILE, {"step": done, **figures, "seconds": round(self.seconds, 2)})
+            self.accelerator.log(figures, step=done)
+
+    def validate(self, pairs: PairSource, done: int) -> None:
+        """Evaluate the weights that would be the result if the run ended here."""
+        with self._result_weights():
+            line = validate(self.model, pairs, self.output_dir, done, self.accelerator)
+        if self.accelerator.is_main_process:
+            self._bar.write(line)
+        self._step_started = time.perf_counter()  # the throughput is that of training
+
+    def _result_weights(self) -> Any:
+        return nullcontext() if self.averages is None else self.averages.applied()

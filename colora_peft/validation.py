@@ -1,0 +1,55 @@
+"""Evaluation while a run trains, `--validation_steps`: figures and sample pictures, in files and trackers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from .evaluation import evaluate, restore_some
+from .figures import save_before_after
+from .pairs import PairSource, PairSubset
+from .processes import Processes
+from .run_log import append_row
+from .trackers import log_picture
+
+VALIDATION_LOG = "validation_log.jsonl"
+_SAMPLES = "samples"
+_PICTURES = 4
+
+
+def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, accelerator: Accelerator) -> str:
+    """Evaluate the network after `step` steps; the processes share the pairs out.
+
+    The main process writes a row of mean PSNR (dB) and SSIM, those of the inputs as `*_input`, to
+    `validation_log.jsonl` and pictures (input | restored | target) to `samples/step-<step>.png`.
+
+    Args:
+        model: The network itself, not what Accelerate wrapped around it.
+        pairs: Whole pictures; every process is given all of them.
+        output_dir: The run's folder.
+        step: How many steps the network was trained.
+        accelerator: The run's; its trackers get figures and pictures, too.
+
+    Returns:
+        The figures as a line for the terminal.
+    """
+    processes = Processes(accelerator)
+    own = PairSubset(pairs, [index for index in range(len(pairs)) if processes.is_mine(index)])
+    means = evaluate(model, own, accelerator.device, "") if len(own) else {}
+    names = ("psnr", "ssim", "psnr_input", "ssim_input")
+    totals = [processes.sum_of_numbers(means.get(name, 0.0) * len(own)) for name in names]
+    figures = {name: total / len(pairs) for name, total in zip(names, totals, strict=True)}
+    if accelerator.is_main_process:
+        append_row(output_dir / VALIDATION_LOG, {"step": step, **figures})
+        accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=step)
+        samples = output_dir / _SAMPLES
+        samples.mkdir(exist_ok=True)
+        file = samples / f"step-{step}.png"
+        save_before_after(restore_some(model, pairs, _PICTURES), file)
+        log_picture(accelerator, "validation/samples", file, step)
+    return (
+        f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f} "
+        f"(input {figures['psnr_input']:.2f} dB, {figures['ssim_input']:.3f})"
+    )
