@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.cards import RunFacts, backbone_card, hardware_name
+from colora_peft.config import PRIOR_CONTRIBUTIONS
 from colora_peft.figures import check_figures_can_be_drawn
 from colora_peft.files import relative_path, write_text
 from colora_peft.images import list_images
@@ -79,7 +80,10 @@ class PretrainArguments(TrainArguments):
 def build_model(args: PretrainArguments) -> torch.nn.Module:
     if args.model_name_or_path is not None:
         return AutoModelForImageToImage.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    return AutoModelForImageToImage.from_config(AutoConfig.from_pretrained(args.config_name))
+    config = AutoConfig.from_pretrained(args.config_name)
+    if hasattr(config, PRIOR_CONTRIBUTIONS):  # those of the other network, whose shape is wanted here
+        delattr(config, PRIOR_CONTRIBUTIONS)
+    return AutoModelForImageToImage.from_config(config)
 
 
 def open_pictures(folder: str, resolution: int) -> ImageFiles:
