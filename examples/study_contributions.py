@@ -46,7 +46,15 @@ from study_report import BUDGET, CELLS_FILE, SCORES_FOLDER, SETTINGS_FILE, chose
 from torch import nn
 from transformers import HfArgumentParser
 
-from colora_peft import CoLoRAConfig, ContributionScores, FaigSettings, ProbeSettings
+from colora_peft import (
+    CoLoRAConfig,
+    ContributionScores,
+    FaigSettings,
+    ProbeSettings,
+    adaptable_layers,
+    weight_matrix_shape,
+)
+from colora_peft.allocation import adapter_parameters
 from colora_peft.contribution_scores import mean_scores
 from colora_peft.files import write_json
 from colora_peft.metrics import SSIM_WINDOW_PX
@@ -59,6 +67,8 @@ from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
 
 RANDOM = "random"
 """Scores of the default estimator, dealt out to the layers at random."""
+SAME_RANK = "same_rank"
+"""A method: one rank for every layer, as high as the budget allows; "lora" gives every layer the same share."""
 ESTIMATORS = ("probe", "gradient", "taylor", "fisher", "faig", RANDOM)
 
 
@@ -68,7 +78,8 @@ class StudyArguments:
 
     train_dirs: list[str] = field(metadata={"help": "One folder TASK/train for each task, TASK/test beside it."})
     questions: list[str] = field(
-        default_factory=lambda: ["estimators", "budgets", "betas", "transfer"], metadata={"help": "What to run."}
+        default_factory=lambda: ["estimators", "budgets", "same_rank", "betas", "transfer"],
+        metadata={"help": "What to run."},
     )
     estimators: list[str] = field(default_factory=lambda: list(ESTIMATORS), metadata={"help": "For `estimators`."})
     budgets: list[float] = field(
@@ -130,11 +141,15 @@ class Variant(NamedTuple):
         if self.parameter_budget is None:
             return self
         nearest = min(args.tuned_budgets, key=lambda budget: abs(math.log(budget / self.parameter_budget)))
-        return (uniform if self.method == "lora" else colora)(args, self.task, nearest)
+        return {"lora": uniform, SAME_RANK: same_rank, "colora": colora}[self.method](args, self.task, nearest)
 
 
 def uniform(args: StudyArguments, task: str, budget: float = BUDGET) -> Variant:
     return Variant(task, "lora", budget)
+
+
+def same_rank(args: StudyArguments, task: str, budget: float = BUDGET) -> Variant:
+    return Variant(task, SAME_RANK, budget)
 
 
 def colora(args: StudyArguments, task: str, budget: float = BUDGET) -> Variant:
@@ -158,12 +173,14 @@ def variants_of(question: str, task: str, args: StudyArguments) -> list[Variant]
         return [uniform(args, task), default, Variant(task, "full"), *others]
     if question == "budgets":
         return [of(args, task, budget) for budget in args.budgets for of in (uniform, colora)]
+    if question == SAME_RANK:
+        return [same_rank(args, task, budget) for budget in args.tuned_budgets]
     if question == "betas":
         return [uniform(args, task), default, *(default._replace(beta=beta) for beta in args.betas)]
     if question == "transfer":
         others = others_of(task, list(args.tasks()))
         return [default._replace(scores_of=source) for source in ([others] if others else []) + list(args.tasks())]
-    raise ValueError(f"There is no question {question!r}: choose of estimators, budgets, betas, transfer.")
+    raise ValueError(f"There is no question {question!r}: choose of estimators, budgets, same_rank, betas, transfer.")
 
 
 def beta_for(estimator: str, beta: float = CoLoRAConfig.beta) -> float:
@@ -257,11 +274,25 @@ def tuned_cell(
         scores = contributions_of(args, variant, seed, accelerator).scores
         config = replace(config, contributions=scores, beta=variant.beta)
     network = load_network(accelerator)
+    if variant.method == SAME_RANK:
+        config = replace(config, ranks=common_rank(network, variant.parameter_budget))
     set_seed(seed)
-    model = prepare_for_tuning(network, variant.method, config)
+    model = prepare_for_tuning(network, "colora" if variant.method == SAME_RANK else variant.method, config)
     with tempfile.TemporaryDirectory() as folder:
         run = run_arguments(args, folder, rate, seed)
         return train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator)
+
+
+def common_rank(network: nn.Module, budget: float) -> int:
+    """The highest rank that all layers can have under the budget."""
+    shapes = [weight_matrix_shape(layer) for layer in adaptable_layers(network).values()]
+    allowed = budget * sum(d * k for d, k in shapes)
+    rank = 1
+    while sum(adapter_parameters(rank + 1, d, k) for d, k in shapes) <= allowed:
+        rank += 1
+    if sum(adapter_parameters(rank, d, k) for d, k in shapes) > allowed:
+        raise ValueError(f"A budget of {budget:g} does not pay for rank 1 in every layer: raise --tuned_budgets.")
+    return rank
 
 
 def run_variants(args: StudyArguments, variants: list[Variant], file: CellFile, accelerator: Accelerator) -> None:

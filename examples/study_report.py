@@ -96,6 +96,9 @@ class Keys(NamedTuple):
     def uniform(self, task: str, budget: float = BUDGET) -> Key:
         return (task, "lora", budget, None, None, None)
 
+    def same_rank(self, task: str, budget: float = BUDGET) -> Key:
+        return (task, "same_rank", budget, None, None, None)
+
     def full(self, task: str, budget: float | None = None) -> Key:
         """Of any budget: it has none."""
         return (task, "full", None, None, None, None)
@@ -180,6 +183,12 @@ def claims_table(results: Results, tasks: list[str], keys: Keys) -> str:
         )
         for budget in sorted(values_in(results, "parameter_budget"))
     }
+    for budget in sorted(values_in(results, "parameter_budget")):
+        pairs[f"CoLoRA less the same rank everywhere, both {budget:g}"] = (
+            lambda task, budget=budget: keys.colora(task, budget),
+            lambda task, budget=budget: keys.same_rank(task, budget),
+        )
+    pairs["CoLoRA 0.02 less the same rank everywhere 0.07"] = (lambda task: keys.colora(task, 0.02), keys.same_rank)
     pairs["CoLoRA 0.02 less uniform 0.07"] = (lambda task: keys.colora(task, 0.02), keys.uniform)
     pairs["CoLoRA 0.07 less full tuning"] = (keys.colora, keys.full)
     for name in values_in(results, "estimator"):
@@ -213,6 +222,7 @@ def budget_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Key]]
     rows = {}
     for budget in sorted(values_in(results, "parameter_budget")):
         rows[f"uniform, {budget:g}"] = lambda task, budget=budget: keys.uniform(task, budget)
+        rows[f"the same rank everywhere, {budget:g}"] = lambda task, budget=budget: keys.same_rank(task, budget)
         rows[f"CoLoRA, {budget:g}"] = lambda task, budget=budget: keys.colora(task, budget)
     return rows
 
@@ -296,7 +306,12 @@ def draw_curves(
 
 
 def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
-    curves = {"CoLoRA": keys.colora, "uniform ranks": keys.uniform, "full tuning": keys.full}
+    curves = {
+        "CoLoRA": keys.colora,
+        "the same share": keys.uniform,
+        "the same rank": keys.same_rank,
+        "full tuning": keys.full,
+    }
     budgets = sorted(values_in(results, "parameter_budget"))
     figure = draw_curves(results, tasks, curves, budgets, "trained share of the weights")
     for axes in figure.axes:
