@@ -101,7 +101,7 @@ def test_autocast_changes_only_the_precision_of_the_layers(row):
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.05)
     for name, gradient in plain.items():
         assert low[name].dtype == torch.float32
-        torch.testing.assert_close(low[name], gradient, rtol=0, atol=0.3 * gradient.abs().max().item() + 1e-7)
+        torch.testing.assert_close(low[name], gradient, rtol=0, atol=0.6 * gradient.abs().max().item() + 1e-7)
     model.merge_adapter()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(run(model, x), output)

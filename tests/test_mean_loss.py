@@ -42,7 +42,7 @@ def test_running_statistics_make_no_difference_to_a_later_pass():
 def test_completeness_with_a_loss_that_sets_the_training_mode():
     model, batches = restorer_task(num_batches=3, with_batch_norm=True)
     settings = ProbeSettings(num_steps=10, learning_rate=1e-3, num_path_steps=16)
-    result = estimate_contributions(model, batches, batch_statistics_loss, settings=settings)
+    result = estimate_contributions(model, batches, batch_statistics_loss, "probe", settings=settings)
     assert result.completeness_error < 0.02
     one_pass = estimate_contributions(model, batches, batch_statistics_loss, "gradient")
     assert one_pass.loss_start == result.loss_start

@@ -70,7 +70,8 @@ def test_second_import_after_forgetting_the_first(tmp_path):
 import sys, json, pathlib
 from peft import PeftConfig
 path = pathlib.Path({str(tmp_path)!r})
-(path / "adapter_config.json").write_text(json.dumps({{"peft_type": "COLORA", "parameter_budget": 0.5}}))
+content = {{"peft_type": "COLORA", "parameter_budget": 0.5, "method_version": 2}}
+(path / "adapter_config.json").write_text(json.dumps(content))
 try:
     PeftConfig.from_pretrained(path)
     raise SystemExit("PEFT knew COLORA before the import")
