@@ -164,7 +164,7 @@ def over_tasks(differences: list[Difference | None]) -> str:
 
 def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Key]], keys: Keys) -> str:
     """Markdown: a row for each label, a column for each task, and the difference to uniform ranks at 7%."""
-    lines = [f"| | {' | '.join(tasks)} | less uniform 7% |", "|---" * (len(tasks) + 2) + "|"]
+    lines = [f"| | {' | '.join(tasks)} | less the same share, 7% |", "|---" * (len(tasks) + 2) + "|"]
     for label, key_of in rows.items():
         cells = [spread(results[key_of(task)]) if key_of(task) in results else "" for task in tasks]
         if any(cells):
@@ -177,7 +177,7 @@ def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Ke
 def claims_table(results: Results, tasks: list[str], keys: Keys) -> str:
     """Markdown: what the method claims, as differences that are paired by seed."""
     pairs = {
-        f"CoLoRA less uniform, both {budget:g}": (
+        f"CoLoRA less the same share everywhere, both {budget:g}": (
             lambda task, budget=budget: keys.colora(task, budget),
             lambda task, budget=budget: keys.uniform(task, budget),
         )
@@ -189,7 +189,7 @@ def claims_table(results: Results, tasks: list[str], keys: Keys) -> str:
             lambda task, budget=budget: keys.same_rank(task, budget),
         )
     pairs["CoLoRA 0.02 less the same rank everywhere 0.07"] = (lambda task: keys.colora(task, 0.02), keys.same_rank)
-    pairs["CoLoRA 0.02 less uniform 0.07"] = (lambda task: keys.colora(task, 0.02), keys.uniform)
+    pairs["CoLoRA 0.02 less the same share everywhere 0.07"] = (lambda task: keys.colora(task, 0.02), keys.uniform)
     pairs["CoLoRA 0.07 less full tuning"] = (keys.colora, keys.full)
     for name in values_in(results, "estimator"):
         if name != keys.default:
@@ -212,7 +212,7 @@ def values_in(results: Results, name: str) -> list[object]:
 
 
 def estimator_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Key]]:
-    rows = {"full tuning": keys.full, "uniform ranks": keys.uniform}
+    rows = {"full tuning": keys.full, "the same share everywhere": keys.uniform}
     for name in values_in(results, "estimator"):
         rows[f"CoLoRA, {name}"] = lambda task, name=name: keys.colora(task, estimator=name)
     return rows
@@ -221,7 +221,7 @@ def estimator_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Ke
 def budget_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Key]]:
     rows = {}
     for budget in sorted(values_in(results, "parameter_budget")):
-        rows[f"uniform, {budget:g}"] = lambda task, budget=budget: keys.uniform(task, budget)
+        rows[f"the same share everywhere, {budget:g}"] = lambda task, budget=budget: keys.uniform(task, budget)
         rows[f"the same rank everywhere, {budget:g}"] = lambda task, budget=budget: keys.same_rank(task, budget)
         rows[f"CoLoRA, {budget:g}"] = lambda task, budget=budget: keys.colora(task, budget)
     return rows
@@ -326,7 +326,7 @@ def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> No
         return keys.colora(task, beta=beta) if beta else keys.uniform(task)
 
     betas = sorted({0.0, *(key[4] for key in results if key[3] == keys.default)})
-    figure = draw_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0 is uniform)")
+    figure = draw_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0: the same share)")
     figure.savefig(path, dpi=120)
 
 
@@ -337,7 +337,7 @@ def sections(
     by_estimator: dict[str, list[ContributionScores]] = {}
     for (_, estimator, _), own in scores.items():
         by_estimator.setdefault(estimator, []).append(own)
-    betas = {"0 (uniform)": keys.uniform} | {
+    betas = {"0 (the same share)": keys.uniform} | {
         f"{beta:g}": lambda task, beta=beta: keys.colora(task, beta=beta)
         for beta in sorted({key[4] for key in results if key[3] == keys.default})
     }
