@@ -33,9 +33,9 @@ class CoLoRAConfig(PeftConfig):
 
     Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions`; what was allocated is
     written into `ranks`, so that loading needs this configuration alone. Without contributions those count which the
-    network brings along (`model.config.colora_contributions`). Where it brings
-    none, or `beta` is 0, every layer gets the same share as far as whole ranks allow: a thin layer (depthwise, first
-    or last) of which one rank is more than that share gets rank 0.
+    network brings along (`model.config.colora_contributions`). Where it brings none, or `beta` is 0, every layer gets
+    the same share as far as whole ranks allow: a thin layer (depthwise, first or last) of which one rank is more than
+    that share gets rank 0.
 
     Args:
         target_modules: As in PEFT: full names or suffixes of them, a regular expression of full names, or

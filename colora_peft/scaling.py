@@ -28,7 +28,7 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
     A is large because the first step is not the last. Its entries move by lr as well, and turn towards the input:
     after t steps in which no gradient changed its sign, factors have moved the output 1 + sqrt(k) lr t times as far
     as a dense delta has. Drawn from N(0, 1 / k) instead they would have moved it 1 + k lr t times as far: at k = 144,
-    lr = 2e-3 and t = 40 that is 3 against 13. Beyond such runs of equal signs reasoning ends and measuring begins.
+    lr = 2e-3 and t = 40 that is 2 against 13. Beyond such runs of equal signs reasoning ends and measuring begins.
 
     In a transposed convolution k is the fan-out of one input channel instead of a fan-in.
 

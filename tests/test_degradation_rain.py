@@ -4,19 +4,9 @@ import math
 
 import pytest
 import torch
+from test_degradations import RAIN
 
 from colora_peft.prod import GaussianBlur, Rain
-
-RAIN = {
-    "length_px": 12.0,
-    "angle_deg": 0.0,
-    "density": 0.01,
-    "opacity": 0.8,
-    "brightness": 0.9,
-    "focus_blur_px": 1.5,
-    "layers": 2,
-    "seed": 5,
-}
 
 
 def picture(height=48, width=61, seed=0):
