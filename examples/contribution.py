@@ -33,9 +33,10 @@ from restoration_task import (
     measure_contributions,
     report_allocation,
 )
-from transformers import AutoModelForImageToImage, HfArgumentParser
+from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings
+from colora_peft.backbones import load_backbone
 from colora_peft.files import relative_path
 from colora_peft.patches import PairedPatches
 from colora_peft.targets import resolve_ranks
@@ -100,7 +101,7 @@ def main(args: ContributionArguments) -> None:
     accelerator.print(f"{len(train_pairs)} pairs, estimator {args.estimator}.")
     end_state = None
     if args.end_model_name_or_path is not None:
-        end_model = AutoModelForImageToImage.from_pretrained(args.end_model_name_or_path, dtype=torch.float32)
+        end_model = load_backbone(args.end_model_name_or_path)
         end_state = end_model.to(accelerator.device).state_dict()
     contributions = measure_contributions(model, patches, args, accelerator, end_state)
     if accelerator.is_main_process:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForImageToImage
 
-import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import (
     CoLoRAConfig,
     ContributionScores,
@@ -19,6 +17,7 @@ from colora_peft import (
     estimate_contributions,
     weight_matrix_shape,
 )
+from colora_peft.backbones import load_backbone
 from colora_peft.contribution import Estimator
 from colora_peft.figures import check_figures_can_be_drawn as check_figures_can_be_drawn  # for contribution.py
 from colora_peft.figures import plot_contributions
@@ -41,7 +40,7 @@ class TaskArguments:
 
     model_name_or_path: str = field(
         default=relative_path(HERE / "checkpoints" / "nafnet-small-prod"),
-        metadata={"help": "The pre-trained network: a folder or an id on the Hub."},
+        metadata={"help": "The pre-trained network: a folder, an id on the Hub, or module:function."},
     )
     train_dir: str | None = field(
         default=None, metadata={"help": "Folder with input/ and target/. Default: the shipped underwater photos."}
@@ -100,9 +99,7 @@ class TaskArguments:
 
 
 def load_network(args: TaskArguments, accelerator: Accelerator) -> torch.nn.Module:
-    # float32 whatever the checkpoint stores: adapters are trained on full precision weights.
-    model = AutoModelForImageToImage.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    return model.to(accelerator.device, memory_format=torch.channels_last)
+    return load_backbone(args.model_name_or_path).to(accelerator.device, memory_format=torch.channels_last)
 
 
 def load_pairs(args: TaskArguments, accelerator: Accelerator) -> tuple[PairSource, PairSource]:

@@ -1,0 +1,83 @@
+"""Load the network that is adapted: from a folder, from the Hub, or from a function of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageToImage
+
+__all__ = ["load_backbone", "register_backbones"]
+
+_ENTRY_POINTS = "colora_peft.backbones"
+_MODULE_AND_FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
+
+
+@cache
+def register_backbones() -> None:
+    """Import every module that installed packages name under the entry point group `colora_peft.backbones`.
+
+    Such a module registers its networks with transformers' Auto classes when it is imported; `colora_peft.models` is
+    one of them. By entry point, because the method itself does not depend on any backbone.
+    """
+    for entry_point in entry_points(group=_ENTRY_POINTS):
+        entry_point.load()
+
+
+def load_backbone(
+    name_or_path: str, *, revision: str | None = None, subfolder: str = "", token: str | bool | None = None
+) -> nn.Module:
+    """A restoration network in float32 (adapters are trained on full precision) and evaluation mode, on the CPU.
+
+    Args:
+        name_or_path: A folder of `save_pretrained`, an id on the Hub, or `module:function`, a function without
+            arguments that returns the network as any `nn.Module`; the module may lie in the current directory.
+        revision: Branch, tag or commit on the Hub.
+        subfolder: Folder inside the repository or `name_or_path` that holds the network.
+        token: For private repositories, as in transformers.
+
+    Raises:
+        ValueError: if a function is named together with `revision` or `subfolder`, or its module or name is not there.
+        TypeError: if what it returns is not an `nn.Module`.
+        OSError: if transformers finds no such folder or repository, or no network in it.
+    """
+    match = _MODULE_AND_FUNCTION.fullmatch(str(name_or_path))
+    if match and not Path(name_or_path).exists():
+        if revision is not None or subfolder:
+            raise ValueError(f"{name_or_path} is a function: leave out revision and subfolder.")
+        return _call(match["module"], match["function"]).float().eval()
+    register_backbones()
+    return AutoModelForImageToImage.from_pretrained(
+        name_or_path, dtype=torch.float32, revision=revision or "main", subfolder=subfolder, token=token
+    )
+
+
+def _call(module_name: str, function_name: str) -> nn.Module:
+    # A script's own folder is on the path, the one that it is started from is not. At the end: nothing is shadowed.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports something that is not
+        raise ValueError(
+            f"There is no module {module_name} to take {function_name} from: run from the folder that holds it, or "
+            "install it."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"The module {module_name} has no function {function_name}; check the name after the colon.")
+    network = function()
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"{module_name}:{function_name} returned {type(network).__name__}; it must return an nn.Module."
+        )
+    return network

@@ -1,0 +1,83 @@
+"""Networks from a folder and from a function of the user's."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageToImage
+
+import colora_peft.models  # noqa: F401 - registers the backbones
+from colora_peft.backbones import load_backbone
+
+NETWORKS = """
+from torch import nn
+
+def convolution():
+    return nn.Conv2d(3, 3, 3, padding=1).half().train()
+
+def number():
+    return 3
+
+def broken():
+    raise RuntimeError("no weights today")
+"""
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    (tmp_path / "my_networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in ("my_networks", "needs_more"):
+        sys.modules.pop(name, None)
+
+
+def test_a_folder_gives_what_transformers_gives(tiny_nafnet):
+    expected = AutoModelForImageToImage.from_pretrained(tiny_nafnet, dtype=torch.float32)
+    loaded = load_backbone(str(tiny_nafnet))
+    assert not loaded.training
+    for (name, weight), (expected_name, expected_weight) in zip(
+        loaded.state_dict().items(), expected.state_dict().items(), strict=True
+    ):
+        assert name == expected_name and weight.dtype == torch.float32 and torch.equal(weight, expected_weight)
+
+
+def test_a_function_in_the_current_directory_is_called(networks):
+    network = load_backbone("my_networks:convolution")
+    assert isinstance(network, nn.Conv2d)
+    assert network.weight.dtype == torch.float32 and not network.training
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("my_networks:missing", ValueError, "has no function missing"),
+        ("no_such_module:network", ValueError, "no module no_such_module"),
+        ("my_networks.below:network", ValueError, "no module my_networks.below"),
+        ("my_networks:number", TypeError, "returned int"),
+        ("my_networks:broken", RuntimeError, "no weights today"),
+    ],
+)
+def test_a_function_that_gives_no_network_is_named(networks, name, error, message):
+    with pytest.raises(error, match=message):
+        load_backbone(name)
+
+
+def test_an_import_that_is_missing_inside_the_module_is_not_blamed_on_the_module(networks, tmp_path):
+    (tmp_path / "needs_more.py").write_text("import not_installed_anywhere")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        load_backbone("needs_more:network")
+
+
+def test_a_function_has_no_revision(networks):
+    with pytest.raises(ValueError, match="leave out revision and subfolder"):
+        load_backbone("my_networks:convolution", revision="v1")
+
+
+def test_the_backbones_are_registered_without_importing_them(tiny_nafnet):
+    code = f"from colora_peft.backbones import load_backbone; load_backbone({str(tiny_nafnet)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
