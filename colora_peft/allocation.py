@@ -19,6 +19,7 @@ takes the last ones away, and what they would have cost goes to the others.
 
 import difflib
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import NamedTuple
@@ -88,8 +89,7 @@ def allocate_ranks(
         check_scores(scores, "measure again")
     bounds = _rank_bounds(shapes, min_ranks or {}, max_ranks or {})
     total = sum(d * k for d, k in shapes.values())
-    # The decimal that was typed, not its binary neighbour: 0.29 of 100 weights are 29.
-    allowed = math.floor(Fraction(str(float(parameter_budget))) * total)
+    allowed = _allowed_parameters(parameter_budget, total)
     steps = _rank_steps(shapes, scores, beta, delta_min, bounds)
     if not steps:
         raise ValueError(_no_step_message(shapes, None if beta == 0 else scores, bounds))
@@ -105,6 +105,27 @@ def allocate_ranks(
             break
         ranks[names[step.layer_index]] = step.rank
     return ranks
+
+
+def common_rank(shapes: Iterable[tuple[int, int]], parameter_budget: float) -> int:
+    """The highest rank that all layers can have alike under the budget: LoRA as PEFT has it.
+
+    Raises:
+        ValueError: if the budget does not pay for rank 1 in every layer; says which does.
+    """
+    shapes = list(shapes)
+    total = sum(d * k for d, k in shapes)
+    allowed = _allowed_parameters(parameter_budget, total)
+    costs = [
+        sum(adapter_parameters(rank, d, k) for d, k in shapes)
+        for rank in range(1, max(lowest_dense_rank(d, k) for d, k in shapes) + 1)
+    ]
+    if costs[0] > allowed:
+        raise ValueError(
+            f"The budget allows {allowed} of {total} parameters but rank 1 in every layer takes {costs[0]}: set "
+            f"parameter_budget to at least {_budget_for(costs[0], total)}, or let contribution choose the layers."
+        )
+    return bisect_right(costs, allowed)  # costs never fall as the rank grows
 
 
 def check_same_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -234,6 +255,11 @@ def _check_budget(allowed: int, total: int, guaranteed: int, first_step: int) ->
             f"The budget allows {allowed} of {total} parameters but the first rank takes {first_step}: "
             f"set parameter_budget to at least {_budget_for(first_step, total)}."
         )
+
+
+def _allowed_parameters(parameter_budget: float, total: int) -> int:
+    # The decimal that was typed, not its binary neighbour: 0.29 of 100 weights are 29.
+    return math.floor(Fraction(str(float(parameter_budget))) * total)
 
 
 def _budget_for(parameters: int, total: int) -> float:

@@ -9,8 +9,10 @@ from typing import Literal, get_args
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .adaptable import adaptable_layers
+from .adaptable import adaptable_layers, weight_matrix_shape
+from .allocation import common_rank
 from .config import CoLoRAConfig
+from .targets import resolve_ranks
 
 Method = Literal["colora", "lora", "full", "decoder", "bias"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -29,22 +31,23 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
 
     Args:
         model: The pre-trained network.
-        method: "colora" adapters by contribution; "lora" adapters under the same budget, the same share of every
-            layer as far as whole ranks allow; "full" everything; "decoder" the modules that the network's class lists
-            in `decoder_modules`; "bias" every bias.
-        config: Budget and contributions of "colora"; "lora" takes it without the contributions, the others ignore
-            it. It is not changed.
+        method: "colora" adapters by contribution; "lora" adapters of one rank for every layer, as PEFT's LoRA has it,
+            the highest that the same budget allows; "full" everything; "decoder" the modules that the network's class
+            lists in `decoder_modules`; "bias" every bias.
+        config: Budget and contributions of "colora"; "lora" takes its budget and targets, the others ignore it. It is
+            not changed.
 
     Returns:
         A `PeftModel` for the adapter methods, else the network itself.
 
     Raises:
-        ValueError: if the method is unknown, or the network has no such parameters.
+        ValueError: if the method is unknown, the network has no such parameters, or the budget does not pay for
+            rank 1 in every layer ("lora").
     """
     if method == "colora":
         return get_peft_model(model, replace(config))  # PEFT writes into the configuration it is given
     if method == "lora":
-        return get_peft_model(model, replace(config, contributions=None, ranks=None, beta=0.0))
+        return get_peft_model(model, _same_rank(model, config))
     if method == "full":
         return _train_only(model, method, lambda name: True)
     if method == "bias":
@@ -58,6 +61,12 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
             )
         return _train_only(model, method, lambda name: name.startswith(decoder))
     raise ValueError(f"The method is {method!r}; choose one of {', '.join(METHODS)}.")
+
+
+def _same_rank(model: nn.Module, config: CoLoRAConfig) -> CoLoRAConfig:
+    targeted = resolve_ranks(replace(config, ranks=1, min_rank_pattern={}, max_rank_pattern={}), model)
+    rank = common_rank([weight_matrix_shape(model.get_submodule(name)) for name in targeted], config.parameter_budget)
+    return replace(config, ranks=rank, contributions=None, min_rank_pattern={}, max_rank_pattern={})
 
 
 def _train_only(model: nn.Module, method: str, is_trained: Callable[[str], bool]) -> nn.Module:

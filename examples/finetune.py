@@ -57,8 +57,8 @@ class FinetuneArguments(TaskArguments, TrainArguments):
     )
     method: Method = field(
         default="colora",
-        metadata={"help": "colora: ranks by contribution; lora: the same budget, uniform; full, decoder, bias: train "
-                  "these parameters of the network itself."},
+        metadata={"help": "colora: ranks by contribution; lora: the same budget, one rank for all; full, decoder, "
+                  "bias: train these parameters of the network itself."},
     )  # fmt: skip
     estimator: Literal["probe", "gradient", "fisher", "taylor"] = field(
         default=TaskArguments.estimator,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -12,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from grid_cells import Cell
 from matplotlib.figure import Figure
+from tuned_grid import CELLS_FILE, SETTINGS_FILE
 
 from colora_peft import ContributionScores
 from colora_peft.files import write_text
 
-CELLS_FILE, SETTINGS_FILE, SCORES_FOLDER = "cells.json", "settings.json", "scores"
-VARIANT = ("task", "method", "parameter_budget", "estimator", "beta", "scores_of")
+SCORES_FOLDER = "scores"
+VARIANT = ("task", "method", "parameter_budget", "estimator", "beta", "scores_of", "min_rank")
 """Settings that make a variant; None where a method has no such."""
 BUDGET = 0.07
 
@@ -39,12 +41,6 @@ class Result(NamedTuple):
 
 
 Results = dict[Key, Result]
-
-
-def chosen_rate(tuning: list[Cell]) -> float | None:
-    """The learning rate of the best cell on held-out pairs, all being of one variant and seed; None if all failed."""
-    done = [cell for cell in tuning if "psnr" in cell]
-    return max(done, key=lambda cell: cell["psnr"])["learning_rate"] if done else None
 
 
 def others_of(task: str, tasks: list[str]) -> str:
@@ -79,8 +75,10 @@ def results_of(cells: Iterable[Cell], tuning_seed: int) -> Results:
 
 
 def tuned_like(key: Key, rates: dict[Key, list[float]]) -> Key:
-    """Whose learning rate a variant takes: of those of its task and method that were tuned, the nearest in budget."""
-    tuned = [other for other, tried in rates.items() if tried and other[:2] == key[:2]]
+    """Whose learning rate a variant takes: of those of its task, method and minimum rank that were tuned, the nearest
+    in budget."""
+    kind = itemgetter(*map(VARIANT.index, ("task", "method", "min_rank")))
+    tuned = [other for other, tried in rates.items() if tried and kind(other) == kind(key)]
     if key in tuned or not tuned:
         return key
     return min(tuned, key=lambda other: abs(math.log(other[2] / key[2])))
@@ -93,15 +91,15 @@ class Keys(NamedTuple):
     """Estimator."""
     beta: float
 
-    def uniform(self, task: str, budget: float = BUDGET) -> Key:
-        return (task, "lora", budget, None, None, None)
+    def same_share(self, task: str, budget: float = BUDGET) -> Key:
+        return (task, "same_share", budget, None, None, None, None)
 
     def same_rank(self, task: str, budget: float = BUDGET) -> Key:
-        return (task, "same_rank", budget, None, None, None)
+        return (task, "lora", budget, None, None, None, None)
 
     def full(self, task: str, budget: float | None = None) -> Key:
         """Of any budget: it has none."""
-        return (task, "full", None, None, None, None)
+        return (task, "full", None, None, None, None, None)
 
     def colora(
         self,
@@ -110,10 +108,11 @@ class Keys(NamedTuple):
         estimator: str | None = None,
         beta: float | None = None,
         scores_of: str | None = None,
+        min_rank: int | None = None,
     ) -> Key:
         estimator = estimator or self.default
         own = self.beta / 2 if estimator == "fisher" else self.beta
-        return (task, "colora", budget, estimator, own if beta is None else beta, scores_of or task)
+        return (task, "colora", budget, estimator, own if beta is None else beta, scores_of or task, min_rank)
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -163,12 +162,12 @@ def over_tasks(differences: list[Difference | None]) -> str:
 
 
 def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Key]], keys: Keys) -> str:
-    """Markdown: a row for each label, a column for each task, and the difference to uniform ranks at 7%."""
+    """Markdown: a row for each label, a column for each task, and the difference to the same share at 7%."""
     lines = [f"| | {' | '.join(tasks)} | less the same share, 7% |", "|---" * (len(tasks) + 2) + "|"]
     for label, key_of in rows.items():
         cells = [spread(results[key_of(task)]) if key_of(task) in results else "" for task in tasks]
         if any(cells):
-            pairs = [(key_of(task), keys.uniform(task)) for task in tasks]
+            pairs = [(key_of(task), keys.same_share(task)) for task in tasks]
             less_uniform = over_tasks([difference(results, one, other) for one, other in pairs if one != other])
             lines.append(f"| {label} | {' | '.join(cells)} | {less_uniform} |")
     return "\n".join(lines)
@@ -179,7 +178,7 @@ def claims_table(results: Results, tasks: list[str], keys: Keys) -> str:
     pairs = {
         f"CoLoRA less the same share everywhere, both {budget:g}": (
             lambda task, budget=budget: keys.colora(task, budget),
-            lambda task, budget=budget: keys.uniform(task, budget),
+            lambda task, budget=budget: keys.same_share(task, budget),
         )
         for budget in sorted(values_in(results, "parameter_budget"))
     }
@@ -188,8 +187,24 @@ def claims_table(results: Results, tasks: list[str], keys: Keys) -> str:
             lambda task, budget=budget: keys.colora(task, budget),
             lambda task, budget=budget: keys.same_rank(task, budget),
         )
+        pairs[f"CoLoRA with rank 1 at least less the same rank everywhere, both {budget:g}"] = (
+            lambda task, budget=budget: keys.colora(task, budget, min_rank=1),
+            lambda task, budget=budget: keys.same_rank(task, budget),
+        )
+        pairs[f"CoLoRA with rank 1 at least less CoLoRA, both {budget:g}"] = (
+            lambda task, budget=budget: keys.colora(task, budget, min_rank=1),
+            lambda task, budget=budget: keys.colora(task, budget),
+        )
+    pairs["CoLoRA with rank 1 at least, 0.02, less the same rank everywhere 0.07"] = (
+        lambda task: keys.colora(task, 0.02, min_rank=1),
+        keys.same_rank,
+    )
+    pairs["CoLoRA with rank 1 at least, 0.07, less full tuning"] = (
+        lambda task: keys.colora(task, min_rank=1),
+        keys.full,
+    )
     pairs["CoLoRA 0.02 less the same rank everywhere 0.07"] = (lambda task: keys.colora(task, 0.02), keys.same_rank)
-    pairs["CoLoRA 0.02 less the same share everywhere 0.07"] = (lambda task: keys.colora(task, 0.02), keys.uniform)
+    pairs["CoLoRA 0.02 less the same share everywhere 0.07"] = (lambda task: keys.colora(task, 0.02), keys.same_share)
     pairs["CoLoRA 0.07 less full tuning"] = (keys.colora, keys.full)
     for name in values_in(results, "estimator"):
         if name != keys.default:
@@ -212,7 +227,7 @@ def values_in(results: Results, name: str) -> list[object]:
 
 
 def estimator_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Key]]:
-    rows = {"full tuning": keys.full, "the same share everywhere": keys.uniform}
+    rows = {"full tuning": keys.full, "the same share everywhere": keys.same_share}
     for name in values_in(results, "estimator"):
         rows[f"CoLoRA, {name}"] = lambda task, name=name: keys.colora(task, estimator=name)
     return rows
@@ -221,9 +236,12 @@ def estimator_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Ke
 def budget_rows(results: Results, keys: Keys) -> dict[str, Callable[[str], Key]]:
     rows = {}
     for budget in sorted(values_in(results, "parameter_budget")):
-        rows[f"the same share everywhere, {budget:g}"] = lambda task, budget=budget: keys.uniform(task, budget)
+        rows[f"the same share everywhere, {budget:g}"] = lambda task, budget=budget: keys.same_share(task, budget)
         rows[f"the same rank everywhere, {budget:g}"] = lambda task, budget=budget: keys.same_rank(task, budget)
         rows[f"CoLoRA, {budget:g}"] = lambda task, budget=budget: keys.colora(task, budget)
+        rows[f"CoLoRA, rank 1 at least, {budget:g}"] = lambda task, budget=budget: keys.colora(
+            task, budget, min_rank=1
+        )
     return rows
 
 
@@ -308,7 +326,8 @@ def draw_curves(
 def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
     curves = {
         "CoLoRA": keys.colora,
-        "the same share": keys.uniform,
+        "CoLoRA, rank 1 at least": lambda task, budget: keys.colora(task, budget, min_rank=1),
+        "the same share": keys.same_share,
         "the same rank": keys.same_rank,
         "full tuning": keys.full,
     }
@@ -323,7 +342,7 @@ def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> 
 
 def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
     def key_of(task: str, beta: float) -> Key:
-        return keys.colora(task, beta=beta) if beta else keys.uniform(task)
+        return keys.colora(task, beta=beta) if beta else keys.same_share(task)
 
     betas = sorted({0.0, *(key[4] for key in results if key[3] == keys.default)})
     figure = draw_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0: the same share)")
@@ -337,7 +356,7 @@ def sections(
     by_estimator: dict[str, list[ContributionScores]] = {}
     for (_, estimator, _), own in scores.items():
         by_estimator.setdefault(estimator, []).append(own)
-    betas = {"0 (the same share)": keys.uniform} | {
+    betas = {"0 (the same share)": keys.same_share} | {
         f"{beta:g}": lambda task, beta=beta: keys.colora(task, beta=beta)
         for beta in sorted({key[4] for key in results if key[3] == keys.default})
     }

@@ -11,24 +11,27 @@ import torch
 from conftest import EXAMPLES, load_example, write_pairs
 from scipy.stats import spearmanr
 
+from colora_peft import ContributionScores
+
 grid_cells = load_example("grid_cells")
-study = load_example("study_contributions")
 study_report = load_example("study_report")
+study_scores = load_example("study_scores")
+study_variants = load_example("study_variants")
 
 
 def arguments(**settings):
-    return study.StudyArguments(["a/train", "b/train"], **settings)
+    return study_variants.StudyArguments(["a/train", "b/train"], **settings)
 
 
-def test_plan_runs_every_variant_once_and_uniform_ranks_in_every_question():
-    everything = study.plan(arguments())
+def test_plan_runs_every_variant_once_and_colora_in_every_question():
+    everything = study_variants.plan(arguments())
     assert len(everything) == len(set(everything))
-    for question in ("estimators", "budgets", "betas", "transfer"):
-        own = study.plan(arguments(questions=[question]))
+    for question in ("estimators", "budgets", "floor", "betas", "transfer"):
+        own = study_variants.plan(arguments(questions=[question]))
         assert set(own) <= set(everything)
         for task in ("a", "b"):
             assert any(v.task == task and v.method == "colora" for v in own)
-    transfers = study.plan(arguments(questions=["transfer"]))
+    transfers = study_variants.plan(arguments(questions=["transfer"]))
     assert {(v.task, v.scores_of) for v in transfers} == {
         (x, y) for x in "ab" for y in ("a", "b", "b" if x == "a" else "a")
     }
@@ -60,29 +63,18 @@ def test_a_rate_at_the_edge_and_seeds_that_diverged_are_said():
     assert study_report.spread(result) == "19.00 (1, 1 diverged) at 0.003 (edge)"
 
 
-def test_variants_run_at_the_rate_of_their_method(monkeypatch):
-    """Chosen with the tuning seed, of the nearest budget that is tuned; nothing else is tried."""
-    ran = []
-
-    def fake(args, variant, rate, seed, file, accelerator):
-        psnr = -abs(math.log(rate / (3e-3 if variant.parameter_budget == 0.02 else 1e-3)))
-        ran.append((variant, rate, seed))
-        return cell(rate, seed, psnr, **variant.settings())
-
-    monkeypatch.setattr(study, "cell_of", fake)
-    args = arguments(seeds=[5, 1], learning_rates=[1e-3, 3e-3, 2e-3])
-    default = study.colora(args, "a")
+def test_variants_run_at_the_rate_of_their_method():
+    """Of the nearest budget that is tuned, whatever the scores and the exponent."""
+    args = arguments()
+    default = study_variants.colora(args, "a")
     cases = {
-        study.uniform(args, "a", 0.01): (study.uniform(args, "a", 0.02), 3e-3),
-        default._replace(estimator="faig"): (default, 1e-3),
-        default._replace(parameter_budget=0.14, beta=1.0): (default, 1e-3),
-        study.Variant("a", "full"): (study.Variant("a", "full"), 1e-3),
+        study_variants.Variant("a", "lora", 0.01): study_variants.Variant("a", "lora", 0.02),
+        study_variants.Variant("a", "full"): study_variants.Variant("a", "full"),
+        default._replace(estimator="faig"): default,
+        default._replace(parameter_budget=0.14, beta=1.0): default,
+        default._replace(min_rank=1, beta=1.0): default._replace(min_rank=1),
     }
-    for variant, (tuned, best) in cases.items():
-        ran.clear()
-        study.run_variants(args, [variant], None, None)
-        tuning = [(tuned, rate, args.tuning_seed) for rate in args.learning_rates]
-        assert ran == [*tuning, (variant, best, 5), (variant, best, 1)]
+    assert {variant: variant.tuned_as(args) for variant in cases} == cases
 
 
 class WithNames(list):
@@ -104,9 +96,9 @@ def test_differences_are_paired_by_seed():
     other = {"method": "colora", "estimator": "probe", "beta": 0.5, "scores_of": "a"}
     cells += [cell(1e-3, seed, psnr, **other) for seed, psnr in ((0, 11.0), (1, 21.0), (2, 31.0))]
     results, keys = study_report.results_of(cells, TUNING), study_report.Keys("probe", 0.5)
-    difference = study_report.difference(results, keys.colora("a"), keys.uniform("a"))
+    difference = study_report.difference(results, keys.colora("a"), keys.same_rank("a"))
     assert difference == (1.0, 0.0, 3)
-    assert study_report.difference(results, keys.colora("b"), keys.uniform("b")) is None
+    assert study_report.difference(results, keys.colora("b"), keys.same_rank("b")) is None
 
 
 def test_error_over_tasks_is_that_of_the_seeds():
@@ -117,12 +109,14 @@ def test_error_over_tasks_is_that_of_the_seeds():
 
 def test_random_scores_are_the_same_scores_elsewhere(monkeypatch, tmp_path):
     scores = {f"layer{i}": float(i) for i in range(50)}
-    measured = study.ContributionScores(scores=scores, method="probe", num_batches=1, loss_start=1.0)
-    monkeypatch.setattr(study, "measure", lambda *_: measured)
-    monkeypatch.setattr(study.ContributionScores, "save", lambda *_: None)
-    monkeypatch.setattr(study.ContributionScores, "load", lambda *_: measured)
-    variant = study.Variant("a", "colora", 0.07, study.RANDOM, 0.5, "a")
-    dealt = [study.contributions_of(arguments(output_dir=str(tmp_path)), variant, seed, None) for seed in (0, 0, 1)]
+    measured = ContributionScores(scores=scores, method="probe", num_batches=1, loss_start=1.0)
+    monkeypatch.setattr(study_scores, "measure", lambda *_: measured)
+    monkeypatch.setattr(ContributionScores, "save", lambda *_: None)
+    monkeypatch.setattr(ContributionScores, "load", lambda *_: measured)
+    variant = study_variants.Variant("a", "colora", 0.07, study_variants.RANDOM, 0.5, "a")
+    dealt = [
+        study_scores.contributions_of(arguments(output_dir=str(tmp_path)), variant, seed, None) for seed in (0, 0, 1)
+    ]
     assert dealt[0].scores == dealt[1].scores != dealt[2].scores
     assert list(dealt[0].scores) == list(scores) and sorted(dealt[0].scores.values()) == sorted(scores.values())
     assert dealt[0].scores != scores
@@ -132,12 +126,12 @@ def test_scores_of_the_others_leave_the_own_task_out(monkeypatch, tmp_path):
     tasks = {"a": {"x": 1.0, "y": 0.0}, "b": {"x": 3.0, "y": 1.0}, "c": {"x": 0.0, "y": 8.0}}
 
     def fake(args, task, *_):
-        return study.ContributionScores(scores=tasks[task], method="gradient", num_batches=1, loss_start=1.0)
+        return ContributionScores(scores=tasks[task], method="gradient", num_batches=1, loss_start=1.0)
 
-    monkeypatch.setattr(study, "measure", fake)
-    args = study.StudyArguments(["a/train", "b/train", "c/train"], output_dir=str(tmp_path))
-    variant = study.colora(args, "a")._replace(scores_of=study.others_of("a", ["c", "b", "a"]))
-    assert study.contributions_of(args, variant, 0, None).scores == {"x": 0.375, "y": 0.625}
+    monkeypatch.setattr(study_scores, "measure", fake)
+    args = study_variants.StudyArguments(["a/train", "b/train", "c/train"], output_dir=str(tmp_path))
+    variant = study_variants.colora(args, "a")._replace(scores_of=study_report.others_of("a", ["c", "b", "a"]))
+    assert study_scores.contributions_of(args, variant, 0, None).scores == {"x": 0.375, "y": 0.625}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +145,7 @@ def test_scores_of_the_others_leave_the_own_task_out(monkeypatch, tmp_path):
 )
 def test_bad_input_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        study.plan(study.StudyArguments(**{"train_dirs": ["a/train"], **settings}))
+        study_variants.plan(study_variants.StudyArguments(**{"train_dirs": ["a/train"], **settings}))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -178,7 +172,14 @@ def test_launched_study_answers_every_question_and_a_second_call_runs_nothing(tm
     cells = json.loads((tmp_path / "study" / "cells.json").read_text())
     assert all(math.isfinite(cell["psnr"]) for cell in cells)
     report = (tmp_path / "study" / "report.md").read_text()
-    for title in ("CoLoRA, gradient", "CoLoRA, random", "CoLoRA, 0.02", "scores of other", "| 1 |"):
+    for title in (
+        "CoLoRA, gradient",
+        "CoLoRA, random",
+        "CoLoRA, 0.02",
+        "scores of other",
+        "| 1 |",
+        "rank 1 at least, 0.07",
+    ):
         assert title in report
     for picture in ("budgets.png", "betas.png"):
         assert (tmp_path / "study" / picture).stat().st_size > 5000

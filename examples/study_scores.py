@@ -1,0 +1,67 @@
+"""The contribution scores of study_contributions.py: measured once for a task, an estimator and a seed, then kept."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from grid_cells import load_network, run_arguments
+from restoration_task import measure_contributions
+from study_report import SCORES_FOLDER
+from study_variants import RANDOM, StudyArguments, Variant
+from torch import nn
+from tuned_grid import draw
+
+from colora_peft import CoLoRAConfig, ContributionScores
+from colora_peft.contribution_scores import mean_scores
+from colora_peft.patches import PairedPatches
+from colora_peft.training import train
+from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
+
+
+def contributions_of(
+    args: StudyArguments, variant: Variant, seed: int, accelerator: Accelerator
+) -> ContributionScores:
+    """Scores of the variant's estimator on the pairs of its `scores_of` task and the seed; kept in a file."""
+    if variant.estimator == RANDOM:
+        measured = contributions_of(args, variant._replace(estimator=args.default_estimator), seed, accelerator)
+        values = list(measured.scores.values())
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
+        return replace(measured, scores={name: values[i] for name, i in zip(measured.scores, order, strict=True)})
+    if "+" in variant.scores_of:
+        others = variant.scores_of.split("+")
+        found = [contributions_of(args, variant._replace(scores_of=task), seed, accelerator) for task in others]
+        return replace(found[0], scores=mean_scores(found))
+    path = Path(args.output_dir) / SCORES_FOLDER / f"{variant.scores_of}-{variant.estimator}-seed{seed}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        measure(args, variant.scores_of, variant.estimator, seed, accelerator).save(path)
+    return ContributionScores.load(path)
+
+
+def measure(
+    args: StudyArguments, task: str, estimator: str, seed: int, accelerator: Accelerator
+) -> ContributionScores:
+    """Estimate on the first patches of the run, as finetune.py does; "faig" tunes in full first, which counts."""
+    started = time.perf_counter()
+    patches = draw(args, args.tasks()[task], args.train_pairs, seed).patches
+    run = replace(run_arguments(args, "", LEARNING_RATES["full"], seed), estimator=estimator)
+    network = load_network(accelerator)
+    end = tuned_network(args, patches, seed, accelerator).state_dict() if estimator == "faig" else None
+    set_seed(seed)
+    scores = measure_contributions(network, patches, run, accelerator, end)
+    return replace(scores, seconds=time.perf_counter() - started)
+
+
+def tuned_network(args: StudyArguments, patches: PairedPatches, seed: int, accelerator: Accelerator) -> nn.Module:
+    network = prepare_for_tuning(load_network(accelerator), "full", CoLoRAConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_arguments(args, folder, LEARNING_RATES["full"], seed)
+        network, _ = train(network, patches, run, accelerator)
+    accelerator.free_memory()
+    return network
