@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable
-from operator import itemgetter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
-from grid_cells import Cell
+from grid_report import Key, Results, Settings, difference, over_tasks, results_of, spread
 from matplotlib.figure import Figure
 from tuned_grid import CELLS_FILE, SETTINGS_FILE
 
@@ -19,69 +17,16 @@ from colora_peft import ContributionScores
 from colora_peft.files import write_text
 
 SCORES_FOLDER = "scores"
-VARIANT = ("task", "method", "parameter_budget", "estimator", "beta", "scores_of", "min_rank")
-"""Settings that make a variant; None where a method has no such."""
+SETTINGS = Settings(
+    ("task", "method", "parameter_budget", "estimator", "beta", "scores_of", "min_rank"),
+    tuned_alike=("task", "method", "min_rank"),
+)
 BUDGET = 0.07
-
-Key = tuple[object, ...]
-
-
-class Result(NamedTuple):
-    """Of a variant on a task, at its learning rate."""
-
-    learning_rate: float
-    at_edge: bool
-    """Whether that is the lowest or the highest that was tried for it: the best may lie outside."""
-    psnr: dict[int, float]
-    """Test PSNR (dB) by seed."""
-    failed: int
-    """Seeds that have none, because the training diverged."""
-    seconds: float
-    """Of training, mean over the seeds."""
-
-
-Results = dict[Key, Result]
 
 
 def others_of(task: str, tasks: list[str]) -> str:
     """Names the mean of the scores of all other tasks: what a prior that knows nothing of `task` can say."""
     return "+".join(sorted(other for other in tasks if other != task))
-
-
-def results_of(cells: Iterable[Cell], tuning_seed: int) -> Results:
-    """Of each variant, over the seeds besides the one that learning rates were chosen with.
-
-    Raises:
-        ValueError: A variant was run at two learning rates.
-    """
-    groups: dict[Key, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(tuple(cell.get(name) for name in VARIANT), []).append(cell)
-    rates = {
-        key: [cell["learning_rate"] for cell in own if cell["seed"] == tuning_seed] for key, own in groups.items()
-    }
-    results = {}
-    for key, own in groups.items():
-        runs = [cell for cell in own if cell["seed"] != tuning_seed]
-        if len({cell["learning_rate"] for cell in runs}) > 1:
-            raise ValueError(f"The variant {key} was run at two learning rates: delete the cells of one.")
-        done = [cell for cell in runs if "psnr" in cell]
-        if done:
-            rate, tried = done[0]["learning_rate"], rates[tuned_like(key, rates)]
-            at_edge = len(tried) > 1 and rate in (min(tried), max(tried))
-            psnr, seconds = {cell["seed"]: cell["psnr"] for cell in done}, mean(cell["seconds"] for cell in done)
-            results[key] = Result(rate, at_edge, psnr, len(runs) - len(done), seconds)
-    return results
-
-
-def tuned_like(key: Key, rates: dict[Key, list[float]]) -> Key:
-    """Whose learning rate a variant takes: of those of its task, method and minimum rank that were tuned, the nearest
-    in budget."""
-    kind = itemgetter(*map(VARIANT.index, ("task", "method", "min_rank")))
-    tuned = [other for other, tried in rates.items() if tried and kind(other) == kind(key)]
-    if key in tuned or not tuned:
-        return key
-    return min(tuned, key=lambda other: abs(math.log(other[2] / key[2])))
 
 
 class Keys(NamedTuple):
@@ -116,49 +61,6 @@ class Keys(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-
-
-def spread(result: Result) -> str:
-    """Mean and standard deviation over the seeds, their number, and the learning rate."""
-    values = list(result.psnr.values())
-    text = f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-    failed = f", {result.failed} diverged" if result.failed else ""
-    return f"{text} ({len(values)}{failed}) at {result.learning_rate:g}{' (edge)' if result.at_edge else ''}"
-
-
-class Difference(NamedTuple):
-    """Of two variants in dB, over the seeds that both have."""
-
-    mean: float
-    standard_error: float
-    """NaN for a single seed."""
-    count: int
-
-    def __str__(self) -> str:
-        spread = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2f}"
-        return f"{self.mean:+.2f}{spread} ({self.count})"
-
-
-def difference(results: Results, key: Key, other: Key) -> Difference | None:
-    """Paired by seed, on one task."""
-    if key not in results or other not in results:
-        return None
-    one, two = results[key].psnr, results[other].psnr
-    values = [one[seed] - two[seed] for seed in one if seed in two]
-    if not values:
-        return None
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Difference(mean(values), error, len(values))
-
-
-def over_tasks(differences: list[Difference | None]) -> str:
-    """Mean over the tasks that have one. The tasks are these and no sample of others: seeds alone make the error."""
-    found = [difference for difference in differences if difference is not None]
-    if not found:
-        return ""
-    error = math.hypot(*(difference.standard_error for difference in found)) / len(found)
-    spread = "" if math.isnan(error) else f" ± {error:.2f}"
-    return f"{mean(d.mean for d in found):+.2f}{spread} ({len(found)} task{'s' * (len(found) > 1)})"
 
 
 def table(results: Results, tasks: list[str], rows: dict[str, Callable[[str], Key]], keys: Keys) -> str:
@@ -222,7 +124,7 @@ def claims_table(results: Results, tasks: list[str], keys: Keys) -> str:
 
 def values_in(results: Results, name: str) -> list[object]:
     """The different values of a setting, in order of first appearance."""
-    index = VARIANT.index(name)
+    index = SETTINGS.names.index(name)
     return [value for value in dict.fromkeys(key[index] for key in results) if value is not None]
 
 
@@ -380,7 +282,7 @@ def sections(
 def write_report(folder: Path) -> str:
     """Write report.md, budgets.png and betas.png into `folder`; the text."""
     cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
-    results, scores = results_of(cells, settings["tuning_seed"]), load_scores(folder / SCORES_FOLDER)
+    results, scores = results_of(cells, SETTINGS, settings["tuning_seed"]), load_scores(folder / SCORES_FOLDER)
     keys, tasks = Keys(settings["default_estimator"], settings["beta"]), values_in(results, "task")
     plot_budgets(results, tasks, keys, folder / "budgets.png")
     plot_betas(results, tasks, keys, folder / "betas.png")

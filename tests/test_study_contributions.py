@@ -37,32 +37,6 @@ def test_plan_runs_every_variant_once_and_colora_in_every_question():
     }
 
 
-TUNING = 100
-
-
-def cell(rate, seed, psnr, **settings):
-    shared = {"task": "a", "method": "lora", "parameter_budget": 0.07, "seconds": 1.0, "psnr": psnr}
-    return {**shared, **settings, "learning_rate": rate, "seed": seed}
-
-
-def failed(rate, seed):
-    return {"task": "a", "method": "lora", "parameter_budget": 0.07, "learning_rate": rate, "seed": seed, "failed": ""}
-
-
-def test_pairs_that_rates_were_chosen_on_are_not_in_the_results():
-    cells = [cell(1e-3, TUNING, 90.0), cell(3e-3, TUNING, 91.0), cell(1e-2, TUNING, 80.0), failed(3e-2, TUNING)]
-    cells += [cell(3e-3, 0, 19.0), cell(3e-3, 1, 18.0)]
-    (result,) = study_report.results_of(cells, TUNING).values()
-    assert result.learning_rate == 3e-3 and result.psnr == {0: 19.0, 1: 18.0} and not result.at_edge
-
-
-def test_a_rate_at_the_edge_and_seeds_that_diverged_are_said():
-    cells = [cell(1e-3, TUNING, 20.0), cell(3e-3, TUNING, 21.0), cell(3e-3, 0, 19.0), failed(3e-3, 1)]
-    (result,) = study_report.results_of(cells, TUNING).values()
-    assert result.at_edge and result.failed == 1
-    assert study_report.spread(result) == "19.00 (1, 1 diverged) at 0.003 (edge)"
-
-
 def test_variants_run_at_the_rate_of_their_method():
     """Of the nearest budget that is tuned, whatever the scores and the exponent."""
     args = arguments()
@@ -89,22 +63,6 @@ def test_centres_of_pairs(size):
     top, left = (5 - height) // 2, (8 - width) // 2
     assert torch.equal(degraded, pairs[0][0][:, top : top + height, left : left + width])
     assert torch.equal(target, pairs[0][1][:, top : top + height, left : left + width])
-
-
-def test_differences_are_paired_by_seed():
-    cells = [cell(1e-3, seed, psnr) for seed, psnr in ((0, 10.0), (1, 20.0), (2, 30.0))]
-    other = {"method": "colora", "estimator": "probe", "beta": 0.5, "scores_of": "a"}
-    cells += [cell(1e-3, seed, psnr, **other) for seed, psnr in ((0, 11.0), (1, 21.0), (2, 31.0))]
-    results, keys = study_report.results_of(cells, TUNING), study_report.Keys("probe", 0.5)
-    difference = study_report.difference(results, keys.colora("a"), keys.same_rank("a"))
-    assert difference == (1.0, 0.0, 3)
-    assert study_report.difference(results, keys.colora("b"), keys.same_rank("b")) is None
-
-
-def test_error_over_tasks_is_that_of_the_seeds():
-    """Tasks that differ are no noise."""
-    one, other = study_report.Difference(1.0, 0.3, 3), study_report.Difference(5.0, 0.4, 3)
-    assert study_report.over_tasks([one, other, None]) == "+3.00 ± 0.25 (2 tasks)"
 
 
 def test_random_scores_are_the_same_scores_elsewhere(monkeypatch, tmp_path):
