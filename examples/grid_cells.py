@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from finetune import FinetuneArguments
+from peak_memory import peak_memory_bytes, reset_peak_memory
 from torch import nn
 
 from colora_peft.cards import hardware_name
@@ -79,11 +80,15 @@ def task_name(train_dir: str) -> str:
     return Path(train_dir).resolve().parent.name
 
 
-@cache
 def network_fingerprint() -> str:
     """First digits of the hash of the weights that every cell starts from."""
-    weights = Path(FinetuneArguments.model_name_or_path) / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    return weights_fingerprint(FinetuneArguments.model_name_or_path)
+
+
+@cache
+def weights_fingerprint(folder: str) -> str:
+    """First digits of the hash of a network's file."""
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def load_network(accelerator: Accelerator) -> nn.Module:
@@ -174,11 +179,20 @@ def train_and_validate(
 ) -> Cell:
     """Train once: quality on the pairs to validate on, sizes, seconds and hardware, or that the run has `failed`."""
     sizes = trained_parameters(model)
+    reset_peak_memory(accelerator.device)
     try:
         model, seconds = train(model, patches, run, accelerator)
+        peak = peak_memory_bytes(accelerator.device)
         quality = evaluate(model, validation, accelerator.device, "validation")
     except TrainingDiverged as error:
         return {**sizes, "failed": str(error)}
     finally:
         accelerator.free_memory()
-    return {**quality, **sizes, "seconds": seconds, "hardware": hardware_name(accelerator.device)}
+    return {
+        **quality,
+        **sizes,
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "hardware": hardware_name(accelerator.device),
+        "torch": torch.__version__,
+    }

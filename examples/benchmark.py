@@ -1,0 +1,96 @@
+"""The paper's two comparisons, on the pairs at hand: of pre-trainings, and of ways to tune.
+
+    python examples/benchmark.py --data_dir path/to/data --networks prod=examples/checkpoints/nafnet-small-prod none
+
+Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
+each method, network and task is the best of --learning_rates on pairs held out of the training folder, with a seed of
+its own; the test folder is touched by the other seeds alone, at that rate. Pictures are evaluated on their centres
+(--evaluated_size). Cells are kept and not run again: the benchmark grows over many calls, and several processes may
+share the work (--part 0/2 and 1/2). Each call ends by writing the report of all cells that it knows.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from benchmark_report import write_report
+from benchmark_variants import BUDGET, NONE, BenchmarkArguments, Variant, plan
+from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate, weights_fingerprint
+from restoration_task import measure_contributions
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
+from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
+
+from colora_peft import CoLoRAConfig
+from colora_peft.backbones import load_backbone, register_backbones
+from colora_peft.scaling import adapter_scaling
+from colora_peft.training import use_all_cores
+from colora_peft.tuning import prepare_for_tuning
+
+
+def shared_settings(args: BenchmarkArguments) -> Cell:
+    """What all cells of a benchmark have in common."""
+    names = ("max_train_steps", "resolution", "per_device_train_batch_size", "evaluated_size", "validation_pairs")
+    return {
+        **{name: getattr(args, name) for name in (*names, "tuning_seed", "learning_rates")},
+        "beta": CoLoRAConfig.beta,
+        "colora_alpha": CoLoRAConfig.colora_alpha,
+        "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
+    }
+
+
+def load_network(args: BenchmarkArguments, name: str, accelerator: Accelerator) -> nn.Module:
+    path = args.network_paths()[name]
+    if name == NONE:
+        register_backbones()
+        network = AutoModelForImageToImage.from_config(AutoConfig.from_pretrained(path))
+    else:
+        network = load_backbone(path)
+    return network.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
+    """Train once; quality on the test folder, or for the tuning seed on pairs held out of the training folder."""
+    drawn = draw(args, args.train_dir(variant.task), variant.train_pairs, seed)
+    set_seed(seed)
+    network = load_network(args, variant.network, accelerator)
+    config, found = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET), {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_arguments(args, folder, rate, seed)
+        if variant.method == "colora":
+            scores = measure_contributions(network, drawn.patches, run, accelerator)
+            config.contributions, found = scores.scores, {"seconds_contributions": scores.seconds}
+        set_seed(seed)
+        model = prepare_for_tuning(network, variant.method, config)
+        found |= {"weights": weights_fingerprint(args.network_paths()[variant.network])}
+        return {**found, **train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator)}
+
+
+def main(args: BenchmarkArguments) -> None:
+    folder = Path(args.output_dir)
+    check_same_settings(folder, shared_settings(args))
+    if not args.report_only:
+        accelerator = Accelerator()
+        use_all_cores(accelerator)
+        # By task: what is compared then runs on one machine.
+        tasks = own_part(args.tasks, args.part)
+        variants = [variant for variant in plan(args) if variant.task in tasks]
+        run = partial(run_cell, args, accelerator=accelerator)
+        TunedGrid(args, CellFile(folder / CELLS_FILE), lambda variant: variant.tuned_as(args), run).run(variants)
+    print(write_report(folder))
+
+
+if __name__ == "__main__":
+    try:
+        (parsed,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+        print(f"{asdict(parsed)}\n")
+        main(parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmark.py: {error}")

@@ -1,0 +1,123 @@
+"""examples/benchmark.py: the plan, the report's differences, then the script launched."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import EXAMPLES, load_example, write_pairs
+
+benchmark_report = load_example("benchmark_report")
+benchmark_variants = load_example("benchmark_variants")
+peak_memory = load_example("peak_memory")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for task, count in (("a", 6), ("b", 7)):
+        write_pairs(folder / task / "train", count)
+        write_pairs(folder / task / "test", 2)
+    return folder
+
+
+def arguments(data_dir, **settings):
+    return benchmark_variants.BenchmarkArguments(**{"data_dir": str(data_dir), "tasks": ["a", "b"], **settings})
+
+
+def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(data_dir):
+    args = arguments(data_dir, networks=["prod=x", "single=y", "none"], train_pairs=[3, 4], budgets=[0.07, 0.02])
+    planned = benchmark_variants.plan(args)
+    assert len(planned) == len(set(planned)) == 2 * 2 * (3 + 2 + 2 * 2)
+    assert {v.network for v in planned if v.method != "full"} == {"prod"}
+    assert {v.network for v in planned if v.method == "full"} == {"prod", "single", "none"}
+    assert {v.parameter_budget for v in planned if v.method in ("lora", "colora")} == {0.07, 0.02}
+    assert all(v.tuned_as(args) == v._replace(train_pairs=3) for v in planned)
+
+
+def test_presets_fill_what_is_not_given(data_dir):
+    args = arguments(data_dir, preset="gpu", resolution=32)
+    assert args.resolution == 32
+    assert args.max_train_steps == benchmark_variants.PRESETS["gpu"]["max_train_steps"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"seeds": [100]}, ValueError, "--tuning_seed 100 is one of --seeds"),
+        ({"seeds": [0, 0]}, ValueError, "--seeds must list at least one value and none twice"),
+        ({"networks": ["none", "prod=x"]}, ValueError, "none not first"),
+        ({"networks": ["prod=x", "single"]}, ValueError, "'single': write NAME=FOLDER"),
+        ({"comparisons": ["both"]}, ValueError, "no comparison 'both'"),
+        ({"tasks": ["a", "c"]}, FileNotFoundError, "no folder .*c.train; add it, or leave the task out"),
+    ],
+)
+def test_bad_input_is_named(data_dir, settings, error, message):
+    with pytest.raises(error, match=message):
+        arguments(data_dir, **settings)
+
+
+def test_a_task_without_a_test_split_is_named(tmp_path):
+    write_pairs(tmp_path / "a" / "train", 3)
+    with pytest.raises(FileNotFoundError, match="a.test; add it"):
+        arguments(tmp_path, tasks=["a"])
+
+
+def cell(seed, psnr, network="prod", method="full", **settings):
+    return {"task": "a", "train_pairs": 16, "network": network, "method": method, "learning_rate": 1e-3, "seed": seed,
+            "psnr": psnr, "psnr_input": 10.0, "seconds": 2.0, "trainable_parameters": 7, "trainable_ratio": 0.5,
+            "hardware": "a laptop", **settings}  # fmt: skip
+
+
+def test_report_has_the_claims_and_says_what_failed(tmp_path):
+    cells = [cell(seed, 20.0 + seed) for seed in (0, 1)] + [cell(seed, 19.0 + seed, "single") for seed in (0, 1)]
+    cells += [cell(seed, 20.5 + seed, method="colora", parameter_budget=0.07) for seed in (0, 1)]
+    cells.append({"task": "a", "train_pairs": 16, "network": "none", "method": "full", "learning_rate": 8e-3,
+                  "seed": 0, "failed": "infinite"})  # fmt: skip
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    settings = {"tuning_seed": 100, "max_train_steps": 1, "per_device_train_batch_size": 1, "resolution": 8,
+                "evaluated_size": 16}  # fmt: skip
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    text = benchmark_report.write_report(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    assert "| prod less single, both tuned in full | +1.00 ± 0.00 (2) |" in text
+    assert "| CoLoRA 0.07 less full tuning | +0.50 ± 0.00 (2) |" in text
+    assert "Cells that failed: ('a', 16, 'none', 'full', None), 0.008, seed 0" in text
+
+
+def test_report_without_cells_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no cells in"):
+        benchmark_report.write_report(tmp_path)
+
+
+def test_peak_memory_sees_what_was_freed_and_begins_anew():
+    cpu = torch.device("cpu")
+    peak_memory.reset_peak_memory(cpu)
+    before = peak_memory.peak_memory_bytes(cpu)
+    if before is None:
+        pytest.skip("this system does not say")
+    torch.ones(2**26).sum()  # 256 MB, freed at once
+    held = peak_memory.peak_memory_bytes(cpu)
+    assert held - before > 200e6
+    peak_memory.reset_peak_memory(cpu)
+    assert held - peak_memory.peak_memory_bytes(cpu) > 200e6
+
+
+@pytest.mark.slow
+def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "benchmark.py"), "--data_dir", str(data_dir), "--tasks", "a", "b",
+               "--networks", f"prod={tiny_nafnet}", "none", "--train_pairs", "3", "--validation_pairs", "2",
+               "--max_train_steps", "1", "--resolution", "32", "--per_device_train_batch_size", "1", "--seeds", "0",
+               "1", "--learning_rates", "1e-3", "--budgets", "0.3", "--output_dir", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads((tmp_path / "cells.json").read_text())
+    assert len(cells) == 2 * (5 + 1) * 3  # tasks, ways and networks, seeds with the one to tune
+    report = (tmp_path / "README.md").read_text()
+    for row in ("none + full", "prod + bias", "prod + lora 0.3", "CoLoRA 0.3 less LoRA"):
+        assert row in report
+    again = subprocess.run([*command, "--report_only", "True"], capture_output=True, text=True)
+    assert again.returncode == 0 and json.loads((tmp_path / "cells.json").read_text()) == cells
+    other = subprocess.run([*command, "--max_train_steps", "2"], capture_output=True, text=True)
+    assert other.returncode == 1 and "cells with max_train_steps 1, not 2" in other.stderr
