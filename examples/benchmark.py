@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from accelerate.utils import set_seed
 from benchmark_report import write_report
 from benchmark_variants import BUDGET, NONE, BenchmarkArguments, Variant, plan
 from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate, weights_fingerprint
+from peft import PeftModel
 from restoration_task import measure_contributions
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
@@ -30,6 +32,11 @@ from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
 
 from colora_peft import CoLoRAConfig
 from colora_peft.backbones import load_backbone, register_backbones
+from colora_peft.evaluation import evaluate
+from colora_peft.images import list_images
+from colora_peft.pairs import ImageFiles
+from colora_peft.patches import DegradedPictures
+from colora_peft.prod import RandomOrderDegradation
 from colora_peft.scaling import adapter_scaling
 from colora_peft.training import use_all_cores
 from colora_peft.tuning import prepare_for_tuning
@@ -70,7 +77,20 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
         set_seed(seed)
         model = prepare_for_tuning(network, variant.method, config)
         found |= {"weights": weights_fingerprint(args.network_paths()[variant.network])}
-        return {**found, **train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator)}
+        old_task = None if seed == args.tuning_seed else partial(on_old_task, args, variant, accelerator)
+        outcome = train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator, old_task)
+        return {**found, **outcome}
+
+
+def on_old_task(args: BenchmarkArguments, variant: Variant, accelerator: Accelerator, model: nn.Module) -> Cell:
+    """PSNR (dB) on what the network was pre-trained for, with the adapter, if there is one, switched off.
+
+    That is patches of the test folder's clean pictures, degraded by PROD: the same for all cells of a task.
+    """
+    pictures = ImageFiles(list_images(Path(args.data_dir) / variant.task / "test" / "target"))
+    pairs = DegradedPictures(pictures, RandomOrderDegradation(), args.resolution)
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        return {"psnr_old_task": evaluate(model, pairs, accelerator.device, "")["psnr"]}
 
 
 def main(args: BenchmarkArguments) -> None:

@@ -18,6 +18,9 @@ SETTINGS = Settings(
     tuned_alike=("task", "network", "method", "parameter_budget"),
 )
 
+OLD_TASK = """Old task: PSNR on the clean test pictures, degraded as in the pre-training, after the tuning: with
+the adapter switched off, so that the network is what it was; a network that was tuned itself forgets."""
+
 
 def values_in(results: Results, name: str) -> list[object]:
     """The different values of a setting, in order of first appearance."""
@@ -84,7 +87,8 @@ def cost_table(cells: list[Cell]) -> str:
         "of the adaptable weights": lambda own: f"{mean(cell['trainable_ratio'] for cell in own):.2%}",
         "seconds": lambda own: f"{mean(cell['seconds'] for cell in own):.0f}",
         "of them contributions": lambda own: f"{mean(cell.get('seconds_contributions', 0.0) for cell in own):.1f}",
-        "peak memory (GB)": lambda own: peak_memory(own),
+        "peak memory (GB)": peak_memory,
+        "old task (dB)": old_task,
     }
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, own in groups.items():
@@ -95,6 +99,12 @@ def cost_table(cells: list[Cell]) -> str:
 def peak_memory(cells: list[Cell]) -> str:
     found = [cell["peak_memory_bytes"] for cell in cells if cell.get("peak_memory_bytes")]
     return f"{mean(found) / 1e9:.2f}" if found else ""
+
+
+def old_task(cells: list[Cell]) -> str:
+    """Mean PSNR on PROD's degradations after the tuning, adapters switched off."""
+    found = [cell["psnr_old_task"] for cell in cells if "psnr_old_task" in cell]
+    return f"{mean(found):.2f}" if found else ""
 
 
 def write_report(folder: Path) -> str:
@@ -122,7 +132,7 @@ def write_report(folder: Path) -> str:
         text += f"## {pairs} pairs\n\n{quality_table(results, inputs, tasks, pairs)}\n\n"
         text += "Differences, paired by seed, with their standard error:\n\n"
         text += f"{differences_table(results, tasks, pairs)}\n\n"
-    text += f"## What it takes\n\n{cost_table(cells)}\n\n"
+    text += f"## What it takes, and what is forgotten\n\n{cost_table(cells)}\n\n{OLD_TASK}\n\n"
     failed = [cell for cell in cells if "failed" in cell]
     names = [f"{SETTINGS.key(cell)}, {cell['learning_rate']:g}, seed {cell['seed']}" for cell in failed]
     text += f"Cells that failed: {'; '.join(names) or 'none'}.\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -176,20 +176,26 @@ def train_and_validate(
     validation: PairSource,
     run: FinetuneArguments,
     accelerator: Accelerator,
+    also: Callable[[nn.Module], Cell] | None = None,
 ) -> Cell:
-    """Train once: quality on the pairs to validate on, sizes, seconds and hardware, or that the run has `failed`."""
+    """Train once: quality on the pairs to validate on, sizes, seconds and hardware, or that the run has `failed`.
+
+    `also` measures more of the trained network.
+    """
     sizes = trained_parameters(model)
     reset_peak_memory(accelerator.device)
     try:
         model, seconds = train(model, patches, run, accelerator)
         peak = peak_memory_bytes(accelerator.device)
         quality = evaluate(model, validation, accelerator.device, "validation")
+        more = {} if also is None else also(model)
     except TrainingDiverged as error:
         return {**sizes, "failed": str(error)}
     finally:
         accelerator.free_memory()
     return {
         **quality,
+        **more,
         **sizes,
         "seconds": seconds,
         "peak_memory_bytes": peak,

@@ -114,6 +114,11 @@ def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert len(cells) == 2 * (5 + 1) * 3  # tasks, ways and networks, seeds with the one to tune
+    for task in ("a", "b"):  # switched off, an adapter leaves the network what it was, whatever was trained
+        kept = {c["psnr_old_task"] for c in cells if (c["task"], c["method"]) in ((task, "lora"), (task, "colora"))
+                and c["seed"] != 100}  # fmt: skip
+        tuned = {c["psnr_old_task"] for c in cells if (c["task"], c["method"]) == (task, "full") and c["seed"] != 100}
+        assert len(kept) == 1 and len(tuned) == 4 and not kept & tuned
     report = (tmp_path / "README.md").read_text()
     for row in ("none + full", "prod + bias", "prod + lora 0.3", "CoLoRA 0.3 less LoRA"):
         assert row in report
