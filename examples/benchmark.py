@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from benchmark_report import write_report
+from benchmark_plots import save_best_median_worst
+from benchmark_report import PICTURES_FOLDER, write_report
 from benchmark_variants import BUDGET, NONE, BenchmarkArguments, Variant, plan
 from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate, weights_fingerprint
 from peft import PeftModel
@@ -34,7 +35,7 @@ from colora_peft import CoLoRAConfig
 from colora_peft.backbones import load_backbone, register_backbones
 from colora_peft.evaluation import evaluate
 from colora_peft.images import list_images
-from colora_peft.pairs import ImageFiles
+from colora_peft.pairs import ImageFiles, PairSource
 from colora_peft.patches import DegradedPictures
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.scaling import adapter_scaling
@@ -77,16 +78,23 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
         set_seed(seed)
         model = prepare_for_tuning(network, variant.method, config)
         found |= {"weights": weights_fingerprint(args.network_paths()[variant.network])}
-        old_task = None if seed == args.tuning_seed else partial(on_old_task, args, variant, accelerator)
-        outcome = train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator, old_task)
-        return {**found, **outcome}
+        if seed == args.tuning_seed:
+            return {**found, **train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator)}
+        also = partial(look_further, args, variant, drawn.evaluated if seed == args.seeds[0] else None, accelerator)
+        return {**found, **train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator, also)}
 
 
-def on_old_task(args: BenchmarkArguments, variant: Variant, accelerator: Accelerator, model: nn.Module) -> Cell:
-    """PSNR (dB) on what the network was pre-trained for, with the adapter, if there is one, switched off.
+def look_further(
+    args: BenchmarkArguments, variant: Variant, shown: PairSource | None, accelerator: Accelerator, model: nn.Module
+) -> Cell:
+    """PSNR (dB) on what the network was pre-trained for; pictures of `shown`, if given, are saved.
 
-    That is patches of the test folder's clean pictures, degraded by PROD: the same for all cells of a task.
+    That is patches of the test folder's clean pictures, degraded by PROD: the same for all cells of a task. An adapter
+    is switched off for it.
     """
+    if shown is not None:
+        name = "-".join(f"{value}" for value in variant.settings().values())
+        save_best_median_worst(model, shown, Path(args.output_dir) / PICTURES_FOLDER / f"{name}.jpg")
     pictures = ImageFiles(list_images(Path(args.data_dir) / variant.task / "test" / "target"))
     pairs = DegradedPictures(pictures, RandomOrderDegradation(), args.resolution)
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
+from benchmark_plots import plot_over_pairs, plot_radar
 from grid_cells import Cell
 from grid_report import Key, Results, Settings, difference, over_tasks, results_of, spread
 from tuned_grid import CELLS_FILE, SETTINGS_FILE
@@ -18,6 +19,7 @@ SETTINGS = Settings(
     tuned_alike=("task", "network", "method", "parameter_budget"),
 )
 
+PICTURES_FOLDER = "pictures"
 OLD_TASK = """Old task: PSNR on the clean test pictures, degraded as in the pre-training, after the tuning: with
 the adapter switched off, so that the network is what it was; a network that was tuned itself forgets."""
 
@@ -128,13 +130,23 @@ def write_report(folder: Path) -> str:
         f"{settings['per_device_train_batch_size']} x {settings['resolution']}, measured on the centres of the test "
         f"pictures ({settings['evaluated_size']} px). Run on {' and '.join(hardware)}.\n\n"
     )
-    for pairs in sorted(values_in(results, "train_pairs")):
+    counts, rows = sorted(values_in(results, "train_pairs")), rows_of(results)
+    for pairs in counts:
         text += f"## {pairs} pairs\n\n{quality_table(results, inputs, tasks, pairs)}\n\n"
         text += "Differences, paired by seed, with their standard error:\n\n"
         text += f"{differences_table(results, tasks, pairs)}\n\n"
+        if plot_radar(results, rows, tasks, pairs, folder / f"radar-{pairs}.png"):
+            text += f"![each task from the worst to the best](radar-{pairs}.png)\n\n"
+    if len(counts) > 1:
+        plot_over_pairs(results, rows, tasks, counts, folder / "pairs.png")
+        text += "![PSNR over the number of pairs](pairs.png)\n\n"
     text += f"## What it takes, and what is forgotten\n\n{cost_table(cells)}\n\n{OLD_TASK}\n\n"
     failed = [cell for cell in cells if "failed" in cell]
     names = [f"{SETTINGS.key(cell)}, {cell['learning_rate']:g}, seed {cell['seed']}" for cell in failed]
     text += f"Cells that failed: {'; '.join(names) or 'none'}.\n"
+    text += (
+        f"\nThe pictures that each network restored best, middling and worst lie in `{PICTURES_FOLDER}/` of the run "
+        "(not all licences let them be shown here).\n"
+    )
     write_text(folder / "README.md", text)
     return text

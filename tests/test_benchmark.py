@@ -122,6 +122,7 @@ def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path
     report = (tmp_path / "README.md").read_text()
     for row in ("none + full", "prod + bias", "prod + lora 0.3", "CoLoRA 0.3 less LoRA"):
         assert row in report
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2 * (5 + 1)
     again = subprocess.run([*command, "--report_only", "True"], capture_output=True, text=True)
     assert again.returncode == 0 and json.loads((tmp_path / "cells.json").read_text()) == cells
     other = subprocess.run([*command, "--max_train_steps", "2"], capture_output=True, text=True)

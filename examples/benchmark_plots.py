@@ -1,0 +1,89 @@
+"""Plots of benchmark.py: PSNR over the number of pairs, the radar of the tasks, and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+from grid_report import Key, Results
+from matplotlib.figure import Figure
+from torch import nn
+
+from colora_peft.evaluation import restore_some
+from colora_peft.figures import save_before_after
+from colora_peft.metrics import psnr
+from colora_peft.pairs import PairSource
+
+Rows = dict[str, Callable[[str, int], Key]]
+
+
+def plot_over_pairs(results: Results, rows: Rows, tasks: list[str], counts: list[int], path: Path) -> None:
+    """The paper's curves: mean test PSNR over the tasks that a row has for every number of pairs it was run with."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, key_of in rows.items():
+        points = []
+        for count in counts:
+            found = [results.get(key_of(task, count)) for task in tasks]
+            if all(found):
+                error = math.hypot(*(_standard_error(list(result.psnr.values())) for result in found)) / len(found)
+                points.append((count, mean(mean(result.psnr.values()) for result in found), error))
+        if points:
+            axes.errorbar(*zip(*points, strict=True), marker="o", capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set(xlabel="training pairs", ylabel="test PSNR (dB), mean over the tasks")
+    axes.set_title(", ".join(tasks), fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _standard_error(values: list[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path: Path) -> bool:
+    """A spoke for each task, from the lowest PSNR of the rows that have all tasks to the highest; whether drawn."""
+    complete = {
+        name: [mean(results[key_of(task, pairs)].psnr.values()) for task in tasks]
+        for name, key_of in rows.items()
+        if all(key_of(task, pairs) in results for task in tasks)
+    }
+    if len(complete) < 2 or len(tasks) < 3:
+        return False
+    lowest, highest = ([pick(values) for values in zip(*complete.values(), strict=True)] for pick in (min, max))
+    angles = [2 * math.pi * index / len(tasks) for index in range(len(tasks))]
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots(subplot_kw={"projection": "polar"})
+    for name, values in complete.items():
+        # From 0.2 on, so that the worst is a shape, too.
+        scaled = [
+            0.2 + 0.8 * (value - low) / ((high - low) or 1.0)
+            for value, low, high in zip(values, lowest, highest, strict=True)
+        ]
+        axes.plot([*angles, angles[0]], [*scaled, scaled[0]], marker="o", markersize=3, label=name)
+    labels = [f"{task}\n{low:.2f} to {high:.2f} dB" for task, low, high in zip(tasks, lowest, highest, strict=True)]
+    axes.set_xticks(angles, labels)
+    axes.tick_params(axis="x", pad=10)
+    for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
+        text.set_horizontalalignment(
+            "center" if abs(math.cos(angle)) < 0.5 else "left" if math.cos(angle) > 0 else "right"
+        )
+    axes.set_yticks([0.2, 0.6, 1.0], [])
+    axes.set_ylim(0, 1.05)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return True
+
+
+def save_best_median_worst(model: nn.Module, pairs: PairSource, path: Path) -> None:
+    """Input, restored and target of the pictures that the network restores best, middling and worst by PSNR."""
+    rows = restore_some(model, pairs, count=len(pairs))
+    order = sorted(range(len(rows)), key=lambda index: psnr(rows[index][1][None], rows[index][2][None]).item())
+    chosen = dict.fromkeys([order[-1], order[len(order) // 2], order[0]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_before_after([rows[index] for index in chosen], path)
