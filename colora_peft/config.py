@@ -62,6 +62,8 @@ class CoLoRAConfig(PeftConfig):
         layers_pattern: Name of that list; PEFT needs it where the list is a direct child of the network.
         init_weights: False draws B at random, so that a new adapter is not the identity: for tests.
         method_version: Written by the package, so that another can refuse what it would misread.
+        base_fingerprint: Written by the package: which weights the adapter belongs to, whatever their name; see
+            `colora_peft.fingerprint.base_fingerprint`. None: not known.
 
     Raises:
         ValueError: A field is out of its range, or two fields contradict each other.
@@ -84,6 +86,7 @@ class CoLoRAConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     init_weights: bool = True
     method_version: int | None = None
+    base_fingerprint: str | None = None
     # PEFT's matching looks for this field; single parameters cannot be targeted.
     target_parameters: None = field(default=None, init=False, repr=False)
 

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any, Literal
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .blending import Blend, blend_adapters
 from .config import CoLoRAConfig
 from .delta_store import check_adapter_name
+from .fingerprint import base_fingerprint, note_base
 from .layer import CoLoRALayer
 from .loading import check_adapter_weights, weights_by_adapter
 from .messages import some
@@ -35,6 +36,9 @@ class CoLoRAModel(BaseTuner):
 
     _loading: str | None = None
     """The adapter whose weights PEFT is about to load."""
+
+    _fingerprint: str | None = None
+    """Of the base, taken before anything of it was trained or merged."""
 
     def _prepare_adapter_config(self, peft_config: CoLoRAConfig, model_config: dict[str, Any]) -> CoLoRAConfig:
         # PEFT would look up defaults by architecture; here None means every layer, which _prepare_model resolves.
@@ -59,9 +63,17 @@ class CoLoRAModel(BaseTuner):
         """As BaseTuner.inject_adapter; where no targets were given, those found are written down as PEFT does."""
         given = self.peft_config[adapter_name].target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
         if given is None:
-            config = self.peft_config[adapter_name]
             config.target_modules = {name for name, rank in config.ranks.items() if rank > 0}
+        note_base(config, adapter_name, self.model, self.fingerprint_of_base())
+
+    def fingerprint_of_base(self) -> str | None:
+        """`base_fingerprint` of the network as it was when its first adapter came; None if that is not known."""
+        merged = any(layer.merged for layer in self.model.modules() if isinstance(layer, BaseTunerLayer))
+        if self._fingerprint is None and not merged:
+            self._fingerprint = base_fingerprint(self.model)
+        return self._fingerprint
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT puts the cast parameters in place of the old ones, and new parameters require gradients.

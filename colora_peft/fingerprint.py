@@ -1,0 +1,120 @@
+"""Which base an adapter was trained on: a short fingerprint of the base's weights, kept in the adapter's configuration.
+
+Two networks of one architecture take each other's adapters without a complaint, and what comes out is wrong pictures.
+The fingerprint tells them apart. It is ours: PEFT stores a name alone, which says nothing about the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .offloading import is_offloaded
+
+if TYPE_CHECKING:
+    from .config import CoLoRAConfig
+
+__all__ = ["base_fingerprint", "is_other_base", "note_base"]
+
+SCHEME = "sha256-float32"
+"""Names the way of counting. A fingerprint of another scheme cannot be compared."""
+
+_WRAPPERS = (".base_layer.", ".original_module.")  # what PEFT puts between a module and its own weights
+_COPIES = "modules_to_save"  # PEFT's trained copies of whole modules
+_SHELLS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # compiled, checkpointed
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """A fingerprint of the weights of a network, without the adapters that it may carry.
+
+    Of the names, shapes and float32 values of its parameters, in the order of their names; buffers are left out, since
+    running statistics change while an adapter is trained. It is the same before and after adapters are put on, and
+    whatever memory format or device the weights have. 17 M parameters take about 50 ms on one core.
+
+    Args:
+        model: The network; not what `get_peft_model` returned but what that wraps.
+
+    Returns:
+        "sha256-float32:" and 64 hexadecimal digits; None where the network does not hold all of its weights in
+        float32: offloaded, sharded, quantised and half precision weights would give another fingerprint than the same
+        network in full.
+
+    Raises:
+        ValueError: An adapter is merged into the weights.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"An adapter is merged into layer {name!r}, so the weights are not those of the base: call "
+                "unmerge_adapter() first."
+            )
+    weights = dict(_base_weights(model))
+    if not weights or not all(_is_whole(name, weight) for name, weight in weights.items()):
+        return None
+    if any(is_offloaded(module) for module in model.modules()):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().numpy())
+    return f"{SCHEME}:{digest.hexdigest()}"
+
+
+def is_other_base(adapter: str | None, base: str | None) -> bool:
+    """Whether two fingerprints are certainly of different weights: both known, and made in the same way."""
+    if adapter is None or base is None:
+        return False
+    return adapter != base and adapter.startswith(f"{SCHEME}:") and base.startswith(f"{SCHEME}:")
+
+
+def note_base(config: CoLoRAConfig, adapter_name: str, model: nn.Module, fingerprint: str | None) -> None:
+    """Write into the configuration of a new adapter which base it is for; warn where a given one is for another.
+
+    A warning only: PEFT checks no bases, and to train on from the adapter of another one may be intended.
+    `colora_peft.load` refuses. This is noted when the adapter is put on, not when it is saved: training biases changes
+    the base.
+    """
+    if is_other_base(config.base_fingerprint, fingerprint):
+        warnings.warn(
+            f"Adapter {adapter_name!r} was made for another network than this one: the weights of its base "
+            f"({config.base_model_name_or_path}) differ, so do the results.",
+            stacklevel=2,
+        )
+    if not config.inference_mode:
+        config.base_fingerprint = fingerprint
+        if config.revision is None:  # transformers remembers the commit of what came from the Hub
+            config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the network itself, under the names that they have without adapters."""
+    # The adapters of any method that PEFT knows, by the layers that hold them.
+    added = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for attribute in module.adapter_layer_names
+        if isinstance(getattr(module, attribute, None), nn.Module)
+        for parameter in getattr(module, attribute).parameters()
+    }
+    for name, weight in model.named_parameters():
+        if id(weight) in added or _COPIES in name.split("."):
+            continue
+        for shell in _SHELLS:
+            name = name.replace(shell, "")
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, ".")
+        yield name, weight
+
+
+def _is_whole(name: str, weight: Tensor) -> bool:
+    """Whether all values are there in float32; FSDP and DeepSpeed keep the names of what is elsewhere."""
+    is_sharded = "_fsdp_wrapped_module." in name or hasattr(weight, "ds_id")
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.is_meta and not is_sharded
