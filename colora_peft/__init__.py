@@ -10,7 +10,9 @@ from .adaptable import adaptable_layers, weight_matrix_shape
 from .allocation import adapter_parameters, allocate_ranks
 from .config import CoLoRAConfig
 from .contribution import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
+from .fingerprint import base_fingerprint
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from .hub import load
 from .layer import CoLoRALayer
 from .lora_export import save_as_lora
 from .model import CoLoRAModel
@@ -30,8 +32,10 @@ __all__ = [
     "adaptable_layers",
     "adapter_parameters",
     "allocate_ranks",
+    "base_fingerprint",
     "estimate_contributions",
     "hotswap_adapter",
+    "load",
     "prepare_model_for_compiled_hotswap",
     "rename_adapter",
     "save_as_lora",

@@ -11,10 +11,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageToImage
 
-__all__ = ["load_backbone", "register_backbones"]
+from .hub_files import NETWORK_FILES, Source, fetch
+
+__all__ = ["load_backbone", "load_from_folder", "register_backbones"]
 
 _ENTRY_POINTS = "colora_peft.backbones"
 _MODULE_AND_FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
@@ -44,19 +47,41 @@ def load_backbone(
         token: For private repositories, as in transformers.
 
     Raises:
-        ValueError: if a function is named together with `revision` or `subfolder`, or its module or name is not there.
+        ValueError: if a function is named together with `revision` or `subfolder`, or its module or name is not there;
+            or if there is no network in safetensors, or a damaged or unknown one.
         TypeError: if what it returns is not an `nn.Module`.
-        OSError: if transformers finds no such folder or repository, or no network in it.
+        OSError: if there is no such folder or repository, or the Hub does not answer.
     """
     match = _MODULE_AND_FUNCTION.fullmatch(str(name_or_path))
     if match and not Path(name_or_path).exists():
         if revision is not None or subfolder:
             raise ValueError(f"{name_or_path} is a function: leave out revision and subfolder.")
         return _call(match["module"], match["function"]).float().eval()
+    source = Source(str(name_or_path), revision, subfolder, token)
+    return load_from_folder(fetch(source, (NETWORK_FILES,)), source)
+
+
+def load_from_folder(folder: Path, source: Source) -> nn.Module:
+    """The network in `folder`, as `load_backbone`; it remembers from where on the Hub it came.
+
+    Raises:
+        ValueError: its files are damaged, or of a kind of network that no installed package knows.
+    """
     register_backbones()
-    return AutoModelForImageToImage.from_pretrained(
-        name_or_path, dtype=torch.float32, revision=revision or "main", subfolder=subfolder, token=token
-    )
+    try:
+        network = AutoModelForImageToImage.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            use_safetensors=True,  # never a pickle, nor code that came with it
+            trust_remote_code=False,
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"The network {source} cannot be loaded: {error}") from error
+    if source.is_hub_id and not source.subfolder:
+        # Not the folder in this machine's cache: adapters that are trained on it write down where it is from.
+        network.name_or_path = network.config.name_or_path = source.name_or_path
+        network.config._commit_hash = folder.name
+    return network.eval()
 
 
 def _call(module_name: str, function_name: str) -> nn.Module:

@@ -1,0 +1,254 @@
+"""Use somebody else's adapter, or share one's own: from an id on the Hub, or a folder, to a network that restores.
+
+What comes from elsewhere is not trusted: `colora_peft.hub_files` fetches JSON and safetensors alone, a base that would
+have to be built by a function is not built, and a base with other weights than the adapter was trained on is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .backbones import load_backbone, load_from_folder
+from .config import CoLoRAConfig
+from .fingerprint import base_fingerprint, is_other_base
+from .hub_files import ADAPTER_FILES, CLIENT_ERRORS, NETWORK_FILES, Source, fetch, in_words
+from .model import CoLoRAModel
+
+__all__ = ["create_hub_repo", "load", "push_folder"]
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
+RESULT_FILES = (*ADAPTER_FILES, *NETWORK_FILES, "README.md", "metrics.json", "contributions.json")
+"""What a training run leaves for others; besides, the pictures that its card shows."""
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+
+
+# ------------------------------------------------------------------------------------------------------------- load
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    base: str | Path | nn.Module | None = None,
+    adapter_name: str = "default",
+) -> nn.Module:
+    """A network that restores, in evaluation mode: an adapter on its base, or a network that was tuned as a whole.
+
+    Args:
+        name_or_path: A folder or an id on the Hub, with an adapter or with a network.
+        revision: Branch, tag or commit on the Hub.
+        subfolder: Folder inside of it.
+        token: For private repositories: True or None takes the one that `hf auth login` has stored.
+        base: The network that the adapter was trained on, where it is not found by the name that the adapter has for
+            it: a folder, an id on the Hub, `module:function`, or the network itself, which then carries the adapter.
+            A network that carries adapters by now (what this function returned) gets a further one, which is active.
+        adapter_name: What the adapter is called inside the network.
+
+    Returns:
+        The `PeftModel` of an adapter, the bare network of a network.
+
+    Raises:
+        OSError: There is no such folder or repository, access is refused, the Hub does not answer, or the base is not
+            found.
+        ValueError: The files are incomplete, damaged, not those of a CoLoRA adapter, or of a method version that this
+            package does not read; they hold a pickle; or the base has other weights than the adapter was trained on.
+        TypeError: `base` is of another kind.
+
+    Warns:
+        UserWarning: The adapter does not say which weights its base has, as those of older versions, or the base given
+            is not in float32: then nobody checks that it is the right one.
+    """
+    source = Source(str(name_or_path), revision, subfolder, token)
+    folder = fetch(source)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        if base is not None:
+            raise ValueError(f"{source} is a whole network, no adapter: leave out base.")
+        return load_from_folder(folder, source)
+    config = _read_config(folder, source)
+    _check_readable(folder / ADAPTER_WEIGHTS, source)
+    if isinstance(base, nn.Module):
+        network = base
+    elif base is None:
+        network = _find_base(config, folder, source)
+    elif isinstance(base, str | Path):
+        network = load_backbone(str(base), token=token)
+    else:
+        raise TypeError(f"The base is a {type(base).__name__}: pass a folder, an id on the Hub, or a network.")
+    return _attach(network, folder, config, adapter_name, source)
+
+
+def _read_config(folder: Path, source: Source) -> CoLoRAConfig:
+    """The configuration of the adapter, which nothing outside of its file has a part in."""
+    file = folder / ADAPTER_CONFIG
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        peft_type = content["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"The {ADAPTER_CONFIG} of {source} is damaged ({error!r}): {_remedy(file)}.") from error
+    if peft_type != "COLORA":
+        raise ValueError(
+            f"{source} is an adapter of the PEFT method {peft_type!r}, not COLORA: load it with "
+            "peft.PeftModel.from_pretrained."
+        )
+    if isinstance(content.get("contributions"), str):  # would be read as the path of a file
+        raise ValueError(f"The contributions of {source} are a path instead of scores: {_remedy(file)}.")
+    try:
+        return CoLoRAConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"The adapter {source} cannot be used. {error}") from error
+
+
+def _check_readable(file: Path, source: Source) -> None:
+    """Before anything is changed: whether the file is whole, as far as its header tells."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"The {file.name} of {source} is damaged ({error}): {_remedy(file)}.") from error
+
+
+def _remedy(file: Path) -> str:
+    return f"take it anew from where it came from (here it is {file})"
+
+
+# ------------------------------------------------------------------------------------------------------------- base
+
+
+def _find_base(config: CoLoRAConfig, folder: Path, source: Source) -> nn.Module:
+    """The network that the adapter names as its base."""
+    name = config.base_model_name_or_path
+    ask = "pass base=, the network that it was trained on (a folder, an id on the Hub, or the network itself)"
+    if not name:
+        raise ValueError(f"The adapter {source} does not name its base: {ask}.")
+    if _FUNCTION.fullmatch(name) and not Path(name).exists():
+        raise ValueError(
+            f"The base of {source} is made by the function {name}, which an adapter cannot call by itself: if you "
+            f"trust it, pass base={name!r}."
+        )
+    # Runs are started anywhere: a folder is looked for from here, and from wherever the adapter lies.
+    starts = [Path.cwd(), *(folder.resolve().parents if source.is_folder else ())]
+    for start in starts:
+        if (start / name / NETWORK_FILES[0]).is_file():
+            return load_backbone(str(start / name))
+    if not Source(name).is_hub_id:
+        raise FileNotFoundError(f"The base of {source}, the folder {name}, is not on this machine: {ask}.")
+    try:
+        return load_backbone(name, revision=config.revision, token=source.token)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"The base {name} of {source} was not found. {error} Or {ask}.") from error
+
+
+def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name: str, source: Source) -> nn.Module:
+    """Put the adapter onto the network, if that is the one it was trained on."""
+    adapted = isinstance(network, PeftModel)
+    if adapted and not isinstance(network.base_model, CoLoRAModel):
+        raise ValueError("The base carries adapters of another PEFT method: pass the bare network.")
+    if adapted and adapter_name in network.peft_config:
+        raise ValueError(f"The base has an adapter {adapter_name!r}: choose another adapter_name.")
+    fingerprint = network.base_model.fingerprint_of_base() if adapted else base_fingerprint(network)
+    if is_other_base(config.base_fingerprint, fingerprint):
+        raise ValueError(
+            f"The adapter {source} was trained on another network than the one it is to be put on: the weights "
+            f"differ. Pass base=, the one that it calls {config.base_model_name_or_path!r}."
+        )
+    if config.base_fingerprint is None or fingerprint is None:
+        what = f"The adapter {source} does not say" if config.base_fingerprint is None else "The base does not show"
+        warnings.warn(
+            f"{what} which weights its base has: whether {config.base_model_name_or_path!r} is the right one was not "
+            "checked.",
+            stacklevel=3,
+        )
+    device = str(next(network.parameters()).device)
+    try:
+        if adapted:
+            network.load_adapter(str(folder), adapter_name, torch_device=device)
+            network.set_adapter(adapter_name, inference_mode=True)
+            return network.eval()
+        model = PeftModel.from_pretrained(network, str(folder), adapter_name, config=config, torch_device=device)
+        return model.eval()
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"The adapter {source} cannot be put on a {type(network).__name__}. {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- push
+
+
+def create_hub_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Make the repository to push to, unless it is there; its full id. Shows before a training that pushing may work.
+
+    Raises:
+        OSError: The Hub refuses, or does not answer.
+        ValueError: It is to be private but is there and public; or the id is none.
+    """
+    api, source = HfApi(token=token), Source(repo_id)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        is_private = api.model_info(repo_id).private if private else None
+    except CLIENT_ERRORS as error:
+        raise OSError(f"Cannot push to {repo_id}. {in_words(error, source)}") from error
+    if private and not is_private:
+        raise ValueError(
+            f"The repository {repo_id} is there and public: make it private on its page, or name another."
+        )
+    return repo_id
+
+
+def push_folder(
+    folder: str | Path, repo_id: str, *, token: str | bool | None = None, message: str = "Upload with colora_peft"
+) -> str:
+    """Push the result of a run in one commit: `RESULT_FILES`, and the pictures that its card shows.
+
+    Args:
+        folder: What `finetune.py` or `pretrain.py` wrote; checkpoints and logs in it stay here.
+        repo_id: A repository that is there (`create_hub_repo`).
+        token: Default: the one that `hf auth login` has stored.
+        message: Of the commit.
+
+    Returns:
+        The hash of the commit.
+
+    Raises:
+        OSError: The Hub refuses, or does not answer; nothing was pushed.
+        ValueError: There is no result in the folder, or a picture of the card is missing.
+    """
+    files = files_to_push(Path(folder))
+    try:
+        commit = HfApi(token=token).upload_folder(
+            folder_path=folder, repo_id=repo_id, allow_patterns=list(files), commit_message=message
+        )
+    except CLIENT_ERRORS as error:
+        raise OSError(f"The result in {folder} was not pushed. {in_words(error, Source(repo_id))}") from error
+    return commit.oid
+
+
+def files_to_push(folder: Path) -> Sequence[str]:
+    """Names of what `push_folder` pushes.
+
+    Raises:
+        ValueError: There is no result in the folder, or a picture of the card is missing.
+    """
+    names = [name for name in RESULT_FILES if (folder / name).is_file()]
+    if not any(weights in names for weights in (ADAPTER_WEIGHTS, NETWORK_FILES[1])):
+        raise ValueError(f"There is no adapter and no network in {folder}: push the output folder of a finished run.")
+    card = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in names else ""
+    for picture in dict.fromkeys(_PICTURE.findall(card)):
+        if "://" in picture:
+            continue
+        path = (folder / picture).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            raise ValueError(f"The card in {folder} shows {picture}, which is not in there: remove it from README.md.")
+        names.append(picture)
+    return names

@@ -1,0 +1,182 @@
+"""The files of an adapter or a network, from a folder or from the Hub: which are read, and what is said on failure.
+
+Only JSON and safetensors are asked for, by fixed names: no pickle is fetched, no code, and no name that a repository
+chose becomes a path here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from .messages import some
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+NETWORK_FILES = ("config.json", "model.safetensors")
+
+# HTTPError is the root of the errors of the library below the client: requests, httpx or httpx2, by its version.
+CLIENT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where something is loaded from: a folder, or a repository on the Hub at a revision; and the folder inside."""
+
+    name_or_path: str
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | bool | None = None
+
+    def __post_init__(self) -> None:
+        parts = PurePosixPath(self.subfolder).parts
+        if self.subfolder.startswith("/") or "\\" in self.subfolder or ".." in parts:
+            raise ValueError(f"The subfolder {self.subfolder!r} leads out of {self.name_or_path}: name one inside.")
+
+    def __str__(self) -> str:
+        return self.name_or_path + (f"/{self.subfolder}" if self.subfolder else "")
+
+    @property
+    def is_folder(self) -> bool:
+        return Path(self.name_or_path).is_dir()
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether it could be an id on the Hub, and is no folder."""
+        try:
+            validate_repo_id(self.name_or_path)
+        except HFValidationError:
+            return False
+        return not self.is_folder
+
+
+def fetch(source: Source, kinds: tuple[tuple[str, str], ...] = (ADAPTER_FILES, NETWORK_FILES)) -> Path:
+    """The folder, on this machine, with the files of an adapter or else of a network.
+
+    From the Hub it is a snapshot in the client's cache; what is there already is not fetched again. Where the Hub does
+    not answer, the cached snapshot is used.
+
+    Args:
+        source: Where from.
+        kinds: Pairs of configuration and weights that will do; the first whose configuration is there counts.
+
+    Raises:
+        OSError: There is no such folder or repository, access is refused, the Hub does not answer, or a download was
+            cut short.
+        ValueError: It holds none of the pairs, or one without its weights in safetensors.
+
+    Warns:
+        UserWarning: The Hub does not answer and the cached snapshot is used.
+    """
+    if source.is_folder:
+        folder = Path(source.name_or_path) / source.subfolder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {source.subfolder!r} in {source.name_or_path}.")
+        _choose(source, {path.name for path in folder.iterdir()}, kinds)
+        return folder
+    if not source.is_hub_id:
+        raise FileNotFoundError(
+            f"There is no folder {source.name_or_path}, nor can the Hub have a model of that name: check the name."
+        )
+    try:
+        return _download(source, kinds)
+    except OfflineModeIsEnabled as error:
+        folder = _cached(source, kinds)
+        if folder is None:
+            raise FileNotFoundError(
+                f"{source} is not in the cache of this machine and HF_HUB_OFFLINE is set: load it once while online."
+            ) from error
+        return folder
+    except CLIENT_ERRORS as error:
+        folder = _cached(source, kinds) if _is_unreachable(error) else None
+        if folder is None:
+            raise OSError(in_words(error, source)) from error
+        warnings.warn(f"{in_words(error, source)} The copy in the cache is used.", stacklevel=3)
+        return folder
+
+
+def _download(source: Source, kinds: tuple[tuple[str, str], ...]) -> Path:
+    """Both files of one commit, even where somebody pushes another meanwhile."""
+    info = HfApi().model_info(
+        source.name_or_path, revision=source.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT, token=source.token
+    )
+    prefix = f"{PurePosixPath(source.subfolder)}/" if source.subfolder else ""
+    inside = [sibling.rfilename for sibling in info.siblings or [] if sibling.rfilename.startswith(prefix)]
+    names = _choose(source, {name.removeprefix(prefix) for name in inside}, kinds)
+    # By the revision first, so that the client notes in its cache where a branch is at; then of that very commit.
+    config, weights = (prefix + name for name in names)
+    path = Path(hf_hub_download(source.name_or_path, config, revision=source.revision, token=source.token))
+    commit = path.parents[len(PurePosixPath(config).parts) - 1].name
+    hf_hub_download(source.name_or_path, weights, revision=commit, token=source.token)
+    return path.parent
+
+
+def _cached(source: Source, kinds: tuple[tuple[str, str], ...]) -> Path | None:
+    """The folder of the newest snapshot known of that revision, if it holds all that is needed."""
+    prefix = f"{PurePosixPath(source.subfolder)}/" if source.subfolder else ""
+    for names in kinds:
+        found = [try_to_load_from_cache(source.name_or_path, prefix + n, revision=source.revision) for n in names]
+        if all(isinstance(path, str) for path in found):
+            return Path(found[0]).parent
+    return None
+
+
+def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    """The first of `kinds` that is among `names`.
+
+    Raises:
+        ValueError: None is, or its weights are missing or a pickle.
+    """
+    for config, weights in kinds:
+        if config not in names:
+            continue
+        if weights in names:
+            return config, weights
+        pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+        if pickles:
+            raise ValueError(
+                f"{source} has its weights in {some(pickles, 3)} only, a pickle, which can run code when it is opened "
+                f"and is not: ask for {weights}."
+            )
+        raise ValueError(f"{source} has {config} but no {weights}: it is incomplete, ask who made it.")
+    wanted = " or ".join(config for config, _ in kinds)
+    raise ValueError(f"{source} holds no {wanted}, so there is nothing to load: check the name and the subfolder.")
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the Hub gave no answer, or one that says that it is ill."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is None or status >= 500
+
+
+def in_words(error: Exception, source: Source) -> str:
+    """One sentence on what the Hub, or the way to it, has against `source`, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"{source} is gated: ask for access on its page, then log in (`hf auth login`) or pass token=."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{source} has no revision {source.revision!r}: check the name of the branch, tag or commit."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no model {source.name_or_path} on the Hub, or it is private: check the name, log in "
+            "(`hf auth login`) or pass token=."
+        )
+    if status in (401, 403):
+        return f"The Hub refused access to {source} ({status}): check your token and what it may do."
+    if status is not None:
+        return f"The Hub answered {status} when asked for {source}: try again later."
+    return (
+        f"{source} could not be fetched from {constants.ENDPOINT} ({type(error).__name__}: {error}): check the "
+        "connection and try again."
+    )
