@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -9,20 +10,26 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
+
+PIPELINE_TAG = "image-to-image"
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a card says about the run: the data with its licence, the hardware, seconds of training."""
+    """What a card says about the run: the data with its licence, the hardware, seconds of training, and the id of the
+    data set where that is on the Hub."""
 
     data: str
     hardware: str
     seconds: float
     processes: int
+    dataset: str | None = None
 
 
 def hardware_name(device: torch.device) -> str:
@@ -47,13 +54,40 @@ def command_line() -> str:
     return f"{'accelerate launch' if launched else 'python'} {shlex.join(sys.argv)}"
 
 
-def backbone_card(model: nn.Module, name: str, method: str, facts: RunFacts) -> str:
-    """Markdown card of a pre-trained network. `method` is one sentence on how it was trained."""
+def loading_code(name_or_path: str, base: str | None = None) -> str:
+    """Python that loads the result of a run and restores a picture with it.
+
+    Args:
+        name_or_path: What to load it from: a folder or an id on the Hub.
+        base: Where that is to be given: the network under the adapter, which its own configuration does not name in a
+            way that means anything on another machine.
+    """
+    given = "" if base is None else f", base={json.dumps(base)}"
+    return f"""import colora_peft
+from colora_peft.images import read_image, to_pil
+
+model = colora_peft.load({json.dumps(name_or_path)}{given})
+picture = read_image("photo.jpg")
+restored = model(pixel_values=picture[None]).reconstruction[0].detach().clamp(0, 1)
+to_pil(restored).save("restored.png")"""
+
+
+def backbone_card(model: nn.Module, name: str, loads_from: str, method: str, facts: RunFacts) -> str:
+    """Markdown card of a pre-trained network.
+
+    Args:
+        model: The network.
+        name: Heading.
+        loads_from: Folder or Hub id that it can be loaded from.
+        method: One sentence on how it was trained.
+        facts: Data, hardware, seconds.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag=PIPELINE_TAG, tags=["image-restoration", "colora", "prod"]
+    )
     return f"""---
-library_name: transformers
-pipeline_tag: image-to-image
-tags: [image-restoration, colora, prod]
+{metadata.to_yaml()}
 ---
 
 # {name}
@@ -62,51 +96,77 @@ tags: [image-restoration, colora, prod]
 
 | | |
 |---|---|
-| Data | {facts.data} |
+| Data | {_cell(facts.data)} |
 | Training | {facts.seconds / 60:.0f} minutes on {facts.processes} x {facts.hardware} |
-| Software | torch {torch.__version__}, Python {platform.python_version()} |
+| Software | {_software()} |
 
 ```
 {command_line()}
 ```
 
 ```python
-import colora_peft.models
-from transformers import AutoModelForImageToImage
-
-model = AutoModelForImageToImage.from_pretrained("{name}")
+{loading_code(loads_from)}
 ```
 """
 
 
-def adapted_card(
-    title: str, base: str, snippet: str, metrics: Mapping[str, object], facts: RunFacts, is_adapter: bool
-) -> str:
-    """Markdown card of a fine-tuned network or adapter: what came out, and the code that loads it.
+@dataclass(frozen=True)
+class AdaptedNetwork:
+    """What a card says about the result of a fine-tuning.
 
     Args:
         title: Heading.
+        loads_from: Folder or Hub id that it can be loaded from.
         base: Folder or Hub id of the pre-trained network.
-        snippet: Python that loads the result.
+        base_revision: Its commit on the Hub, where it is from there.
+        is_adapter: Whether the result is an adapter for `base`, or a network of its own.
+        pictures: File name beside the card to what it shows.
+    """
+
+    title: str
+    loads_from: str
+    base: str
+    base_revision: str | None
+    is_adapter: bool
+    pictures: Mapping[str, str]
+
+    @property
+    def is_base_on_hub(self) -> bool:
+        return re.fullmatch(r"[\w.-]+/[\w.-]+", self.base) is not None and not Path(self.base).exists()
+
+    def code(self) -> str:
+        """Python that loads it; a base that others cannot find by its name is asked for where they will look."""
+        is_shared = not Path(self.loads_from).exists()
+        is_function = ":" in self.base and not Path(self.base).exists()
+        is_asked_for = self.is_adapter and (is_function or (is_shared and not self.is_base_on_hub))
+        return loading_code(self.loads_from, self.base if is_asked_for else None)
+
+
+def adapted_card(result: AdaptedNetwork, metrics: Mapping[str, object], facts: RunFacts) -> str:
+    """Markdown card of a fine-tuned network or adapter: what came out, how, and the code that loads it.
+
+    Args:
+        result: What the run made, of what.
         metrics: What `examples/finetune.py` writes as metrics.json.
         facts: Data, hardware, seconds.
-        is_adapter: Whether the result is an adapter for `base`, or a network of its own.
     """
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
-    base_line = f"base_model: {base}\n" if on_hub else ""
-    library, tags = ("peft", "image-restoration, colora") if is_adapter else ("transformers", "image-restoration")
-    share = "trainable_ratio" if is_adapter else "trainable_ratio_of_model"
-    of_what = "of the weights of its layers" if is_adapter else "of its parameters"
+    share = "trainable_ratio" if result.is_adapter else "trainable_ratio_of_model"
+    of_what = "of the weights of its layers" if result.is_adapter else "of its parameters"
+    revision = f" at `{result.base_revision}`" if result.base_revision else ""
+    budget = f", budget {metrics['parameter_budget']:.2%}" if result.is_adapter else ""
+    pictures = "\n\n".join(f"![{shows}]({name})" for name, shows in result.pictures.items())
     return f"""---
-library_name: {library}
-pipeline_tag: image-to-image
-{base_line}tags: [{tags}]
+{_metadata(result, metrics, facts).to_yaml()}
 ---
 
-# {title}
+# {result.title}
 
-`{base}` adapted with the method `{metrics["method"]}`: {metrics["trainable_parameters"]:,} parameters trained,
-{metrics[share]:.2%} {of_what}.
+`{result.base}`{revision} adapted with the method `{metrics["method"]}`: {metrics["trainable_parameters"]:,} parameters
+trained, {metrics[share]:.2%} {of_what}{budget}.
+
+```python
+{result.code()}
+```
 
 | {metrics["eval_pairs"]} held-out pairs | PSNR (dB) | SSIM |
 |---|---|---|
@@ -116,19 +176,51 @@ pipeline_tag: image-to-image
 
 In RGB on [0, 1] after rounding to 8 bits, per picture, then averaged.
 
-![input, restored, target](before_after.png)
+{pictures}
 
 | | |
 |---|---|
-| Data | {facts.data} |
-| Training | {facts.seconds:.0f} seconds on {facts.processes} x {facts.hardware}, seed {metrics["seed"]} |
-| Software | torch {torch.__version__}, Python {platform.python_version()} |
+| Data | {_cell(facts.data)}; {metrics["train_pairs"]} pairs to train on, {metrics["eval_pairs"]} held out |
+| Training | {metrics["max_train_steps"]} steps, {facts.seconds:.0f} seconds, seed {metrics["seed"]} |
+| Hardware | {facts.processes} x {facts.hardware} |
+| Software | {_software()} |
 
 ```
 {command_line()}
 ```
-
-```python
-{snippet}
-```
 """
+
+
+def _metadata(result: AdaptedNetwork, metrics: Mapping[str, object], facts: RunFacts) -> ModelCardData:
+    """The head of the card, by which the Hub finds and shows it; the figures as a model-index."""
+    dataset = facts.dataset or "custom"
+    results = [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=dataset,
+            dataset_name=facts.data,
+            metric_type=figure,
+            metric_name=f"{figure.upper()} on {metrics['eval_pairs']} held-out pairs",
+            metric_value=round(float(metrics[f"{figure}_after"]), 4),
+        )
+        for figure in ("psnr", "ssim")
+    ]
+    return ModelCardData(
+        model_name=result.title,
+        eval_results=results,
+        base_model=result.base if result.is_base_on_hub else None,
+        datasets=[facts.dataset] if facts.dataset else None,
+        library_name="peft" if result.is_adapter else "transformers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=["image-restoration", "colora"] if result.is_adapter else ["image-restoration"],
+    )
+
+
+def _cell(text: str) -> str:
+    """Text of the user's that stays inside one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _software() -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("colora-peft", "peft", "transformers", "torch"))
+    return f"{packages}, Python {platform.python_version()}"

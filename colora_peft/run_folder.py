@@ -18,7 +18,7 @@ _RUN_FILE = "run.json"
 _FREE = frozenset(
     {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
     | {"dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    | {"validation_steps", "report_to"}
+    | {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo"}
 )
 
 

@@ -52,6 +52,16 @@ class TrainArguments:
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that prepare patches; 0 prepares them in the training process."}
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Push the result to the Hub at the end, as who `hf auth login` has logged in."},
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to. Default: the name of --output_dir, under your name."}
+    )
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Make that repository private; one that is there and public is refused."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "per_device_train_batch_size", "resolution", "checkpointing_steps"):
@@ -62,6 +72,8 @@ class TrainArguments:
         check_seed(self.seed)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {self.ema_decay}.")
+        if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:
+            raise ValueError("--hub_model_id and --hub_private_repo have no effect without --push_to_hub: add it.")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):

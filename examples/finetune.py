@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from restoration_task import (
     CONTRIBUTIONS_FILE,
+    FIGURE_FILE,
     TaskArguments,
     load_network,
     load_pairs,
@@ -33,10 +34,11 @@ from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, adaptable_layers
 from colora_peft.allocation import check_same_names
-from colora_peft.cards import RunFacts, adapted_card, hardware_name
+from colora_peft.cards import AdaptedNetwork, RunFacts, adapted_card, hardware_name
 from colora_peft.evaluation import evaluate, restore_some
 from colora_peft.figures import check_figures_can_be_drawn, save_before_after
 from colora_peft.files import write_json, write_text
+from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
 from colora_peft.run_folder import check_output_dir, create_output_dir
@@ -68,6 +70,9 @@ class FinetuneArguments(TaskArguments, TrainArguments):
     contributions: str | None = field(
         default=None,
         metadata={"help": "File of contributions that contribution.py measured; none are measured then (colora)."},
+    )
+    data_card: str | None = field(
+        default=None, metadata={"help": "What the photos are and their licence, for the model card."}
     )
 
     def __post_init__(self) -> None:
@@ -140,6 +145,12 @@ def main(args: FinetuneArguments) -> None:
     if contributions is None and args.method == "colora":
         contributions = measure_contributions(model, patches, args, accelerator)
     model = prepare_for_tuning(model, args.method, args.adapter_config(contributions and contributions.scores))
+    if isinstance(model, PeftModel) and model.peft_config["default"].base_model_name_or_path is None:
+        model.peft_config["default"].base_model_name_or_path = args.model_name_or_path  # a function
+    if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
+        args.hub_model_id = create_hub_repo(
+            args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None
+        )
     create_output_dir(args, accelerator)
     if accelerator.is_main_process and isinstance(model, PeftModel):
         ranks = model.peft_config["default"].ranks
@@ -151,7 +162,13 @@ def main(args: FinetuneArguments) -> None:
     after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
     accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
     if accelerator.is_main_process:
-        facts = RunFacts(data_description(args), hardware_name(accelerator.device), seconds, accelerator.num_processes)
+        facts = RunFacts(
+            data_description(args),
+            hardware_name(accelerator.device),
+            seconds,
+            accelerator.num_processes,
+            args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None,
+        )
         metrics = {
             **quality_metrics(before, after),
             **sizes,
@@ -186,12 +203,23 @@ def save(
     facts: RunFacts,
     args: FinetuneArguments,
 ) -> None:
-    """Write the result, its pictures, its card and last the metrics, and say how to load it."""
+    """Write the result, its pictures, its card and last the metrics, say how to load it, and push it if asked to."""
     output_dir = Path(args.output_dir)
     model.save_pretrained(output_dir)
     save_before_after(restore_some(model, eval_pairs, count=4), output_dir / "before_after.png")
     is_adapter = isinstance(model, PeftModel)
-    snippet = loading_code(args, is_adapter)
+    pictures = {"before_after.png": "input, restored, target"}
+    if is_adapter:
+        pictures[FIGURE_FILE] = "score and rank of each layer"
+    network = model.get_base_model() if is_adapter else model
+    result = AdaptedNetwork(
+        title=output_dir.resolve().name,
+        loads_from=args.hub_model_id if args.push_to_hub else args.output_dir,
+        base=args.model_name_or_path,
+        base_revision=getattr(getattr(network, "config", None), "_commit_hash", None),
+        is_adapter=is_adapter,
+        pictures=pictures,
+    )
     metrics = {
         "method": args.method,
         "seed": args.seed,
@@ -199,29 +227,25 @@ def save(
         "seconds": facts.seconds,
         "learning_rate": args.learning_rate,
         "max_train_steps": args.max_train_steps,
+        "parameter_budget": args.parameter_budget if is_adapter else None,
         "hardware": facts.hardware,
         "processes": facts.processes,
         "torch": torch.__version__,
     }
-    card = adapted_card(output_dir.name, args.model_name_or_path, snippet, metrics, facts, is_adapter)
-    write_text(output_dir / "README.md", card)
+    write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
     write_json(output_dir / "metrics.json", metrics)
-    print(f"Saved in {output_dir}: the result, its card, metrics.json and pictures. Load it with:\n\n{snippet}")
-
-
-def loading_code(args: FinetuneArguments, is_adapter: bool) -> str:
-    """The three lines of Python that load the result."""
-    base = args.model_name_or_path if is_adapter else args.output_dir
-    lines = [
-        "import colora_peft.models, peft, transformers" if is_adapter else "import colora_peft.models, transformers",
-        f"model = transformers.AutoModelForImageToImage.from_pretrained({base!r})",
-    ]
-    if is_adapter:
-        lines.append(f"model = peft.PeftModel.from_pretrained(model, {args.output_dir!r})")
-    return "\n".join(lines)
+    print(f"Saved in {output_dir}: the result, its card, metrics.json and pictures.")
+    if args.push_to_hub:
+        commit = push_folder(output_dir, args.hub_model_id)
+        print(f"Pushed to {args.hub_model_id}, commit {commit}.")
+        if is_adapter and not result.is_base_on_hub:
+            print(f"Note: its base, {args.model_name_or_path}, is not on the Hub; who loads it must pass base=.")
+    print(f"Load it with:\n\n{result.code()}")
 
 
 def data_description(args: FinetuneArguments) -> str:
+    if args.data_card is not None:
+        return args.data_card
     if args.dataset_name is not None:
         return f"the dataset {args.dataset_name}"
     if args.train_dir is not None:

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
-from colora_peft.cards import RunFacts, backbone_card, hardware_name
+from colora_peft.cards import RunFacts, backbone_card, hardware_name, loading_code
 from colora_peft.config import PRIOR_CONTRIBUTIONS
 from colora_peft.figures import check_figures_can_be_drawn
 from colora_peft.files import relative_path, write_text
+from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.images import list_images
 from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.pairs import ImageFiles
@@ -105,6 +106,10 @@ def main(args: PretrainArguments) -> None:
         check_figures_can_be_drawn()
         eval_pairs = DegradedPictures(open_pictures(args.eval_dir, args.resolution), degradation, args.resolution)
     model = build_model(args)
+    if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
+        args.hub_model_id = create_hub_repo(
+            args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None
+        )
     create_output_dir(args, accelerator)
     model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
     if accelerator.is_main_process:
@@ -113,7 +118,7 @@ def main(args: PretrainArguments) -> None:
 
 
 def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, num_pictures: int) -> None:
-    """Write the network and its card into the output folder."""
+    """Write the network and its card into the output folder, and push them if asked to."""
     dtype = torch.float16 if args.half_precision_weights else torch.float32
     # The model itself stays float32, so its config says float32 and that is how it loads.
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
@@ -125,11 +130,13 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, num_p
         f"arXiv 2408.01099) on {num_pictures} clean pictures: {args.max_train_steps} steps of {batch} patches of "
         f"{args.resolution}x{args.resolution}, seed {args.seed}{averaged}."
     )
-    card = backbone_card(model, Path(args.output_dir).name, method, facts)
+    loads_from = args.hub_model_id if args.push_to_hub else args.output_dir
+    card = backbone_card(model, Path(args.output_dir).resolve().name, loads_from, method, facts)
     write_text(Path(args.output_dir) / "README.md", card)
-    print(f"\nSaved in {args.output_dir}. Load it with:\n")
-    print("import colora_peft.models\nfrom transformers import AutoModelForImageToImage")
-    print(f"model = AutoModelForImageToImage.from_pretrained({args.output_dir!r})")
+    print(f"\nSaved in {args.output_dir}.")
+    if args.push_to_hub:
+        print(f"Pushed to {args.hub_model_id}, commit {push_folder(args.output_dir, args.hub_model_id)}.")
+    print(f"Load it with:\n\n{loading_code(loads_from)}")
 
 
 if __name__ == "__main__":

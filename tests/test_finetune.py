@@ -61,9 +61,11 @@ from colora_peft.evaluation import evaluate
 from colora_peft.pairs import PairedImageFolder
 print(evaluate(model, PairedImageFolder({str(eval_dir)!r}), torch.device("cpu"), "")["psnr"])
 """
-    loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    Image.new("RGB", (40, 24), "teal").save(tmp_path / "photo.jpg")
+    loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr
     assert float(loaded.stdout) == pytest.approx(metrics["psnr_after"], abs=1e-3)
+    assert Image.open(tmp_path / "restored.png").size == (40, 24)
 
 
 def test_same_seed_gives_same_figures_and_other_seed_others(flags, tmp_path):
