@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -51,15 +50,16 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
         self.lock = threading.Lock()
+        self.answering = threading.Event()
+        """Cleared, every answer is withheld until it is set."""
         self.forget_faults()
 
     def forget_faults(self) -> None:
-        self.hang_seconds = 0.0
-        """How long every answer is withheld."""
+        self.answering.set()
         self.status: int | None = None
         """Every request is answered with this instead."""
         self.truncated = ""
-        """End of the name of the file of which only half arrives, whatever its header promises."""
+        """End of the name of the file of which only half arrives, and nothing more when it is asked for the rest."""
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
-        time.sleep(self.server.hang_seconds)
+        self.server.answering.wait(60)
         try:
             if self.server.status is not None:
                 self._error(self.server.status, "", "a fault that the test wants")
@@ -218,11 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, content, "application/octet-stream", **headers)
 
     def _send_half(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
         self.close_connection = True
+        if "Range" not in self.headers:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
 
 
 def _etag(content: bytes) -> str:
