@@ -20,11 +20,9 @@ from .fingerprint import base_fingerprint, note_base
 from .layer import CoLoRALayer
 from .loading import check_adapter_weights, weights_by_adapter
 from .messages import some
+from .mixed_batch import BASE_NAME, pass_adapter_names
 from .offloading import check_nothing_offloaded, is_offloaded
 from .targets import check_not_offloaded, matches, resolve_ranks
-
-BASE_NAME = "__base__"
-"""In `adapter_names`, as in PEFT: this sample gets no adapter."""
 
 
 class CoLoRAModel(BaseTuner):
@@ -76,6 +74,8 @@ class CoLoRAModel(BaseTuner):
         return self._fingerprint
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if not any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.model.parameters()):
+            return  # nothing that would be cast; to look for it layer by layer takes much longer
         # PEFT puts the cast parameters in place of the old ones, and new parameters require gradients.
         before = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -122,7 +122,7 @@ class CoLoRAModel(BaseTuner):
         try:
             for name, module in self.model.named_modules():
                 if isinstance(module, CoLoRALayer | AuxiliaryTrainingWrapper):
-                    hook = partial(_pass_adapter_names, name, list(adapter_names))
+                    hook = partial(pass_adapter_names, name, list(adapter_names))
                     hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -214,7 +214,7 @@ class CoLoRAModel(BaseTuner):
         if isinstance(tuner, CoLoRAModel):
             tuner.check_unmerged(adapter_name)
             # PEFT does not find the place of weights inside of wrappers for checkpointing.
-            own = {f"base_model.model.{name}" for name in tuner._own_weights().get(adapter_name, {})}
+            own = {f"base_model.model.{name}" for name in tuner._own_weights()[0].get(adapter_name, {})}
             remapped = {f"{key}.{adapter_name}" if key in own else key: tensor for key, tensor in remapped.items()}
             tuner._check_fit(remapped, "base_model.model.", adapter_name, shapes=False)
             tuner._loading = adapter_name
@@ -231,11 +231,19 @@ class CoLoRAModel(BaseTuner):
                     self._check_fit(state_dict, f"{prefix}model.", adapter)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _own_weights(self, remove_duplicate: bool = True) -> dict[str | None, dict[str, Tensor]]:
-        """Adapter weights of the network by adapter, under the names that state dicts have for them."""
-        parameters = self.model.named_parameters(remove_duplicate=remove_duplicate)
-        named = {name.replace("_checkpoint_wrapped_module.", ""): parameter for name, parameter in parameters}
-        return weights_by_adapter(named, "", self.prefix)
+    def _own_weights(self) -> tuple[dict[str | None, dict[str, Tensor]], set[str]]:
+        """Adapter weights of the network by adapter, under the names that state dicts have for them; and the other
+        names of weights that have several, because a block is registered twice."""
+        first_names, named, second_names = {}, {}, set()
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if self.prefix not in name:
+                continue
+            name = name.replace("_checkpoint_wrapped_module.", "")
+            if first_names.setdefault(id(parameter), name) == name:
+                named[name] = parameter
+            else:
+                second_names.add(name.rpartition(".")[0])
+        return weights_by_adapter(named, "", self.prefix), second_names
 
     def check_unmerged(self, adapter: str) -> None:
         """Check that unmerging will not subtract other weights than were added.
@@ -261,9 +269,9 @@ class CoLoRAModel(BaseTuner):
         if self._is_sharded():
             return
         loaded = weights_by_adapter(state_dict, prefix, self.prefix)
-        expected = self._own_weights().get(adapter, {})
-        # A block that is registered twice has two names, and some versions of PEFT save it under both.
-        second_names = self._own_weights(remove_duplicate=False).get(adapter, {}).keys() - expected.keys()
+        own, second_names = self._own_weights()
+        expected = own.get(adapter, {})
+        # Some versions of PEFT save what has two names under both.
         found = {name: t for name, t in loaded.get(adapter, {}).items() if name not in second_names}
         found |= loaded.get(None, {})
         if not names:
@@ -302,23 +310,3 @@ def tuner_of(model: nn.Module) -> CoLoRAModel:
     if not isinstance(model, PeftModel) or not isinstance(tuner, CoLoRAModel):
         raise TypeError(f"A {type(model).__name__} carries no CoLoRA adapters: pass what get_peft_model returned.")
     return tuner
-
-
-def _pass_adapter_names(
-    name: str, adapter_names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    """Hook before the forward pass of layer `name`, which gets `adapter_names` as an argument.
-
-    Raises:
-        ValueError: Its input does not have one row for each name.
-    """
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        # PEFT's wrapper of modules_to_save fails on adapters that have no copy of their own.
-        own = module._adapters
-        adapter_names = [adapter if adapter in own else BASE_NAME for adapter in adapter_names]
-    if args and args[0].shape[0] != len(adapter_names):
-        raise ValueError(
-            f"The adapter_names are {len(adapter_names)} but layer {name!r} receives {args[0].shape[0]} samples: give "
-            "one name for each sample; a network that folds other dimensions into the batch cannot mix adapters."
-        )
-    return args, {**kwargs, "adapter_names": adapter_names}
