@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from conftest import load_example
 from hub_server import TOKEN, HubServer
@@ -65,17 +66,16 @@ def output(model: nn.Module) -> torch.Tensor:
 @pytest.fixture
 def base(hub, tiny_nafnet) -> nn.Module:
     """The tiny network, as it comes from someone/base."""
-    load_backbone(str(tiny_nafnet)).push_to_hub("someone/base")
+    hub.add("someone/base", {path.name: path.read_bytes() for path in tiny_nafnet.iterdir()})
     return load_backbone("someone/base")
 
 
-@pytest.fixture
-def adapter_files(tiny_nafnet, tmp_path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def adapter_files(tiny_nafnet, tmp_path_factory) -> dict[str, bytes]:
     """Files of an adapter whose base is a folder."""
-    new_adapter(load_backbone(str(tiny_nafnet))).save_pretrained(tmp_path / "saved")
-    return {
-        name: (tmp_path / "saved" / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
-    }
+    folder = tmp_path_factory.mktemp("adapter")
+    new_adapter(load_backbone(str(tiny_nafnet))).save_pretrained(folder)
+    return {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
 
 
 def with_config(files: dict[str, bytes], **changes: object) -> dict[str, bytes]:
@@ -151,13 +151,14 @@ def test_a_subfolder(hub, base, adapter_files):
         colora_peft.load("someone/many")
 
 
-def test_a_whole_network_is_pulled_by_transformers_and_by_us(hub, base, tiny_nafnet):
-    expected = output(AutoModelForImageToImage.from_pretrained(tiny_nafnet))
-    assert torch.equal(output(AutoModelForImageToImage.from_pretrained("someone/base")), expected)
-    pulled = colora_peft.load("someone/base")
-    assert torch.equal(output(pulled), expected) and not pulled.training
-    with pytest.raises(ValueError, match="someone/base is a whole network.*leave out base"):
-        colora_peft.load("someone/base", base=base)
+def test_a_whole_network_is_pulled_by_transformers_and_by_us(hub, tiny_nafnet):
+    network = AutoModelForImageToImage.from_pretrained(tiny_nafnet)
+    network.push_to_hub("someone/network")
+    assert torch.equal(output(AutoModelForImageToImage.from_pretrained("someone/network")), output(network))
+    pulled = colora_peft.load("someone/network")
+    assert torch.equal(output(pulled), output(network)) and not pulled.training
+    with pytest.raises(ValueError, match="someone/network is a whole network.*leave out base"):
+        colora_peft.load("someone/network", base=network)
 
 
 def test_the_cache_serves_where_the_hub_does_not(hub, base, monkeypatch):
@@ -270,6 +271,12 @@ def broken_json(files):
     return {**files, "adapter_config.json": files["adapter_config.json"][:-9]}
 
 
+def a_weight_short(files):
+    weights = safetensors.torch.load(files["adapter_model.safetensors"])
+    del weights["base_model.model.intro.colora_B"]
+    return {**files, "adapter_model.safetensors": safetensors.torch.save(weights)}
+
+
 def changed(**changes: object):
     return lambda files: with_config(files, **changes)
 
@@ -285,7 +292,7 @@ BAD_FILES = {
     "other method": (changed(peft_type="LORA"), "adapter of the PEFT method 'LORA', not COLORA"),
     "a path as scores": (changed(contributions="/etc/hostname"), "contributions of someone/bad are a path"),
     "ranks of another network": (changed(ranks={"nowhere": 2}), "cannot be put on a NAFNet.*nowhere"),
-    "ranks that the weights do not have": (changed(ranks={"intro": 1}), "cannot be put on a NAFNet.*unexpected"),
+    "a weight short": (a_weight_short, "cannot be put on a NAFNet.*missing: intro.colora_B"),
     "senseless ranks": (changed(ranks={"intro": "two"}), "someone/bad cannot be used.*'two'"),
 }
 
@@ -364,7 +371,7 @@ def test_a_run_pushes_what_its_card_shows_and_the_snippet_of_the_card_works(
     flags = ["--train_dir", train_dir, "--eval_dir", eval_dir, "--model_name_or_path", tiny_nafnet]
     flags += ["--max_train_steps", 1, "--resolution", 32, "--output_dir", tmp_path / "out", "--probe_batches", 1]
     flags += ["--push_to_hub", "--hub_model_id", "someone/mine", "--hub_private_repo", "--data_card", "tests, CC0"]
-    finetune.main(HfArgumentParser(finetune.FinetuneArguments).parse_args_into_dataclasses(map(str, flags))[0])
+    finetune.main(HfArgumentParser(finetune.FinetuneArguments).parse_args_into_dataclasses([*map(str, flags)])[0])
     assert "is not on the Hub; who loads it must pass base=" in capsys.readouterr().out
 
     repo = hub.repos["someone/mine"]
@@ -415,7 +422,7 @@ def test_a_run_that_may_not_push_ends_before_it_begins(hub, train_dir, tiny_nafn
     pretrain = load_example("pretrain")
     flags = ["--train_dir", train_dir / "input", "--config_name", tiny_nafnet, "--output_dir", tmp_path / "out"]
     flags = [*flags, "--max_train_steps", 1, "--resolution", 32, "--push_to_hub"]
-    (args,) = HfArgumentParser(pretrain.PretrainArguments).parse_args_into_dataclasses(map(str, flags))
+    (args,) = HfArgumentParser(pretrain.PretrainArguments).parse_args_into_dataclasses([*map(str, flags)])
     with pytest.raises(OSError, match="Cannot push to out"):
         pretrain.main(args)
     assert not Path(args.output_dir).exists()
