@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adaptable import adaptable_layers, weight_matrix_shape
 from .allocation import is_dense
 from .config import CoLoRAConfig
+from .fingerprint import note_base
 from .layer import CoLoRALayer
 from .loading import check_adapter_weights, weights_by_adapter
 from .messages import some
@@ -81,6 +82,9 @@ def hotswap_adapter(
         TypeError: `model` is not a PeftModel with CoLoRA adapters, or the new adapter is of another method.
         ValueError: There is no such adapter, it is merged, one of the two trains more than deltas, the new one does
             not fit the network, or the network is offloaded.
+
+    Warns:
+        UserWarning: The new adapter was trained on another network than this one.
     """
     tuner = tuner_of(getattr(model, "_orig_mod", model))
     check_nothing_offloaded(tuner.model, "hotswap_adapter")
@@ -101,6 +105,8 @@ def hotswap_adapter(
     found = weights_by_adapter(named, "base_model.model.", tuner.prefix).get(adapter_name, {})
     expected = _expected_weights(config.ranks, adaptable_layers(tuner.model))
     check_adapter_weights(expected, found, adapter_name)
+    config.inference_mode = True
+    note_base(config, adapter_name, tuner.model, tuner.fingerprint_of_base())
     _swap(tuner, adapter_name, config, found)
 
 
@@ -154,5 +160,4 @@ def _swap(tuner: CoLoRAModel, adapter_name: str, config: CoLoRAConfig, weights: 
         }
         layer.place_adapter(adapter_name, config.ranks[name], config.colora_alpha, own)
         layer.set_requires_grad(adapter_name, False)
-    config.inference_mode = True
     tuner.peft_config[adapter_name] = config

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageToImage
 
 import colora_peft.models  # noqa: F401 - registers the backbones
-from colora_peft import CoLoRAConfig
+from colora_peft import CoLoRAConfig, hotswap_adapter
 from colora_peft.fingerprint import base_fingerprint, is_other_base
 
 
@@ -109,7 +109,9 @@ def test_saved_with_the_adapter_and_compared_when_it_is_loaded(tmp_path):
         warnings.simplefilter("error")
         PeftModel.from_pretrained(TinyNet(), tmp_path)
     with pytest.warns(UserWarning, match="'mine' was made for another network"):
-        PeftModel.from_pretrained(TinyNet(seed=1), tmp_path, adapter_name="mine")
+        model = PeftModel.from_pretrained(TinyNet(seed=1), tmp_path, adapter_name="mine")
+    with pytest.warns(UserWarning, match="'mine' was made for another network"):
+        hotswap_adapter(model, tmp_path, "mine")
 
 
 def test_trained_biases_do_not_change_what_was_noted():
