@@ -175,8 +175,8 @@ def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name
     try:
         if adapted:
             network.load_adapter(str(folder), adapter_name, torch_device=device)
-            network.set_adapter(adapter_name, inference_mode=True)
-            return network.eval()
+            network.set_adapter(adapter_name)
+            return network.requires_grad_(False).eval()  # set_adapter lets the active one be trained
         model = PeftModel.from_pretrained(network, str(folder), adapter_name, config=config, torch_device=device)
         return model.eval()
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
