@@ -12,10 +12,12 @@ from .config import CoLoRAConfig
 from .contribution import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .layer import CoLoRALayer
+from .local_pooling import local_pooling
 from .lora_export import save_as_lora
 from .model import CoLoRAModel
 from .registration import register_colora
 from .renaming import rename_adapter
+from .tiling import restore_image
 
 __version__ = version("colora-peft")
 
@@ -32,8 +34,10 @@ __all__ = [
     "allocate_ranks",
     "estimate_contributions",
     "hotswap_adapter",
+    "local_pooling",
     "prepare_model_for_compiled_hotswap",
     "rename_adapter",
+    "restore_image",
     "save_as_lora",
     "weight_matrix_shape",
 ]
