@@ -5,9 +5,9 @@ over the tile, so that tiles of one picture are restored differently. Here a fir
 each pooling layer sees, and the pass that restores them uses the mean over the picture in every tile. The method is
 our own.
 
-The means of the first pass are those of layers whose predecessors still averaged over tiles, so they are near those of
-the whole picture and not equal to them. Each further pass starts from the means of the one before: after n passes the
-first n pooling layers are right up to the tiles' cut edges, and so are all of them after as many passes as there are.
+In the first pass layers use the mean over the tiles so far, in the second that of the whole first pass, and so on.
+What is gathered behind the first pooling layer is therefore near to what the untiled network sees, and not equal to
+it: after n passes the first n pooling layers are right up to the tiles' cut edges.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PictureStatistics:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, the layers are watched and return the means of the passes that have been finished."""
+        """Inside, the layers are watched and return the means of the last finished pass, or those gathered so far."""
         handles = [layer.register_forward_hook(self._hook) for layer in self._layers]
         try:
             yield
@@ -99,7 +99,13 @@ class PictureStatistics:
                 self._sums.append(total)
             else:
                 self._sums[number] += total
-        return self._means[number].to(output.dtype).expand_as(output) if self._means else None
+        if self._means:
+            mean = self._means[number]
+        elif self._cores is not None:
+            mean = self._sums[number] / self._pixels
+        else:
+            return None
+        return mean.to(output.dtype).expand_as(output)
 
     def _weighted_sum(self, layer: nn.Module, inputs: tuple[Any, ...], cores: Sequence[Rectangle]) -> Tensor:
         """(1, ...) float32: the sum over the samples of the mean over each one's core times the pixels of the core."""
