@@ -14,10 +14,12 @@ from .fingerprint import base_fingerprint
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .hub import load
 from .layer import CoLoRALayer
+from .local_pooling import local_pooling
 from .lora_export import save_as_lora
 from .model import CoLoRAModel
 from .registration import register_colora
 from .renaming import rename_adapter
+from .tiling import restore_image
 
 __version__ = version("colora-peft")
 
@@ -36,8 +38,10 @@ __all__ = [
     "estimate_contributions",
     "hotswap_adapter",
     "load",
+    "local_pooling",
     "prepare_model_for_compiled_hotswap",
     "rename_adapter",
+    "restore_image",
     "save_as_lora",
     "weight_matrix_shape",
 ]

@@ -1,0 +1,165 @@
+"""Local pooling at test time: a network that pools over the whole picture pools over windows of the training size.
+
+Chu, Chen, Chen, Lu, "Improving Image Restoration by Revisiting Global Information Aggregation", ECCV 2022, arXiv
+2112.04491 (Test-time Local Converter, TLC), written from the paper. A network that is trained on patches and averages
+its features over all it sees meets other averages in whole pictures. With local pooling each pixel gets the mean over
+a window around it, by running sums along rows and columns that cost the same for every window; near the border it gets
+that of the nearest window that lies inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .evaluation import evaluation_mode
+from .picture_statistics import is_global_pool
+from .reconstruction import reconstruct
+
+__all__ = ["LocalMean", "local_pooling", "pools_locally", "size_multiple_of", "sliding_mean"]
+
+_PROBE_PX = 64  # at least; the side of the picture that shows at which resolution a layer works
+
+
+@contextmanager
+def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
+    """Inside, each `nn.AdaptiveAvgPool2d(1)` of `model` returns means over windows, (B, C, H, W), not one mean.
+
+        with local_pooling(model, window=192):
+            restored = model(picture)
+
+    The network must multiply or add to feature maps what it has pooled, with nothing but 1 x 1 convolutions and
+    activations between. With a window as large as the picture it is exactly the network itself. Layers are watched,
+    not replaced: adapters make no difference, and afterwards the network is as before.
+
+    Args:
+        model: The network, bare or with adapters, not compiled.
+        window: Side in pixels of the picture, rounded up to the network's size multiple; each layer takes as much of
+            its feature map. The paper takes 1.5 times the side of the training patches.
+
+    Raises:
+        ValueError: The window is not positive; the network runs no such layer, or one at several resolutions; what it
+            does with a pooled value is impossible with a map; or local pooling is on already.
+    """
+    if window < 1:
+        raise ValueError(f"The window of local pooling must be at least 1 pixel, got {window}.")
+    if pools_locally(model):
+        raise ValueError(f"{type(model).__name__} pools locally already: leave that `local_pooling` first.")
+    scales = _pixels_per_feature(model)
+    _check_maps_fit(model, scales)
+    # A network pads pictures to its size multiple: a window as large as the picture must cover the padding, too.
+    multiple = size_multiple_of(model)
+    window = math.ceil(window / multiple) * multiple
+    windows = {
+        layer: LocalMean(math.ceil(window / rows), math.ceil(window / cols)) for layer, (rows, cols) in scales.items()
+    }
+    with _hooked(windows):
+        yield
+
+
+def pools_locally(model: nn.Module) -> bool:
+    """Whether a `local_pooling` of the network is on."""
+    return any(isinstance(hook, LocalMean) for module in model.modules() for hook in module._forward_hooks.values())
+
+
+def size_multiple_of(model: nn.Module) -> int:
+    """`model.config.size_multiple`, of which a network wants its pictures' sides to be a multiple; else 1."""
+    return getattr(getattr(model, "config", None), "size_multiple", 1)
+
+
+@dataclass(frozen=True)
+class LocalMean:
+    """Forward hook of a global pooling layer that returns local means."""
+
+    rows: int
+    """Height of the window, in pixels of the feature map."""
+    columns: int
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        (features,) = inputs
+        if self.rows >= features.shape[-2] and self.columns >= features.shape[-1]:
+            return output
+        return sliding_mean(features, self.rows, self.columns)
+
+
+def sliding_mean(features: Tensor, rows: int, columns: int) -> Tensor:
+    """The mean over the `rows` x `columns` around each pixel, or the nearest ones that lie inside.
+
+    (B, C, H, W) to the same shape and dtype. A window of even size reaches one pixel further down and right.
+    """
+    means = _sliding_mean(_sliding_mean(features.float(), rows, -2), columns, -1)
+    return means.to(features.dtype)
+
+
+def _sliding_mean(x: Tensor, window: int, dim: int) -> Tensor:
+    size = x.shape[dim]
+    window = min(window, size)
+    # Sums along one axis at a time: rounding errors stay those of a line, where those of an area would be visible.
+    sums = torch.cumsum(x, dim)
+    first, later = sums.narrow(dim, window - 1, 1), sums.narrow(dim, window, size - window)
+    means = torch.cat([first, later - sums.narrow(dim, 0, size - window)], dim).div_(window)
+    nearest = torch.arange(size, device=x.device).sub_((window - 1) // 2).clamp_(0, size - window)
+    return means.index_select(dim, nearest)
+
+
+def _pixels_per_feature(model: nn.Module) -> dict[nn.Module, tuple[float, float]]:
+    """Each global pooling layer that runs: rows and columns of the picture for one of its feature map."""
+    scales: dict[nn.Module, tuple[float, float]] = {}
+    names = {module: name for name, module in model.named_modules() if is_global_pool(module)}
+
+    def measure(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        scale = tuple(probe.shape[dim] / inputs[0].shape[dim] for dim in (-2, -1))
+        if scales.setdefault(layer, scale) != scale:
+            raise ValueError(
+                f"The pooling layer {names[layer]} runs at several resolutions, so that it has no one window: give "
+                "each its own layer."
+            )
+
+    probe = _probe(model)
+    with _hooked(dict.fromkeys(names, measure)):
+        _run(model, probe)
+    if not scales:
+        raise ValueError(
+            f"{type(model).__name__} runs no nn.AdaptiveAvgPool2d(1), or is compiled: there is nothing to make local."
+        )
+    return scales
+
+
+def _check_maps_fit(model: nn.Module, layers: Mapping[nn.Module, Any]) -> None:
+    try:
+        with _hooked(dict.fromkeys(layers, LocalMean(1, 1))):
+            _run(model, _probe(model))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot use a map of local means where it uses one mean ({error}): local pooling "
+            "needs networks that multiply or add what they have pooled to feature maps."
+        ) from error
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """A black picture (1, C, S, S), S a multiple of the network's size multiple."""
+    multiple = size_multiple_of(model)
+    channels = getattr(getattr(model, "config", None), "num_channels", 3)
+    side = math.ceil(_PROBE_PX / multiple) * multiple
+    parameter = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, channels, side, side, device=parameter.device, dtype=parameter.dtype)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, pictures: Tensor) -> None:
+    with evaluation_mode(model):
+        reconstruct(model, pictures)
+
+
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module, hook in hooks.items():
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield

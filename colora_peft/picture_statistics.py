@@ -1,0 +1,122 @@
+"""Means over a whole picture, gathered tile by tile, for networks that pool over all they see.
+
+A network such as NAFNet averages its features over the whole picture (channel attention). Given a tile it averages
+over the tile, so that tiles of one picture are restored differently. Here a first pass over the tiles gathers what
+each pooling layer sees, and the pass that restores them uses the mean over the picture in every tile. The method is
+our own.
+
+In the first pass layers use the mean over the tiles so far, in the second that of the whole first pass, and so on.
+What is gathered behind the first pooling layer is therefore near to what the untiled network sees, and not equal to
+it: after n passes the first n pooling layers are right up to the tiles' cut edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["PictureStatistics", "Rectangle", "averages_over_pixels", "is_global_pool"]
+
+Rectangle = tuple[tuple[int, int], tuple[int, int]]
+"""[first, end) of rows and of columns."""
+
+
+def is_global_pool(module: nn.Module) -> bool:
+    """Whether it is an `nn.AdaptiveAvgPool2d(1)`."""
+    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+
+
+def averages_over_pixels(module: nn.Module) -> bool:
+    """Whether its output is a mean over the pixels, the last two dimensions, of its inputs.
+
+    That is so for `nn.AdaptiveAvgPool2d(1)`. A network that averages something else, such as products of channels,
+    lets a module of its own do it, from inputs (B, ..., H, W) of one size, that has `averages_over_pixels = True`.
+    """
+    return is_global_pool(module) or getattr(module, "averages_over_pixels", False) is True
+
+
+class PictureStatistics:
+    """What the averaging layers of a network see in one picture; `gathering` and `applied` hook into them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [module for module in model.modules() if averages_over_pixels(module)]
+        self._network_name = type(model).__name__
+        self._means: list[Tensor] = []  # in the order in which the layers run; a layer may run more than once
+        self._sums: list[Tensor] = []
+        self._pixels = 0
+        self._call = 0
+        self._cores: Sequence[Rectangle] | None = None
+        self._tile_shape = (0, 0)
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is any layer that averages."""
+        return bool(self._layers)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, the layers are watched and return the means of the last finished pass, or those gathered so far."""
+        handles = [layer.register_forward_hook(self._hook) for layer in self._layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin_batch(self, tile_shape: tuple[int, int], cores: Sequence[Rectangle] | None) -> None:
+        """The next pass of the network is over tiles (B, C, *tile_shape).
+
+        `cores` are the parts of them that count in the means (the cores of all tiles make up the picture), None if
+        nothing is to be gathered.
+        """
+        self._call, self._tile_shape, self._cores = 0, tile_shape, cores
+        if cores is not None:
+            self._pixels += sum((bottom - top) * (right - left) for (top, bottom), (left, right) in cores)
+
+    def finish_pass(self) -> None:
+        """Use from now on the means that were gathered since the last one.
+
+        Raises:
+            RuntimeError: if no layer was seen at work.
+        """
+        if not self._sums:
+            raise RuntimeError(
+                f"No pooling layer of {self._network_name} was seen at work, as in a compiled network: pass the one "
+                'that is not compiled, or pooling="tile".'
+            )
+        self._means = [total / self._pixels for total in self._sums]
+        self._sums, self._pixels = [], 0
+
+    def _hook(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        number = self._call
+        self._call += 1
+        if self._cores is not None:
+            total = self._weighted_sum(layer, inputs, self._cores)
+            if number == len(self._sums):
+                self._sums.append(total)
+            else:
+                self._sums[number] += total
+        if self._means:
+            mean = self._means[number]
+        elif self._cores is not None:
+            mean = self._sums[number] / self._pixels
+        else:
+            return None
+        return mean.to(output.dtype).expand_as(output)
+
+    def _weighted_sum(self, layer: nn.Module, inputs: tuple[Any, ...], cores: Sequence[Rectangle]) -> Tensor:
+        """(1, ...) float32: the sum over the samples of the mean over each one's core times the pixels of the core."""
+        height, width = inputs[0].shape[-2:]
+        rows_per_pixel, columns_per_pixel = height / self._tile_shape[0], width / self._tile_shape[1]
+        total: Tensor | None = None
+        for sample, (rows, columns) in enumerate(cores):
+            top, bottom = (round(edge * rows_per_pixel) for edge in rows)
+            left, right = (round(edge * columns_per_pixel) for edge in columns)
+            parts = [each[sample : sample + 1, ..., top:bottom, left:right].float() for each in inputs]
+            mean = layer.forward(*parts)  # calling the layer itself would run this hook
+            weight = (rows[1] - rows[0]) * (columns[1] - columns[0])
+            total = mean * weight if total is None else total + mean * weight
+        return total

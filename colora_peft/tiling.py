@@ -1,0 +1,225 @@
+"""Restoring pictures of any size, tile by tile, in a memory that the tile bounds and not the picture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .evaluation import evaluation_mode
+from .local_pooling import local_pooling, pools_locally, size_multiple_of
+from .picture_statistics import PictureStatistics, Rectangle
+from .reconstruction import reconstruct
+from .self_ensemble import EIGHT, Transform
+from .tile_grid import TileAxis, check_tile, lay_tiles, reflected_indices
+
+__all__ = ["Pooling", "restore_image"]
+
+Pooling = Literal["picture", "tile", "local"]
+
+
+@torch.no_grad()
+def restore_image(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    tile: int | None = 512,
+    overlap: int = 64,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    self_ensemble: bool = False,
+    pooling: Pooling = "picture",
+    pooling_window: int | None = None,
+    statistics_passes: int = 1,
+    size_multiple: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Restore one picture (3, H, W) in [0, 1]: float32 of the same shape in [0, 1], on the picture's device.
+
+    Tiles overlap and are blended by smooth weights that sum to one. The picture is extended by reflection at its lower
+    and right border, up to a multiple of what the network halves. Besides `image` and the result, which may lie on the
+    CPU while the network is on a GPU, no more memory is taken than `batch_size` tiles need. The network is in
+    evaluation mode meanwhile and as before afterwards.
+
+    The same figures as `colora_peft.evaluation.evaluate`, which gives whole pictures to the network as they are, come
+    with `tile=None, size_multiple=1`.
+
+    Args:
+        model: Any network that `colora_peft.reconstruction.reconstruct` takes, bare or with adapters.
+        image: The degraded picture.
+        tile: Side of the square tiles in pixels, rounded down to the size multiple; None is the whole picture at once.
+        overlap: Pixels that neighbouring tiles share, at least.
+        batch_size: Tiles that go through the network together. (Where statistics are gathered it moves the result a
+            little: the tiles of a batch know each other's.)
+        dtype: Half precision (torch.bfloat16, torch.float16) by autocast; None leaves the network's own precision.
+        self_ensemble: Average over the eight flips and rotations of each tile (EDSR: Lim et al., CVPRW 2017, arXiv
+            1707.02921, section 3.4). Eight times the time.
+        pooling: What layers that average over all they see are given. "picture": the mean over the whole picture,
+            which `statistics_passes` gather before (see `colora_peft.picture_statistics` for which layers); "tile":
+            that of their tile alone; "local": windows of `pooling_window` (see `colora_peft.local_pooling`).
+        pooling_window: Side of the windows in pixels.
+        statistics_passes: Passes over the picture before that which restores it, each as long; more come closer to the
+            untiled picture. None takes place where there is one tile, or no layer that averages.
+        size_multiple: What tiles start and end at multiples of; None takes `model.config.size_multiple`, or 1 where
+            there is none.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: `image` is not a float picture (3, H, W) in [0, 1], is empty or holds NaN; a setting is impossible;
+            or the network changes the shape, or returns NaN or infinite values.
+        RuntimeError: No pooling layer of a network that has some can be watched, as in a compiled one.
+        TypeError: The network returns no pictures.
+    """
+    _check_picture(image)
+    _check_choice(model, pooling, pooling_window, statistics_passes, batch_size)
+    multiple = size_multiple_of(model) if size_multiple is None else size_multiple
+    if multiple < 1:
+        raise ValueError(f"The size_multiple must be at least 1, got {multiple}.")
+    if tile is not None:
+        check_tile(tile, overlap, multiple)
+    rows, columns = (lay_tiles(size, tile, overlap, multiple) for size in image.shape[1:])
+    run = _Run(model, image, rows, columns, batch_size, dtype)
+    transforms = EIGHT if self_ensemble else EIGHT[:1]
+    averaged = pooling == "picture" and run.tiles > 1 and PictureStatistics(model).needed
+    passes = statistics_passes if averaged else 0
+    restored = torch.zeros_like(image, dtype=torch.float32, memory_format=torch.contiguous_format)
+    total = len(transforms) * (passes + 1) * run.tiles
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        if pooling == "local":
+            stack.enter_context(local_pooling(model, pooling_window))
+        bar = stack.enter_context(tqdm(total=total, desc="restoring", unit="tile", leave=False, disable=not progress))
+        for transform in transforms:
+            with _statistics(run, transform, passes, bar) as statistics:
+                for places, tiles in run.restored_tiles(transform, statistics, gather=False):
+                    for place, pixels in zip(places, tiles, strict=True):
+                        _blend(restored, pixels.mul_(1 / len(transforms)), place)
+                    bar.update(len(places))
+    return restored.clamp_(0, 1)
+
+
+def _check_picture(image: Tensor) -> None:
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"The picture must be (3, H, W) and not empty, got shape {tuple(image.shape)}.")
+    if not image.is_floating_point():
+        raise ValueError(f"The picture is {image.dtype}: pass floats in [0, 1] (divide 8-bit pictures by 255).")
+    low, high = (value.item() for value in image.aminmax())  # NaN if there is any
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"The picture has values from {low:g} to {high:g}; it must lie in [0, 1] without NaN: clamp it, or divide "
+            "8-bit pictures by 255."
+        )
+
+
+def _check_choice(
+    model: nn.Module, pooling: Pooling, pooling_window: int | None, statistics_passes: int, batch_size: int
+) -> None:
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"The pooling is {pooling!r}; take one of {', '.join(get_args(Pooling))}.")
+    if (pooling == "local") != (pooling_window is not None):
+        raise ValueError('The settings pooling="local" and pooling_window go together: give both or neither.')
+    if pooling == "picture" and pools_locally(model):
+        raise ValueError(
+            f'{type(model).__name__} pools locally: pass pooling="tile" inside `local_pooling`, or leave it first.'
+        )
+    if batch_size < 1 or statistics_passes < 1:
+        raise ValueError(
+            f"The settings batch_size and statistics_passes must be at least 1, got {batch_size} and "
+            f'{statistics_passes}; for no passes take pooling="tile".'
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One tile: where it begins in the picture, its weights, and the part that it alone answers for."""
+
+    top: int
+    left: int
+    row_weights: Tensor
+    column_weights: Tensor
+    core: Rectangle
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A network, a picture and the tiles in which the one goes through the other."""
+
+    model: nn.Module
+    image: Tensor
+    rows: TileAxis
+    columns: TileAxis
+    batch_size: int
+    dtype: torch.dtype | None
+
+    @property
+    def tiles(self) -> int:
+        return len(self.rows.starts) * len(self.columns.starts)
+
+    def restored_tiles(
+        self, transform: Transform, statistics: PictureStatistics | None, gather: bool
+    ) -> Iterator[tuple[list[_Place], Tensor]]:
+        """Batches of tiles: where they are, and (B, 3, h, w) float32, what the network made of them."""
+        parameter = next((each for each in self.model.parameters() if each.is_floating_point()), self.image)
+        grid = itertools.product(range(len(self.rows.starts)), range(len(self.columns.starts)))
+        places = itertools.starmap(self._place, sorted(grid, key=_scattered) if gather else grid)
+        while batch := list(itertools.islice(places, self.batch_size)):
+            tiles = torch.stack([self._cut(place) for place in batch]).to(parameter.device, parameter.dtype)
+            tiles = transform.apply(tiles)
+            if statistics is not None:
+                shape = tuple(tiles.shape[-2:])
+                cores = [transform.apply_to_rectangle(place.core, shape) for place in batch]
+                statistics.begin_batch(shape, cores if gather else None)
+            with torch.autocast(parameter.device.type, self.dtype, enabled=self.dtype not in (None, torch.float32)):
+                tiles = reconstruct(self.model, tiles)
+            tiles = transform.undo(tiles.float())
+            if not torch.isfinite(tiles).all():
+                raise ValueError(
+                    f"{type(self.model).__name__} returned NaN or infinite values: its weights are broken, or "
+                    "too large for half precision (try dtype=torch.bfloat16 or None)."
+                )
+            yield batch, tiles
+
+    def _place(self, row: int, column: int) -> _Place:
+        rows, columns = self.rows, self.columns
+        core = (rows.cores[row], columns.cores[column])
+        return _Place(rows.starts[row], columns.starts[column], rows.weights[row], columns.weights[column], core)
+
+    def _cut(self, place: _Place) -> Tensor:
+        """(3, h, w): the tile, reflected where it reaches beyond the picture."""
+        rows = reflected_indices(place.top, place.top + self.rows.length, self.rows.size)
+        columns = reflected_indices(place.left, place.left + self.columns.length, self.columns.size)
+        return self.image[:, rows.to(self.image.device)[:, None], columns.to(self.image.device)]
+
+
+@contextmanager
+def _statistics(run: _Run, transform: Transform, passes: int, bar: tqdm) -> Iterator[PictureStatistics | None]:
+    """Inside, pooling layers use the means over the picture, if there are `passes` to gather them in."""
+    if passes == 0:
+        yield None
+        return
+    statistics = PictureStatistics(run.model)
+    with statistics.attached():
+        for _ in range(passes):
+            for places, _ in run.restored_tiles(transform, statistics, gather=True):
+                bar.update(len(places))
+            statistics.finish_pass()
+        yield statistics
+
+
+def _scattered(place: tuple[int, int]) -> float:
+    """A key that sorts tiles so that the first few lie all over the picture."""
+    row, column = place
+    return (row * 0.7548776662466927 + column * 0.5698402909980532) % 1  # Roberts' sequence
+
+
+def _blend(restored: Tensor, tile: Tensor, place: _Place) -> None:
+    """Add a weighted tile (3, h, w) to the picture, less what lies in its padding."""
+    tile = tile * place.row_weights.to(tile.device)[:, None] * place.column_weights.to(tile.device)
+    part = restored[:, place.top : place.top + tile.shape[1], place.left : place.left + tile.shape[2]]
+    part += tile[:, : part.shape[1], : part.shape[2]].to(restored.device)
