@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import PurePath
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from .restore_record import fingerprint
@@ -16,6 +17,8 @@ from .restore_record import fingerprint
 __all__ = ["NO_ADAPTER", "AdapterSet", "adapter_labels"]
 
 NO_ADAPTER = "none"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # Of an adapter's settings: where it came from and how it is loaded, which change nothing of what it does.
 _ORIGIN = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
@@ -42,8 +45,10 @@ def adapter_labels(adapters: Sequence[str]) -> list[str]:
 class AdapterSet:
     """Adapters of a network, loaded for inference.
 
+    PEFT allows one method on a network: for each method among the adapters the network is copied.
+
     Args:
-        network: The bare network; its layers are wrapped.
+        network: The bare network, which stays bare.
         adapters: By label, a folder or an id on the Hub; "none" for the bare network.
 
     Attributes:
@@ -51,45 +56,43 @@ class AdapterSet:
         fingerprints: By label, of the network's and the adapter's weights and settings.
 
     Raises:
-        ValueError: PEFT finds no adapter there, or it does not fit the network; it names the adapter.
+        ValueError: there is no adapter, or it does not fit the network; it names the adapter.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, str]) -> None:
         self.labels = list(adapters)
         base = fingerprint(network.state_dict())
-        self.fingerprints, self._names = {}, {}
-        self._model = network
+        self.fingerprints = {label: base for label, path in adapters.items() if path == NO_ADAPTER}
+        self._bare = network.eval()
+        self._adapted: dict[str, tuple[PeftModel, str]] = {}  # by label, with PEFT's name of the adapter
+        by_method: dict[str, PeftModel] = {}
         for number, (label, path) in enumerate(adapters.items()):
             if path == NO_ADAPTER:
-                self.fingerprints[label] = base
                 continue
             name = f"adapter_{number}"  # a label may hold dots, which PEFT does not allow
-            self._load(path, name)
-            self._names[label] = name
-            config = {
-                key: value for key, value in self._model.peft_config[name].to_dict().items() if key not in _ORIGIN
-            }
-            weights = get_peft_model_state_dict(self._model, adapter_name=name)
+            model = self._load(path, name, by_method).eval()
+            self._adapted[label] = model, name
+            config = {key: value for key, value in model.peft_config[name].to_dict().items() if key not in _ORIGIN}
+            weights = get_peft_model_state_dict(model, adapter_name=name)
             self.fingerprints[label] = fingerprint(weights, base, json.dumps(config, sort_keys=True, default=str))
-        self._model.eval()
 
-    def _load(self, path: str, name: str) -> None:
+    def _load(self, path: str, name: str, by_method: dict[str, PeftModel]) -> PeftModel:
+        if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
+            raise ValueError(f"There is no folder {path} with an adapter; check the path.")
         try:
-            if isinstance(self._model, PeftModel):
-                self._model.load_adapter(path, adapter_name=name)
+            method = str(PeftConfig.from_pretrained(path).peft_type)
+            if method in by_method:
+                by_method[method].load_adapter(path, adapter_name=name)
             else:
-                self._model = PeftModel.from_pretrained(self._model, path, adapter_name=name)
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
+                by_method[method] = PeftModel.from_pretrained(copy.deepcopy(self._bare), path, adapter_name=name)
+        except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
             raise ValueError(f"The adapter {path} cannot be loaded: {error}") from error
+        return by_method[method]
 
-    @contextmanager
-    def active(self, label: str) -> Iterator[nn.Module]:
-        """The network with that adapter, inside."""
-        if label in self._names:
-            self._model.set_adapter(self._names[label])
-            yield self._model
-        elif isinstance(self._model, PeftModel):
-            with self._model.disable_adapter():
-                yield self._model
-        else:
-            yield self._model
+    def activate(self, label: str) -> nn.Module:
+        """The network with that adapter alone, until another is activated."""
+        if label not in self._adapted:
+            return self._bare
+        model, name = self._adapted[label]
+        model.set_adapter(name)
+        return model

@@ -99,9 +99,8 @@ def decode_straight(opened: Image.Image, data: bytes) -> tuple[Tensor, Tensor | 
     if has_16_bits(opened, data):
         return _decode_16_bits(opened, data)
     _check_white(opened)
-    orientation = opened.getexif().get(_ORIENTATION, 1)
     mode = "RGBA" if opened.has_transparency_data else "RGB"
-    pixels = torch.from_numpy(_oriented(np.array(opened.convert(mode)), orientation))
+    pixels = torch.from_numpy(_oriented(np.array(opened.convert(mode)), _orientation(opened)))
     pixels = pixels.permute(2, 0, 1).contiguous().float().div_(255)
     return pixels[:3], pixels[3:] if len(pixels) == 4 else None
 
@@ -131,7 +130,8 @@ def from_pil(image: Image.Image) -> Tensor:
             white.
     """
     _check_white(image)
-    image = ImageOps.exif_transpose(image)
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -142,6 +142,14 @@ def from_pil(image: Image.Image) -> Tensor:
 def _check_white(image: Image.Image) -> None:
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError("its values have no agreed white; save it with 8 or 16 bits as PNG or TIFF")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    # Pillow raises nearly anything on damaged EXIF, for which no picture is refused.
+    except Exception:
+        return 1
 
 
 def has_16_bits(image: Image.Image, data: bytes) -> bool:
@@ -160,7 +168,7 @@ def _decode_16_bits(image: Image.Image, data: bytes) -> tuple[Tensor, Tensor | N
     if pixels is None or pixels.dtype != np.uint16:
         raise ValueError("its 16-bit data could not be decoded")
     if image.format == "PNG":  # OpenCV has oriented a TIFF, but not a PNG
-        pixels = _oriented(pixels, image.getexif().get(_ORIENTATION, 1))
+        pixels = _oriented(pixels, _orientation(image))
     elif image.tag_v2[_PHOTOMETRIC] == _WHITE_IS_ZERO:
         pixels = 65535 - pixels
     pixels = pixels.astype(np.float32) / 65535

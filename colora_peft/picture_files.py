@@ -171,6 +171,8 @@ def _webp_chunk_names(data: bytes) -> bytes:
     names, position = b"", 12
     while position + 8 <= len(data):
         names += data[position : position + 4]
+        if data[position : position + 4] == b"ANMF":  # a frame of an animation: 16 bytes, then a chunk of its own
+            names += data[position + 24 : position + 28]
         position += 8 + (length := int.from_bytes(data[position + 4 : position + 8], "little")) + length % 2
     return names
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .images import IMAGE_SUFFIXES
 from .messages import some
-from .picture_formats import FORMATS, format_of
+from .picture_formats import FORMATS
 
 __all__ = ["COMPARISONS", "Job", "plan_jobs"]
 
@@ -48,8 +48,8 @@ def plan_jobs(
     Results keep the path below the folder that was given, or below the part of a pattern that has no wildcards.
 
     Args:
-        inputs: Files, folders (searched with all below them; hidden files and the output folder are left out) and
-            patterns such as `photos/**/*.png`.
+        inputs: Files, folders (searched with all below them) and patterns such as `photos/**/*.png`. In the latter two
+            hidden files, what is called otherwise than pictures are, and the output folder are left out.
         output_dir: Where the results go.
         subfolders: One below `output_dir` for each adapter; "" is `output_dir` itself.
         file_format: A key of `colora_peft.picture_formats.FORMATS`; None keeps each file's own.
@@ -58,8 +58,8 @@ def plan_jobs(
 
     Raises:
         FileNotFoundError: An input is not there, or the folder of targets.
-        ValueError: There is no picture; a file is of no kind that can be written; two results would be one file, or a
-            result an input; no target fits, or several do.
+        ValueError: There is no picture; two results would be one file, or a result an input; several
+            targets fit, or none.
     """
     output_dir = Path(output_dir)
     found = dict.fromkeys(pair for text in inputs for pair in _find(text, output_dir))
@@ -68,7 +68,7 @@ def plan_jobs(
     targets_of = _Targets(Path(targets)) if targets is not None else None
     jobs = []
     for source, name in found:
-        written = _with_format(name, source, file_format)
+        written = _with_format(name, file_format)
         results = tuple(output_dir / subfolder / written for subfolder in subfolders)
         comparison = output_dir / COMPARISONS / f"{name}.jpg"
         target = targets_of.find(name) if targets_of is not None else None
@@ -93,9 +93,11 @@ def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         parts = path.parts
         fixed = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
         for match in matches:
+            if _is_below(match, output_dir, fixed):
+                continue  # a run's own results are no input of the next
             if match.is_dir():
                 yield from _below(match, fixed, output_dir, may_be_empty=True)
-            elif not _is_inside(match, output_dir, fixed):
+            elif match.suffix.lower() in IMAGE_SUFFIXES:
                 yield match, match.relative_to(fixed)
     else:
         raise FileNotFoundError(f"There is no file or folder {text}; check the path.")
@@ -105,7 +107,6 @@ def _below(folder: Path, root: Path, output_dir: Path, may_be_empty: bool = Fals
     """The pictures in `folder` and below, sorted, with their paths below `root`."""
     paths = []
     for parent, folders, names in os.walk(folder):
-        # A run's own results are no input of the next.
         folders[:] = [name for name in folders if name[0] != "." and not _is(Path(parent, name), output_dir)]
         paths += [Path(parent, name) for name in names if name[0] != "."]
     paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -118,20 +119,14 @@ def _is(path: Path, other: Path) -> bool:
     return path.resolve() == other.resolve()
 
 
-def _is_inside(path: Path, output_dir: Path, fixed: Path) -> bool:
+def _is_below(match: Path, output_dir: Path, fixed: Path) -> bool:
     """Whether a match lies in the output folder, and that below where the pattern began."""
-    outside, root = output_dir.resolve(), fixed.resolve()
-    return outside != root and outside.is_relative_to(root) and path.resolve().is_relative_to(outside)
+    results, root = output_dir.resolve(), fixed.resolve()
+    return results != root and results.is_relative_to(root) and match.resolve().is_relative_to(results)
 
 
-def _with_format(name: Path, source: Path, file_format: str | None) -> Path:
-    if file_format is None:
-        try:
-            format_of(name)
-        except ValueError as error:
-            raise ValueError(f"{source} keeps its kind unless a format is given. {error}") from error
-        return name
-    suffixes = FORMATS[file_format].suffixes
+def _with_format(name: Path, file_format: str | None) -> Path:
+    suffixes = (name.suffix.lower(),) if file_format is None else FORMATS[file_format].suffixes
     return name if name.suffix.lower() in suffixes else name.with_suffix(suffixes[0])
 
 

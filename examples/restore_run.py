@@ -15,6 +15,7 @@ from colora_peft.comparison import save_comparison
 from colora_peft.icc_profiles import fitting_profile
 from colora_peft.metrics import SSIM_WINDOW_PX, psnr, ssim
 from colora_peft.picture_files import Picture, read_picture, write_picture
+from colora_peft.picture_formats import format_of
 from colora_peft.restore_plan import Job
 from colora_peft.restore_record import RestoreRecord
 from colora_peft.tiling import restore_image
@@ -62,6 +63,8 @@ class RestoreRun:
         if all(row.kept for row in rows) and not look:
             return rows
         try:
+            for row in rows:
+                format_of(row.result)  # before the work, not after
             picture = read_picture(job.source, self.args.max_pixels)
         except Exception as error:
             return [row.failed(error) for row in rows]
@@ -82,16 +85,15 @@ class RestoreRun:
 
     def _restore(self, picture: Picture, row: Row) -> None:
         start = time.perf_counter()
-        with self.adapters.active(row.label) as model:
-            restored = restore_image(
-                model,
-                picture.colour,
-                tile=self.args.tile or None,
-                overlap=self.args.overlap,
-                dtype=None if self.args.dtype == "float32" else getattr(torch, self.args.dtype),
-                self_ensemble=self.args.self_ensemble,
-                progress=sys.stderr.isatty(),
-            )
+        restored = restore_image(
+            self.adapters.activate(row.label),
+            picture.colour,
+            tile=self.args.tile or None,
+            overlap=self.args.overlap,
+            dtype=None if self.args.dtype == "float32" else getattr(torch, self.args.dtype),
+            self_ensemble=self.args.self_ensemble,
+            progress=sys.stderr.isatty(),
+        )
         self.record.add(row.result, self.settings_of(row.label))
         row.notes = write_picture(
             row.result, restored, picture, quality=self.args.quality, grey_as_rgb=self.args.grey_as_rgb
