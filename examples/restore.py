@@ -16,6 +16,7 @@ The exit code is 1 if a picture failed; the others are written all the same.
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -124,11 +125,13 @@ def main(args: RestoreArguments) -> int:
     jobs = plan_jobs(args.input, output_dir, labels if len(labels) > 1 else [""], file_format, args.targets)
     device = device_of(args)
     transformers_logging.disable_progress_bar()
+    # Loading an adapter, PEFT asks transformers for what it has renamed.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     network = load_backbone(args.model_name_or_path).to(device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     run = RestoreRun(AdapterSet(network, dict(zip(labels, adapters, strict=True))), RestoreRecord(output_dir), args)
     run.check_kept(jobs)
-    adapted = "no adapter" if labels == [NO_ADAPTER] else f"adapter {', '.join(labels)}"
+    adapted = f"{'adapter' if len(labels) == 1 else 'adapters'} {', '.join(labels)}"
     used = f"{type(network).__name__} of {parameters / 1e6:.1f} M parameters, {adapted}"
     print(f"{len(jobs)} {'picture' if len(jobs) == 1 else 'pictures'}, {used}, on {device}.\n")
 

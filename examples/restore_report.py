@@ -55,6 +55,7 @@ class Table:
 
     def __init__(self, names: Sequence[str], labels: Sequence[str], with_figures: bool) -> None:
         self._labels = labels
+        self._said = ("", "")  # the last picture that failed, and why
         self._figures = _FIGURES if with_figures else {}
         self._name_width = min(_LONGEST_NAME, max(len("file"), *(len(name) for name in names)))
         self._label_width = max(len("adapter"), *(len(label) for label in labels)) if len(labels) > 1 else 0
@@ -63,11 +64,14 @@ class Table:
         return self._cells("file", "adapter", "size", "seconds", [name for name, _ in self._figures.values()])
 
     def line(self, row: Row) -> str:
-        """The line of a result, and below it why it failed."""
+        """The line of a result, and below it why it failed, unless the line before has just said so."""
         size = "x".join(map(str, row.size)) if row.size else ""
         state = f"{row.seconds:.1f}" if row.seconds is not None else "kept" if row.kept and not row.error else "failed"
         line = self._cells(row.name, row.label, size, state, self._formatted(row.figures))
-        return line if row.error is None else f"{line}\n    {row.error}"
+        if row.error is None or self._said == (row.name, row.error):
+            return line
+        self._said = (row.name, row.error)
+        return f"{line}\n    {row.error}"
 
     def ending(self, rows: Sequence[Row], output_dir: Path, total: int) -> str:
         """Means, counts, failures and notes."""
