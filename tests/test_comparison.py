@@ -27,7 +27,7 @@ def test_pictures_stand_in_their_order_under_their_captions(tmp_path):
     assert darkest[: len(darkest) // 2].min() < 60 and darkest[len(darkest) // 2 :].min() < 60
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (3000, 2000)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (1700, 900)])
 def test_any_shape_gives_a_sheet_of_bounded_size(tmp_path, size):
     save_comparison(
         [torch.rand(3, *size)] * 2, ["input", "a caption that is far too long for it " * 9], tmp_path / "a.jpg"
