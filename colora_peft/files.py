@@ -11,18 +11,23 @@ from typing import Any
 PARTIAL = ".partial"
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never half of it.
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it.
 
     After an error the old file is as it was and nothing else is left.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -15,7 +17,9 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", "
 
 # TIFF and EXIF tags, and values of the photometric interpretation.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLES_PER_PIXEL, _PLANAR_CONFIGURATION = 258, 262, 274, 277, 284
+_EXTRA_SAMPLES = 338
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_OPACITY_IS_MULTIPLIED_IN = 1
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -48,11 +52,19 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         ValueError: if the file is missing, not a picture or damaged; it names the file.
     """
+    return decode_image(read_bytes(path), str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ValueError: if it is missing or may not be read; it names the file.
+    """
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check that the file is there.") from error
-    return decode_image(data, str(path))
 
 
 def decode_image(data: bytes, name: str) -> Tensor:
@@ -64,15 +76,50 @@ def decode_image(data: bytes, name: str) -> Tensor:
     Raises:
         ValueError: if they are not a picture or damaged; it calls the picture by `name`.
     """
+    with naming(name), Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        if not has_16_bits(opened, data):
+            return from_pil(opened)
+        colour, opacity = _decode_16_bits(opened, data)
+        return colour if opacity is None else on_white(colour, opacity)
+
+
+def decode_straight(opened: Image.Image, data: bytes) -> tuple[Tensor, Tensor | None]:
+    """Colour (3, H, W) and opacity (1, H, W), float32 in [0, 1], of a picture whose transparency is to be kept.
+
+    As `decode_image`, but the colours are those below the transparency. The opacity is None where there is none.
+
+    Args:
+        opened: The picture, loaded by Pillow.
+        data: The bytes of its file.
+
+    Raises:
+        ValueError: as `from_pil`, or 16 bits in a layout that is not read.
+    """
+    if has_16_bits(opened, data):
+        return _decode_16_bits(opened, data)
+    _check_white(opened)
+    mode = "RGBA" if opened.has_transparency_data else "RGB"
+    pixels = torch.from_numpy(_oriented(np.array(opened.convert(mode)), _orientation(opened)))
+    pixels = pixels.permute(2, 0, 1).contiguous().float().div_(255)
+    return pixels[:3], pixels[3:] if len(pixels) == 4 else None
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside, while a picture is decoded, is a ValueError that calls it by `name`."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            return _decode_16_bits(opened, data) if _has_16_bits(opened, data) else from_pil(opened)
+        yield
     except UnidentifiedImageError as error:  # its message shows a buffer's address
         raise ValueError(f"{name} cannot be read as a picture (unknown format); replace or remove it.") from error
     # On damaged data the decoders raise nearly anything: OSError, SyntaxError, struct.error, zlib.error...
     except Exception as error:
         raise ValueError(f"{name} cannot be read as a picture ({error}); replace or remove it.") from error
+
+
+def on_white(colour: Tensor, opacity: Tensor) -> Tensor:
+    """Colour (3, H, W) seen through its opacity (1, H, W) on white paper."""
+    return colour * opacity + (1 - opacity)
 
 
 def from_pil(image: Image.Image) -> Tensor:
@@ -82,9 +129,9 @@ def from_pil(image: Image.Image) -> Tensor:
         ValueError: if it has more than 8 bits. Those of PNG and TIFF files are for `decode_image`; 32 have no agreed
             white.
     """
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError("its values have no agreed white; save it with 8 or 16 bits as PNG or TIFF")
-    image = ImageOps.exif_transpose(image)
+    _check_white(image)
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -92,30 +139,49 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def _has_16_bits(image: Image.Image, data: bytes) -> bool:
+def _check_white(image: Image.Image) -> None:
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError("its values have no agreed white; save it with 8 or 16 bits as PNG or TIFF")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    # Pillow raises nearly anything on damaged EXIF, for which no picture is refused.
+    except Exception:
+        return 1
+
+
+def has_16_bits(image: Image.Image, data: bytes) -> bool:
+    """Whether a picture that Pillow opened from `data` is a PNG or TIFF of 16 bits a value."""
     # Pillow halves 16-bit colour silently, so its mode does not tell.
     if image.format == "TIFF":
         return 16 in np.ravel(image.tag_v2.get(_BITS_PER_SAMPLE, ()))
     return image.format == "PNG" and data[24] == 16  # the ninth byte of the IHDR chunk, which is always first
 
 
-def _decode_16_bits(image: Image.Image, data: bytes) -> Tensor:
+def _decode_16_bits(image: Image.Image, data: bytes) -> tuple[Tensor, Tensor | None]:
+    """Colour and opacity of a PNG or TIFF of 16 bits, see `decode_straight`."""
     if image.format == "TIFF":
         _check_layout(image)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         raise ValueError("its 16-bit data could not be decoded")
     if image.format == "PNG":  # OpenCV has oriented a TIFF, but not a PNG
-        pixels = _oriented(pixels, image.getexif().get(_ORIENTATION, 1))
+        pixels = _oriented(pixels, _orientation(image))
     elif image.tag_v2[_PHOTOMETRIC] == _WHITE_IS_ZERO:
         pixels = 65535 - pixels
     pixels = pixels.astype(np.float32) / 65535
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
-    elif pixels.shape[2] == 4:
-        pixels = pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
-    # OpenCV's channels are blue, green, red.
-    return torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).permute(2, 0, 1).contiguous()
+    # OpenCV's channels are blue, green, red and opacity.
+    colour, opacity = (torch.from_numpy(part).permute(2, 0, 1).contiguous()
+                       for part in (np.ascontiguousarray(pixels[..., 2::-1]), pixels[..., 3:]))  # fmt: skip
+    if not len(opacity):
+        return colour, None
+    if image.format == "TIFF" and _OPACITY_IS_MULTIPLIED_IN in np.ravel(image.tag_v2.get(_EXTRA_SAMPLES, ())):
+        colour = torch.where(opacity > 0, colour / opacity, colour).clamp_(max=1)
+    return colour, opacity
 
 
 def _check_layout(image: Image.Image) -> None:

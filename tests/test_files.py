@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from colora_peft.files import relative_path, write_json, write_text
+from colora_peft.files import relative_path, write_bytes, write_json, write_text
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
@@ -30,3 +30,13 @@ def test_paths_are_named_from_the_working_directory_if_below_it(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert Path(relative_path(tmp_path / "a" / "b")) == Path("a/b")
     assert relative_path(tmp_path.parent) == str(tmp_path.parent.resolve())
+
+
+def test_bytes_that_cannot_be_put_in_place_leave_nothing(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError):
+        write_bytes(tmp_path / "a.png", b"content")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+    write_bytes(tmp_path / "b.png", b"content")
+    write_bytes(tmp_path / "b.png", b"\0\n\r\n")
+    assert (tmp_path / "b.png").read_bytes() == b"\0\n\r\n"

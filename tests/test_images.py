@@ -102,6 +102,16 @@ def test_orientations_of_16_bit_files(tmp_path, orientation, channels):
         assert_reads_as(tmp_path / name, expected)
 
 
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\xff\xff\xff\0", b"II*\0\x08\0\0\0\x05\0\x12\x01"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path, dtype, exif):
+    pixels = random_pixels(dtype, 3)
+    (tmp_path / "a.png").write_bytes(png_bytes(pixels, 2, (b"eXIf", exif)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_reads_as(tmp_path / "a.png", as_tensor(pixels))
+
+
 # Kinds of files
 
 
@@ -137,6 +147,14 @@ def test_transparency_is_laid_on_white(tmp_path):
         assert_reads_as(tmp_path / "la.png", on_white(la[..., 0], la[..., 1]), within)
         tifffile.imwrite(tmp_path / "rgba.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
         assert_reads_as(tmp_path / "rgba.tif", on_white(rgba[..., :3], rgba[..., 3]), within)
+
+
+def test_colours_that_opacity_is_multiplied_into_are_not_multiplied_again(tmp_path):
+    straight = random_pixels(np.uint16, 4)
+    multiplied = straight.copy()
+    multiplied[..., :3] = np.round(straight[..., :3].astype(float) * straight[..., 3:] / 65535)
+    tifffile.imwrite(tmp_path / "a.tif", multiplied, photometric="rgb", extrasamples=["assocalpha"])
+    assert_reads_as(tmp_path / "a.tif", on_white(straight[..., :3], straight[..., 3]), within=1e-5)
 
 
 def test_one_transparent_colour_becomes_white(tmp_path):

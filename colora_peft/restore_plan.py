@@ -1,0 +1,180 @@
+"""Which picture files are restored, and where the results go: settled, and checked, before anything runs."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .images import IMAGE_SUFFIXES
+from .messages import some
+from .picture_formats import FORMATS
+
+__all__ = ["COMPARISONS", "Job", "plan_jobs"]
+
+COMPARISONS = "comparisons"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to restore.
+
+    Attributes:
+        source: The file.
+        name: How it is called in tables: its path below the folder that was given.
+        results: One file for each adapter.
+        comparison: The picture of input and results side by side.
+        target: What the results are compared with, or None.
+    """
+
+    source: Path
+    name: str
+    results: tuple[Path, ...]
+    comparison: Path
+    target: Path | None
+
+
+def plan_jobs(
+    inputs: Sequence[str],
+    output_dir: str | Path,
+    subfolders: Sequence[str],
+    file_format: str | None = None,
+    targets: str | Path | None = None,
+) -> list[Job]:
+    """The jobs in the order of the inputs, each file once.
+
+    Results keep the path below the folder that was given, or below the part of a pattern that has no wildcards.
+
+    Args:
+        inputs: Files, folders (searched with all below them) and patterns such as `photos/**/*.png`. In the latter two
+            hidden files, what is called otherwise than pictures are, and the output folder are left out.
+        output_dir: Where the results go.
+        subfolders: One below `output_dir` for each adapter; "" is `output_dir` itself.
+        file_format: A key of `colora_peft.picture_formats.FORMATS`; None keeps each file's own.
+        targets: Folder of pictures of the same names, with any suffix: at the same path below it, or else anywhere
+            below it.
+
+    Raises:
+        FileNotFoundError: An input is not there, or the folder of targets.
+        ValueError: There is no picture; two results would be one file, or a result an input; several
+            targets fit, or none.
+    """
+    output_dir = Path(output_dir)
+    found = dict.fromkeys(pair for text in inputs for pair in _find(text, output_dir))
+    if not found:
+        raise ValueError("There is nothing to restore: give files, folders or patterns.")
+    targets_of = _Targets(Path(targets)) if targets is not None else None
+    jobs = []
+    for source, name in found:
+        written = _with_format(name, file_format)
+        results = tuple(output_dir / subfolder / written for subfolder in subfolders)
+        comparison = output_dir / COMPARISONS / f"{name}.jpg"
+        target = targets_of.find(name) if targets_of is not None else None
+        jobs.append(Job(source, str(name), results, comparison, target))
+    _check_outputs(jobs)
+    if targets_of is not None and not any(job.target for job in jobs):
+        raise ValueError(f"None of the pictures has a target of the same name in {targets}; check the folder.")
+    return jobs
+
+
+def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
+    """(file, path of its results below the output folder) of one input."""
+    path = Path(text)
+    if path.is_dir():
+        yield from _below(path, path, output_dir)
+    elif path.exists():
+        yield path, Path(path.name)
+    elif glob.has_magic(text):
+        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+        if not matches:
+            raise FileNotFoundError(f"No file matches {text}; check the pattern.")
+        parts = path.parts
+        fixed = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+        for match in matches:
+            if _is_below(match, output_dir, fixed):
+                continue  # a run's own results are no input of the next
+            if match.is_dir():
+                yield from _below(match, fixed, output_dir, may_be_empty=True)
+            elif match.suffix.lower() in IMAGE_SUFFIXES:
+                yield match, match.relative_to(fixed)
+    else:
+        raise FileNotFoundError(f"There is no file or folder {text}; check the path.")
+
+
+def _below(folder: Path, root: Path, output_dir: Path, may_be_empty: bool = False) -> Iterator[tuple[Path, Path]]:
+    """The pictures in `folder` and below, sorted, with their paths below `root`."""
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and not _is(Path(parent, name), output_dir)]
+        paths += [Path(parent, name) for name in names if name[0] != "."]
+    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths and not may_be_empty:
+        raise ValueError(f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    yield from ((path, path.relative_to(root)) for path in paths)
+
+
+def _is(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve()
+
+
+def _is_below(match: Path, output_dir: Path, fixed: Path) -> bool:
+    """Whether a match lies in the output folder, and that below where the pattern began."""
+    results, root = output_dir.resolve(), fixed.resolve()
+    return results != root and results.is_relative_to(root) and match.resolve().is_relative_to(results)
+
+
+def _with_format(name: Path, file_format: str | None) -> Path:
+    suffixes = (name.suffix.lower(),) if file_format is None else FORMATS[file_format].suffixes
+    return name if name.suffix.lower() in suffixes else name.with_suffix(suffixes[0])
+
+
+def _check_outputs(jobs: Sequence[Job]) -> None:
+    """Refuse two inputs for one output, and an output that is an input, under whatever name."""
+    # Without case: some file systems do not tell A.png from a.png.
+    owners: dict[str, Path] = {}
+    identities = {_identity(path): path for job in jobs for path in (job.source, job.target) if path is not None}
+    for job in jobs:
+        for output in (*job.results, job.comparison):
+            other = owners.setdefault(str(output).casefold(), job.source)
+            if other != job.source:
+                raise ValueError(
+                    f"{other} and {job.source} would both be written to {output}; restore them into different "
+                    "folders, or give the folder above them, whose structure is kept."
+                )
+            if output.exists() and _identity(output) in identities:
+                raise ValueError(
+                    f"The result of {job.source} would overwrite {identities[_identity(output)]}; choose another "
+                    "output folder."
+                )
+            blocked = next((above for above in output.parents if above.exists() and not above.is_dir()), None)
+            if blocked is not None or output.is_dir():
+                raise ValueError(
+                    f"{output} cannot be written: {blocked or output} is in the way; choose another folder."
+                )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+class _Targets:
+    """The pictures below a folder, by their path without suffix, and by their stem."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder} of targets; check the path.")
+        self._by_path: dict[Path, list[Path]] = {}
+        self._by_stem: dict[str, list[Path]] = {}
+        for path, name in _below(folder, folder, folder):
+            self._by_path.setdefault(name.with_suffix(""), []).append(path)
+            self._by_stem.setdefault(name.stem, []).append(path)
+
+    def find(self, name: Path) -> Path | None:
+        candidates = self._by_path.get(name.with_suffix("")) or self._by_stem.get(name.stem, [])
+        if len(candidates) > 1:
+            paths = some([str(path) for path in candidates])
+            raise ValueError(f"Several targets have the name of {name}: {paths}; keep one.")
+        return candidates[0] if candidates else None

@@ -1,0 +1,158 @@
+"""What one picture goes through in `restore.py`: read, restored with each adapter, written, measured, compared."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from restore_report import Row
+from torch import Tensor
+
+from colora_peft.adapter_set import NO_ADAPTER, AdapterSet
+from colora_peft.comparison import save_comparison
+from colora_peft.icc_profiles import fitting_profile
+from colora_peft.metrics import SSIM_WINDOW_PX, psnr, ssim
+from colora_peft.picture_files import Picture, read_picture, write_picture
+from colora_peft.picture_formats import format_of
+from colora_peft.restore_plan import Job
+from colora_peft.restore_record import RestoreRecord
+from colora_peft.tiling import restore_image
+
+if TYPE_CHECKING:
+    from restore import RestoreArguments
+
+_STRIP_PIXELS = 1 << 21
+
+
+class RestoreRun:
+    """Restores pictures one after the other; what fails is noted in their rows."""
+
+    def __init__(self, adapters: AdapterSet, record: RestoreRecord, args: RestoreArguments) -> None:
+        self.adapters = adapters
+        self.record = record
+        self.args = args
+
+    def settings_of(self, label: str) -> dict[str, object]:
+        return {"weights": self.adapters.fingerprints[label], **self.args.settings()}
+
+    def check_kept(self, jobs: list[Job]) -> None:
+        """Refuse to keep results that this run would make otherwise.
+
+        Raises:
+            ValueError: There are such, and no --overwrite.
+        """
+        if self.args.overwrite:
+            return
+        for job in jobs:
+            for label, result in zip(self.adapters.labels, job.results, strict=True):
+                difference = self.record.difference(result, self.settings_of(label)) if result.exists() else None
+                if difference is not None:
+                    raise ValueError(
+                        f"{result} is there, but not as this run would make it ({difference}). Choose another "
+                        "--output_dir, or give --overwrite."
+                    )
+
+    def process(self, job: Job) -> list[Row]:
+        """A row of the table for each adapter. One bad file must not stop the rest: errors stand in the rows."""
+        rows = [Row(job.name, label, result) for label, result in zip(self.adapters.labels, job.results, strict=True)]
+        for row in rows:
+            row.kept = row.result.exists() and not self.args.overwrite
+        look = self.args.targets is not None or (self.args.compare and not job.comparison.exists())
+        if all(row.kept for row in rows) and not look:
+            return rows
+        try:
+            for row in rows:
+                format_of(row.result)  # before the work, not after
+            picture = read_picture(job.source, self.args.max_pixels)
+        except Exception as error:
+            return [row.failed(error) for row in rows]
+        for row in rows:
+            row.size = tuple(picture.colour.shape[:0:-1])
+            try:
+                if not row.kept:
+                    self._restore(picture, row)
+            except Exception as error:
+                row.failed(error)
+        sound = [row for row in rows if row.error is None]
+        try:
+            self._look(job, picture, sound)
+        except Exception as error:
+            for row in sound:
+                row.failed(error)
+        return rows
+
+    def _restore(self, picture: Picture, row: Row) -> None:
+        start = time.perf_counter()
+        restored = restore_image(
+            self.adapters.activate(row.label),
+            picture.colour,
+            tile=self.args.tile or None,
+            overlap=self.args.overlap,
+            dtype=None if self.args.dtype == "float32" else getattr(torch, self.args.dtype),
+            self_ensemble=self.args.self_ensemble,
+            progress=sys.stderr.isatty(),
+        )
+        self.record.add(row.result, self.settings_of(row.label))
+        row.notes = write_picture(
+            row.result, restored, picture, quality=self.args.quality, grey_as_rgb=self.args.grey_as_rgb
+        )
+        row.seconds = time.perf_counter() - start
+
+    def _look(self, job: Job, picture: Picture, rows: list[Row]) -> None:
+        """Measure and compare the results as they are in their files."""
+        wanted = self.args.compare and rows and not (job.comparison.exists() and all(row.kept for row in rows))
+        if not (wanted or job.target):
+            return
+        target = read_picture(job.target, self.args.max_pixels).on_white if job.target else None
+        if target is not None and target.shape != picture.colour.shape:
+            raise ValueError(
+                f"The target {job.target} is {target.shape[2]} x {target.shape[1]} pixels, {job.source} "
+                f"{picture.colour.shape[2]} x {picture.colour.shape[1]}; without figures."
+            )
+        results = [read_picture(row.result, self.args.max_pixels).on_white for row in rows]
+        for row, result in zip(rows, results, strict=True):
+            if target is not None:
+                row.figures = {"psnr_input": psnr_of(picture.on_white, target), "psnr": psnr_of(result, target)}
+                row.figures |= {"ssim_input": ssim_of(picture.on_white, target), "ssim": ssim_of(result, target)}
+        if wanted:
+            self._compare(job, picture, rows, results, target)
+
+    def _compare(
+        self, job: Job, picture: Picture, rows: list[Row], results: list[Tensor], target: Tensor | None
+    ) -> None:
+        def with_figure(caption: str, figure: str, row: Row) -> str:
+            return caption if target is None else f"{caption}  {row.figures[figure]:.2f} dB"
+
+        several = len(self.adapters.labels) > 1
+        captions = [with_figure("input", "psnr_input", rows[0])]
+        for row in rows:
+            name = ("no adapter" if row.label == NO_ADAPTER else row.label) if several else "restored"
+            captions.append(with_figure(name, "psnr", row))
+        pictures = [picture.on_white, *results]
+        if target is not None:
+            pictures, captions = [*pictures, target], [*captions, "target"]
+        profile, _ = fitting_profile(picture.icc_profile, 3)
+        save_comparison(pictures, captions, job.comparison, profile)
+
+
+def psnr_of(picture: Tensor, target: Tensor) -> float:
+    return psnr(picture[None], target[None]).item()
+
+
+def ssim_of(picture: Tensor, target: Tensor) -> float | None:
+    """SSIM in strips, whose memory does not grow with the picture; None where its window does not fit.
+
+    The mean over the positions of the window is that over strips, weighted by the positions in each.
+    """
+    height, width = target.shape[1:]
+    if min(height, width) < SSIM_WINDOW_PX:
+        return None
+    positions, rows = height - SSIM_WINDOW_PX + 1, max(1, _STRIP_PIXELS // width)
+    total = 0.0
+    for top in range(0, positions, rows):
+        count = min(rows, positions - top)
+        strip = slice(top, top + count + SSIM_WINDOW_PX - 1)
+        total += count * ssim(picture[None, :, strip], target[None, :, strip]).item()
+    return total / positions

@@ -1,0 +1,84 @@
+"""Each label runs its own adapter and no other; fingerprints change with what changes the result."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from colora_peft import CoLoRAConfig
+from colora_peft.adapter_set import AdapterSet, adapter_labels
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)).eval()
+
+
+def save_adapter(folder, seed, kind="colora"):
+    config = CoLoRAConfig(ranks=2) if kind == "colora" else LoraConfig(r=2, target_modules=["0", "2"])
+    model = get_peft_model(network(), config)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    folders = {"haze.v1": save_adapter(tmp_path / "haze.v1", 1), "rain": save_adapter(tmp_path / "rain", 2, "lora")}
+    return {"none": "none", **folders}
+
+
+def test_each_label_runs_its_own_adapter_in_any_order(adapters):
+    loaded, x = AdapterSet(network(), adapters), torch.rand(1, 3, 9, 9)
+    assert loaded.labels == ["none", "haze.v1", "rain"] and len(set(loaded.fingerprints.values())) == 3
+    expected = {"none": network()(x)}
+    expected |= {label: PeftModel.from_pretrained(network(), adapters[label])(x) for label in ("haze.v1", "rain")}
+    for label in ("rain", "none", "haze.v1", "none", "rain"):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.activate(label)(x), expected[label])
+    assert not torch.allclose(expected["rain"], expected["haze.v1"])
+
+
+def test_without_adapters_the_network_is_bare():
+    bare = network()
+    assert AdapterSet(bare, {"none": "none"}).activate("none") is bare
+
+
+def test_fingerprints_follow_weights_and_settings_and_not_the_place(adapters, tmp_path):
+    def print_of(folder, base=None):
+        return AdapterSet(base or network(), {"a": str(folder)}).fingerprints["a"]
+
+    first = print_of(adapters["rain"])
+    (tmp_path / "rain").rename(tmp_path / "moved")
+    assert print_of(tmp_path / "moved") == first
+    other = network()
+    with torch.no_grad():
+        other[0].bias += 1
+    assert print_of(tmp_path / "moved", other) != first
+    file = tmp_path / "moved" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 99}))
+    assert print_of(tmp_path / "moved") != first
+    assert print_of(save_adapter(tmp_path / "again", 2, "lora")) == first
+
+
+def test_an_adapter_that_is_none_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^There is no folder .*nothing with an adapter"):
+        AdapterSet(network(), {"nothing": str(tmp_path / "nothing")})
+    with pytest.raises(ValueError, match=rf"^The adapter {tmp_path} cannot be loaded: .*adapter_config\.json"):
+        AdapterSet(network(), {"empty": str(tmp_path)})
+    other = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
+    for kind in ("colora", "lora"):
+        with pytest.raises(ValueError, match=rf"^The adapter .*{kind} cannot be loaded: "):
+            AdapterSet(other, {"a": save_adapter(tmp_path / kind, 0, kind)})
+
+
+def test_labels_are_as_short_as_they_can_be():
+    assert adapter_labels(["outputs/haze", "none", "me/rain/"]) == ["haze", "none", "rain"]
+    assert adapter_labels(["outputs/haze", "me/haze", "rain"]) == ["outputs-haze", "me-haze", "rain"]
+    with pytest.raises(ValueError, match="called outputs-haze; give each once"):
+        adapter_labels(["outputs/haze", "outputs/haze"])

@@ -1,0 +1,50 @@
+"""A result is taken for what a run would make only if it was made in the same way."""
+
+import pytest
+import torch
+
+from colora_peft.restore_record import RECORD_FILE, RestoreRecord, fingerprint
+
+SETTINGS = {"weights": "abc", "tile": 512}
+
+
+def test_the_last_line_on_a_result_holds_and_survives(tmp_path):
+    output_dir = tmp_path / "out"
+    record, result = RestoreRecord(output_dir), output_dir / "below" / "a.png"
+    assert record.difference(result, SETTINGS) == "no run wrote it"
+    record.add(result, {**SETTINGS, "tile": 64})
+    record.add(output_dir / "b.png", SETTINGS)
+    record.add(result, SETTINGS)
+    for each in (record, RestoreRecord(output_dir)):
+        assert each.difference(result, SETTINGS) is None
+        assert each.difference(result, {**SETTINGS, "tile": 64}) == "tile was 512, is 64"
+        assert each.difference(result, {"weights": "abc"}) == "tile was 512, is None"
+
+
+def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path):
+    record = RestoreRecord(tmp_path)
+    record.add(tmp_path / "a.png", SETTINGS)
+    record.add(tmp_path / "b.png", SETTINGS)
+    path = tmp_path / RECORD_FILE
+    path.write_bytes(path.read_bytes()[:-20])
+    again = RestoreRecord(tmp_path)
+    assert again.difference(tmp_path / "a.png", SETTINGS) is None
+    assert again.difference(tmp_path / "b.png", SETTINGS) is not None
+    again.add(tmp_path / "c.png", SETTINGS)
+    assert RestoreRecord(tmp_path).difference(tmp_path / "c.png", SETTINGS) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_fingerprints_see_every_value_name_shape_type_and_word(dtype):
+    weights = {"a": torch.arange(6).to(dtype), "b": torch.tensor(3).to(dtype)}
+    same = {"b": weights["b"].clone(), "a": torch.arange(12)[::2].div(2, rounding_mode="floor").to(dtype)}
+    assert fingerprint(weights) == fingerprint(same)
+    others = [
+        {**weights, "b": torch.tensor(4).to(dtype)},
+        {**weights, "a": weights["a"].view(2, 3)},
+        {"a": weights["a"], "c": weights["b"]},
+        {**weights, "b": weights["b"].double()},
+        {"a": weights["a"]},
+    ]
+    found = {fingerprint(weights), fingerprint(weights, "x"), *(fingerprint(other) for other in others)}
+    assert len(found) == 2 + len(others)
