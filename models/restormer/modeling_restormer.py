@@ -78,9 +78,7 @@ class GatedFeedForward(nn.Module):
         super().__init__()
         hidden = int(channels * config.ffn_expansion)
         self.project_in = nn.Conv2d(channels, 2 * hidden, kernel_size=1, bias=config.bias)
-        self.dwconv = nn.Conv2d(
-            2 * hidden, 2 * hidden, kernel_size=3, padding=1, groups=2 * hidden, bias=config.bias
-        )
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, kernel_size=3, padding=1, groups=2 * hidden, bias=config.bias)
         self.project_out = nn.Conv2d(hidden, channels, kernel_size=1, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
