@@ -161,10 +161,8 @@ def save(model: PreTrainedModel, out: Path, card: str) -> None:
 def model_card(architecture: Architecture, model: PreTrainedModel, file: Path, name: str) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    names = [
-        name for name in inspect.signature(type(model.config).__init__).parameters if name not in ("self", "kwargs")
-    ]
-    rows = "\n".join(f"| {name} | {getattr(model.config, name)} |" for name in names)
+    settings = inspect.signature(type(model.config).__init__).parameters.keys() - {"self", "kwargs"}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in vars(model.config).items() if name in settings)
     return f"""---
 library_name: transformers
 pipeline_tag: image-to-image

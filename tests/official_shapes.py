@@ -15,7 +15,7 @@ def numbered(prefix, count, block):
     return {f"{prefix}.{i}.{name}": shape for i in range(count) for name, shape in block.items()}
 
 
-# --- NAFNet -----------------------------------------------------------------------------------------------------------
+# --- NAFNet ---------------------------------------------------------------------------------------------------------
 
 
 def nafnet_block(c):
@@ -39,7 +39,7 @@ def nafnet_shapes(width=32, encoder=(1, 1, 1, 28), middle=1, decoder=(1, 1, 1, 1
     return shapes | conv("ending", num_channels, c, 3)
 
 
-# --- Restormer --------------------------------------------------------------------------------------------------------
+# --- Restormer ------------------------------------------------------------------------------------------------------
 
 
 def restormer_block(c, heads, ffn, bias, norm_bias):

@@ -171,7 +171,7 @@ BAD_CONTENTS = {
     "left over": (left_over, r"looks like NAFNet, but left over are encoders\.0\.0\.se\.weight"),
     "missing": (missing, r"looks like NAFNet, but missing are downs\.1\.bias"),
     "shape": (of_another_shape, r"of another shape are ending\.weight \(\(4, 8, 3, 3\), not \(3, 8, 3, 3\)\)"),
-    "unknown": (lambda w: {"conv.weight": torch.rand(2)}, r"no known architecture: NAFNet has intro\.weight.*conv\.weight"),
+    "unknown": (lambda w: {"conv.weight": torch.rand(2)}, r"no known architecture: NAFNet has intro\.weight.* conv"),
     "no weights": (lambda w: {"epoch": 3, "lr": 0.1}, r"epoch, lr are no weights"),
     "integers": (lambda w: w | {"step": torch.tensor(3)}, r"step are no weights"),
     "a list": (lambda w: list(w.values()), r"no weights under names"),

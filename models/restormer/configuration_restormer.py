@@ -94,8 +94,8 @@ def _check_channels(num_channels: int, num_output_channels: int, width: int, dua
         raise ValueError(f"The setting width must be even and at least 2, got {width}.")
     if not dual_pixel and num_output_channels != num_channels:
         raise ValueError(
-            f"A network that adds the picture to its output keeps the channels, but num_channels is {num_channels} and "
-            f"num_output_channels {num_output_channels}; set dual_pixel=True or make them equal."
+            f"A network that adds the picture to its output keeps the channels, but num_channels is {num_channels} "
+            f"and num_output_channels {num_output_channels}; set dual_pixel=True or make them equal."
         )
 
 
