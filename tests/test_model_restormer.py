@@ -1,11 +1,16 @@
 """CoLoRA on a whole Restormer: scores, ranks, merging, files, gradient checkpointing, other methods."""
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import EXAMPLES
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_networks import tiny_restormer
+from tiny_networks import TINY_RESTORMER, tiny_restormer
+from transformers import AutoModelForImageToImage
 
 from colora_peft import (
     CoLoRAConfig,
@@ -18,7 +23,10 @@ from colora_peft import (
 )
 from colora_peft.allocation import stored_rank
 from colora_peft.contribution import ESTIMATORS
+from colora_peft.evaluation import evaluate
+from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.modeling_restormer import RestormerBlock
+from colora_peft.pairs import PairedImageFolder
 from colora_peft.training import restoration_loss
 from colora_peft.tuning import prepare_for_tuning, trained_parameters
 
@@ -153,3 +161,30 @@ def test_decoder_begins_after_the_bottleneck():
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     modules = [name for name, _ in model.named_children()]
     assert trained == set(modules[modules.index("latent") + 1 :])
+
+
+# --- from a configuration to an adapter, as a user does it ---------------------------------------------------------
+
+
+def launch(script, *flags):
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(EXAMPLES / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_pretrained_then_adapted_by_the_scripts(train_dir, eval_dir, tmp_path):
+    RestormerConfig(**TINY_RESTORMER).save_pretrained(tmp_path / "config")
+    quick = ["--max_train_steps", 3, "--per_device_train_batch_size", 2, "--resolution", 32]
+    launch("pretrain.py", "--train_dir", train_dir / "target", "--config_name", tmp_path / "config", *quick,
+           "--output_dir", tmp_path / "network")  # fmt: skip
+    flags = ["--train_dir", train_dir, "--eval_dir", eval_dir, "--model_name_or_path", tmp_path / "network", *quick]
+    launch("finetune.py", *flags, "--probe_batches", 1, "--output_dir", tmp_path / "adapter")
+    metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text())
+    assert 0 < metrics["trainable_ratio"] <= 0.07
+    base = AutoModelForImageToImage.from_pretrained(tmp_path / "network")
+    assert isinstance(base, RestormerForImageRestoration) and base.config.width == TINY_RESTORMER["width"]
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    evaluated = evaluate(adapted, PairedImageFolder(eval_dir), torch.device("cpu"), "")
+    assert evaluated["psnr"] == pytest.approx(metrics["psnr_after"], abs=1e-3)
