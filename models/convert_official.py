@@ -72,12 +72,12 @@ def read_checkpoint(file: Path) -> Any:
         # The one place where something else than safetensors and JSON is read: official checkpoints are pickles.
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        code = re.search(r"(?:GLOBAL|function|class) ([\w.]+\.\w+)", str(error))
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise ValueError(
                 f"it holds more than weights, namely {code[1]}, which loading could run; it was not loaded"
             ) from error
-        raise ValueError("it is no checkpoint of torch.save") from error
+        raise ValueError("it is no checkpoint of torch.save that holds weights alone") from error
     except (RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError, UnicodeDecodeError) as error:
         # Whatever torch's readers of its two formats stumble over in a file of another kind, or a truncated one.
         raise ValueError("it is no checkpoint of torch.save, or damaged") from error

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageToImage
 
 from colora_peft.models import NAFNetForImageRestoration, RestormerForImageRestoration
-from colora_peft.models.convert_official import convert
+from colora_peft.models.convert_official import convert, main
 from colora_peft.models.official_architectures import read_nafnet_config, read_restormer_config
 
 TINY_NAFNET = {"width": 8, "encoder": (1, 2), "middle": 1, "decoder": (1, 1)}
 TINY_RESTORMER = {"width": 8, "blocks": (1, 2, 1, 1), "refinement": 2}
+COMMAND = [sys.executable, "-m", "colora_peft.models.convert_official"]
 VARIANTS = {
     "NAFNet": (nafnet_shapes, TINY_NAFNET),
     "NAFNet of grey pictures": (nafnet_shapes, {**TINY_NAFNET, "num_channels": 1}),
@@ -131,18 +132,15 @@ def test_the_card_tells_the_licence_and_that_the_task_is_unknown(shapes, licence
     assert "task is unknown" in card.content and "`official.pth`" in card.content and "| width | 8 |" in card.content
 
 
-def command(*arguments):
-    call = [sys.executable, "-m", "colora_peft.models.convert_official", *map(str, arguments)]
-    return subprocess.run(call, capture_output=True, text=True)
-
-
-def test_the_command_converts_and_says_bad_news_in_one_sentence(nafnet_weights, tmp_path):
-    torch.save(nafnet_weights, tmp_path / "official.pth")
-    done = command(tmp_path / "official.pth", tmp_path / "out")
+def test_the_command_converts_and_says_bad_news_in_one_sentence(nafnet_weights, tmp_path, monkeypatch):
+    file, out = str(tmp_path / "official.pth"), str(tmp_path / "out")
+    torch.save(nafnet_weights, file)
+    done = subprocess.run([*COMMAND, file, out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "task unknown" in done.stdout and f"from_pretrained({str(tmp_path / 'out')!r})" in done.stdout
-    again = command(tmp_path / "official.pth", tmp_path / "out")
-    assert again.returncode == 1 and "not overwritten" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert "task unknown" in done.stdout and f"from_pretrained({out!r})" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["convert_official", file, out])
+    with pytest.raises(SystemExit, match=r"^convert_official: .*out is there already and is not overwritten.*\.$"):
+        main()
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------
@@ -191,7 +189,7 @@ def test_bad_contents_are_refused_and_nothing_is_written(make, culprit, zipped, 
 
 
 def plain_pickle(path):
-    path.write_bytes(pickle.dumps({"params": Evil()}))
+    path.write_bytes(pickle.dumps({"params": Evil()}, protocol=2))
 
 
 def a_picture(path):
@@ -216,7 +214,9 @@ def truncated(path):
 def test_files_that_are_no_checkpoint_are_refused(spoil, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spoil(tmp_path / name)
-    culprit = "safetensors" if name.endswith("safetensors") else "mkdir" if spoil is plain_pickle else "no checkpoint"
+    culprit = (
+        "no safetensors" if name.endswith("safetensors") else "mkdir" if spoil is plain_pickle else "no checkpoint"
+    )
     with pytest.raises(ValueError, match=culprit) as caught:
         convert(name, "out")
     assert "\n" not in str(caught.value)
