@@ -214,9 +214,7 @@ def truncated(path):
 def test_files_that_are_no_checkpoint_are_refused(spoil, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spoil(tmp_path / name)
-    culprit = (
-        "no safetensors" if name.endswith("safetensors") else "mkdir" if spoil is plain_pickle else "no checkpoint"
-    )
+    culprit = "safetensors" if name.endswith("safetensors") else "mkdir" if spoil is plain_pickle else "no checkpoint"
     with pytest.raises(ValueError, match=culprit) as caught:
         convert(name, "out")
     assert "\n" not in str(caught.value)
