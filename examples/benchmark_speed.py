@@ -73,17 +73,22 @@ class SpeedArguments:
 # ------------------------------------------------------------------------------------------------------------- time
 
 
-def take_turns(runs: dict[str, Callable[[], None]], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+def take_turns(
+    runs: dict[str, Callable[[], None]],
+    rounds: int,
+    wait: Callable[[], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each run in each round; every other round goes backwards, so that no place is the better one."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name in list(runs) if number % 2 else list(runs)[::-1]:
             wait()
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
             wait()
             if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -122,8 +127,13 @@ def peak_memory(network_name: str, mode: Mode, shape: str, variant: str, paramet
 
     To be called in a fresh process: on the CPU it is the growth of the process since before the network was made.
     """
-    if mode.device == "cuda":
-        _take_steps(network_name, mode, shape, variant, parameter_budget)
+    return peak_of(lambda: _take_steps(network_name, mode, shape, variant, parameter_budget), mode.device)
+
+
+def peak_of(run: Callable[[], None], device: str) -> int:
+    """Bytes that `run` takes at its peak, in a fresh process."""
+    if device == "cuda":
+        run()
         return torch.cuda.max_memory_allocated()
     process, peaks, done = psutil.Process(), [0], threading.Event()
     before = process.memory_info().rss
@@ -135,7 +145,7 @@ def peak_memory(network_name: str, mode: Mode, shape: str, variant: str, paramet
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        _take_steps(network_name, mode, shape, variant, parameter_budget)
+        run()
     finally:
         done.set()
         watcher.join()

@@ -3,7 +3,12 @@
 import torch
 from torch import nn
 
-from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
+from colora_peft.models import (
+    NAFNetConfig,
+    NAFNetForImageRestoration,
+    RestormerConfig,
+    RestormerForImageRestoration,
+)
 
 
 class Block(nn.Module):
@@ -84,4 +89,18 @@ def tiny_nafnet(seed=0, trained=True):
             for name, parameter in model.named_parameters():
                 if name.endswith(("beta", "gamma", "norm1.weight", "norm2.bias")):
                     parameter.add_(torch.randn_like(parameter) / 2)
+    return model.eval()
+
+
+TINY_RESTORMER = {"width": 8, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1}
+
+
+def tiny_restormer(seed=0, **settings):
+    """A tiny Restormer whose temperatures and norms are not what they are at first."""
+    torch.manual_seed(seed)
+    model = RestormerForImageRestoration(RestormerConfig(**{**TINY_RESTORMER, **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("temperature"):
+                parameter.add_(torch.randn_like(parameter) / 4)
     return model.eval()
