@@ -41,7 +41,9 @@ def load_backbone(
 
     Args:
         name_or_path: A folder of `save_pretrained`, an id on the Hub, or `module:function`, a function without
-            arguments that returns the network as any `nn.Module`; the module may lie in the current directory.
+            arguments that returns the network as any `nn.Module`; the module may lie in the current directory. Where
+            the network takes sizes of some multiple only, the function sets its attribute `size_multiple`
+            (`colora_peft.reconstruction`).
         revision: Branch, tag or commit on the Hub.
         subfolder: Folder inside the repository or `name_or_path` that holds the network.
         token: For private repositories, as in transformers.
@@ -56,7 +58,9 @@ def load_backbone(
     if match and not Path(name_or_path).exists():
         if revision is not None or subfolder:
             raise ValueError(f"{name_or_path} is a function: leave out revision and subfolder.")
-        return _call(match["module"], match["function"]).float().eval()
+        network = _call(match["module"], match["function"]).float().eval()
+        network.name_or_path = str(name_or_path)  # PEFT writes it into adapters, as the name of their base
+        return network
     source = Source(str(name_or_path), revision, subfolder, token)
     return load_from_folder(fetch(source, (NETWORK_FILES,)), source)
 

@@ -2,32 +2,86 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["reconstruct", "restoration_loss"]
+__all__ = ["output_pictures", "pad_to_multiple", "reconstruct", "restoration_loss", "size_multiple"]
 
 
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """The restored pictures (B, C, H, W) of any network that returns them as a tensor or under `reconstruction`.
 
+    Where the network runs on heights and widths of some multiple only (`size_multiple`), it gets the pictures padded
+    and what was added is cut off again.
+
     Raises:
         TypeError: if the network returns something else.
         ValueError: if the restored pictures are not of the shape of the input.
     """
-    output = model(pixel_values)
-    reconstruction = output if isinstance(output, Tensor) else getattr(output, "reconstruction", None)
-    if not isinstance(reconstruction, Tensor):
+    padded = pad_to_multiple(pixel_values, size_multiple(model))
+    reconstruction = output_pictures(model, model(padded))
+    if reconstruction.shape != padded.shape:
+        raise ValueError(
+            f"{type(model).__name__} returned pictures of shape {tuple(reconstruction.shape)} for inputs of shape "
+            f"{tuple(padded.shape)}; a restoration network must keep the shape.{_hint(reconstruction, padded)}"
+        )
+    height, width = pixel_values.shape[-2:]
+    return reconstruction[..., :height, :width]
+
+
+def output_pictures(model: nn.Module, output: Any) -> Tensor:
+    """The pictures in what `model` returned: a tensor, or the field `reconstruction`.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    pictures = output if isinstance(output, Tensor) else getattr(output, "reconstruction", None)
+    if not isinstance(pictures, Tensor):
         raise TypeError(
             f"{type(model).__name__} returned {type(output).__name__}; a restoration network must return the restored "
             "pictures as a tensor or as an output with the field `reconstruction`."
         )
-    if reconstruction.shape != pixel_values.shape:
-        raise ValueError(
-            f"{type(model).__name__} returned pictures of shape {tuple(reconstruction.shape)} for inputs of shape "
-            f"{tuple(pixel_values.shape)}; a restoration network must keep the shape."
-        )
-    return reconstruction
+    return pictures
+
+
+def size_multiple(model: nn.Module) -> int:
+    """What the height and width of the pictures that `model` takes must be multiples of; 1 where any size will do.
+
+    That is the attribute `size_multiple` of the network, which its author or whoever loads it sets. The Swin2SR of
+    transformers, whose image processor pads for it, needs no attribute: it is the side of its windows.
+    """
+    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    multiple = getattr(network, "size_multiple", None)
+    if multiple is not None:
+        return multiple
+    config = getattr(network, "config", None)
+    return config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
+
+
+def pad_to_multiple(pictures: Tensor, multiple: int) -> Tensor:
+    """Pictures (B, C, H, W) continued below and to the right until H and W are multiples of `multiple`.
+
+    They are mirrored; where a side is too short for that, its last row or column is repeated.
+    """
+    if multiple == 1:
+        return pictures
+    height, width = pictures.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    mode = "reflect" if multiple <= min(height, width) else "replicate"
+    return F.pad(pictures, (0, right, 0, below), mode=mode)
+
+
+def _hint(reconstruction: Tensor, pictures: Tensor) -> str:
+    """A sentence for networks that enlarge, the likeliest of those that change the shape."""
+    factors = [new / old for new, old in zip(reconstruction.shape[-2:], pictures.shape[-2:], strict=True)]
+    if factors[0] != factors[1] or factors[0] <= 1:
+        return ""
+    return (
+        f" It enlarges {factors[0]:g} times: use the variant for restoration (for Swin2SR `upscale=1`), or train this "
+        "one with a loss of your own, as get_peft_model adapts any network."
+    )
 
 
 def restoration_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -132,6 +132,7 @@ def main(args: FinetuneArguments) -> None:
     train_pairs, eval_pairs = load_pairs(args, accelerator)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     model = load_network(args, accelerator)
+    check_can_be_saved(model, args)
     contributions = given_contributions(model, args, checkpoint)
     accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {args.method}.")
     note = None if contributions is None else note_on_source(contributions, args)
@@ -178,6 +179,15 @@ def main(args: FinetuneArguments) -> None:
             "eval_pairs": len(eval_pairs),
         }
         save(model, eval_pairs, metrics, facts, args)
+
+
+def check_can_be_saved(model: torch.nn.Module, args: FinetuneArguments) -> None:
+    """Refuse, before any work, to tune a network itself that has no way to be saved: adapters are PEFT's to save."""
+    if args.method not in ("colora", "lora") and not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"--method {args.method} saves the network by its save_pretrained, which {type(model).__name__} of "
+            f"{args.model_name_or_path} does not have: choose --method colora or lora."
+        )
 
 
 def quality_metrics(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

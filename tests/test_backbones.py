@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageToImage
 
 import colora_peft.models  # noqa: F401 - registers the backbones
+from colora_peft import CoLoRAConfig
 from colora_peft.backbones import load_backbone
 
 NETWORKS = """
@@ -16,6 +18,9 @@ from torch import nn
 
 def convolution():
     return nn.Conv2d(3, 3, 3, padding=1).half().train()
+
+def two_layers():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 1))
 
 def number():
     return 3
@@ -49,6 +54,14 @@ def test_a_function_in_the_current_directory_is_called(networks):
     network = load_backbone("my_networks:convolution")
     assert isinstance(network, nn.Conv2d)
     assert network.weight.dtype == torch.float32 and not network.training
+
+
+def test_an_adapter_keeps_the_name_of_the_function_that_makes_its_base(networks, tmp_path):
+    adapted = get_peft_model(load_backbone("my_networks:two_layers"), CoLoRAConfig(ranks=1))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path
+    assert base == "my_networks:two_layers"
+    PeftModel.from_pretrained(load_backbone(base), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,318 @@
+"""Export a restoration network to one file that other runtimes run: ONNX, or a program of `torch.export` (.pt2).
+
+Pictures go in and come out as float32 RGB (B, 3, H, W) in [0, 1], not clamped, under the names `pixel_values` and
+`reconstruction`. Nothing is written before the file's own content, run by its own runtime, has given what PyTorch
+gives, on pictures of several sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .files import PARTIAL
+from .reconstruction import output_pictures, pad_to_multiple, reconstruct, size_multiple
+
+__all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "SizeCheck", "export_network"]
+
+ExportFormat = Literal["onnx", "torch_export"]
+EXPORT_SUFFIXES: Mapping[str, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
+METADATA_FILE = "colora_peft.json"
+"""Where the metadata lies in a .pt2 file; an .onnx file has them as its properties."""
+
+# Batch, height and width of the checks: multiples of any usual stride and not, one side each, and more than one
+# picture. The network is traced at a size of its own (`_trace_shape`), which is not among them.
+_CHECKED = ((1, 64, 64), (2, 96, 128), (1, 77, 101), (3, 64, 83), (1, 131, 72))
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
+_INPUT, _OUTPUT = "pixel_values", "reconstruction"
+
+
+class ExportError(ValueError):
+    """The network cannot be exported, or what was exported does not give what the network gives."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How a network is exported.
+
+    Args:
+        format: "onnx", or "torch_export", which `torch.export.load` reads.
+        fixed_size: Height and width of the pictures, one at a time, for runtimes and networks that cannot have them
+            open. None: pictures of any size and number.
+        half_precision: Weights and arithmetic in float16: half the file. Pictures stay float32.
+        tolerance: Greatest difference to PyTorch in float32 that is accepted, of pixel values in [0, 1]. None: 1e-4,
+            or 2e-2 in half precision; the second is ours, five levels of 8 bits.
+        metadata: Written into the file besides what is known here.
+
+    Raises:
+        ValueError: An unknown format, or a size or tolerance that is not positive.
+    """
+
+    format: ExportFormat = "onnx"
+    fixed_size: tuple[int, int] | None = None
+    half_precision: bool = False
+    tolerance: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format not in EXPORT_SUFFIXES:
+            raise ValueError(f"The format is {self.format!r}: choose one of {', '.join(EXPORT_SUFFIXES)}.")
+        if self.fixed_size is not None and min(self.fixed_size) < 1:
+            raise ValueError(f"The fixed_size is {self.fixed_size}: give height and width of at least 1 pixel.")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"The tolerance is {self.tolerance}: choose it above 0, for example 1e-4.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.half_precision else torch.float32
+
+    @property
+    def greatest_difference(self) -> float:
+        return _TOLERANCES[self.dtype] if self.tolerance is None else self.tolerance
+
+    def checked_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        return _CHECKED if self.fixed_size is None else ((1, *self.fixed_size),)
+
+
+@dataclass(frozen=True)
+class SizeCheck:
+    """The greatest absolute difference of a pixel between the file's output and PyTorch's, at one size."""
+
+    batch: int
+    height: int
+    width: int
+    max_difference: float
+
+
+def export_network(network: nn.Module, path: str | Path, settings: ExportSettings | None = None) -> list[SizeCheck]:
+    """Export a network, check the result against it, and write it to `path`, replacing what is there.
+
+    Args:
+        network: Any network that `reconstruct` understands, of float32 RGB pictures, on the CPU, without adapters:
+            merge them before (`merge_and_unload`). It is not changed, and run in evaluation mode.
+        path: The file; its folder is made.
+        settings: Default: ONNX, any size, float32.
+
+    Returns:
+        One check for each size.
+
+    Raises:
+        ExportError: The network or one of its layers cannot be exported, or the result differs by more than the
+            tolerance. Nothing is written.
+        ImportError: Packages for ONNX are missing.
+        ValueError: The network does not restore pictures of 3 channels and the sizes that are checked.
+        OSError: The file cannot be written.
+    """
+    settings = settings or ExportSettings()
+    if settings.format == "onnx":
+        _check_onnx_packages()
+    network = copy.deepcopy(network).eval()
+    pictures = [_pictures(shape) for shape in settings.checked_shapes()]
+    with torch.no_grad():
+        expected = [reconstruct(network, picture) for picture in pictures]
+        restorer = _Restorer(network.to(settings.dtype))
+        program = _trace(restorer, settings)
+    metadata = _metadata(settings)
+    data = _onnx_bytes(program, settings, metadata) if settings.format == "onnx" else _pt2_bytes(program, metadata)
+    run = _onnx_runner(data) if settings.format == "onnx" else _pt2_runner(data)
+    checks = [_check(run, picture, wanted, settings) for picture, wanted in zip(pictures, expected, strict=True)]
+    _write(Path(path), data)
+    return checks
+
+
+# ------------------------------------------------------------------------------------------------------------ trace
+
+
+class _Restorer(nn.Module):
+    """The network from pictures to pictures as a tensor, as `reconstruct` runs it, in the precision of its weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = next(network.parameters()).dtype
+        self.multiple = size_multiple(network)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        padded = pad_to_multiple(pixel_values.to(self.dtype), self.multiple)
+        restored = output_pictures(self.network, self.network(padded))
+        if self.multiple > 1:
+            restored = restored[..., : pixel_values.shape[-2], : pixel_values.shape[-1]]
+        return restored.to(pixel_values.dtype)
+
+
+def _trace(restorer: _Restorer, settings: ExportSettings) -> ExportedProgram:
+    dynamic = None
+    if settings.fixed_size is None:
+        dynamic = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    example = _pictures(_trace_shape(restorer.multiple, settings))
+    try:
+        program = torch.export.export(restorer, (example,), dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch.export raises whatever the network and its own passes raise
+        raise _cannot_be_exported(error, restorer.network, settings) from error
+    # Tracing notes each condition that it met on a size, many of them about how memory would be laid out: NAFNet's
+    # say "no multiple of 16" of a graph that is right for all. Which sizes the graph is right for, the checks tell.
+    if hasattr(program, "_guards_code"):
+        program._guards_code = []
+    return program
+
+
+def _trace_shape(multiple: int, settings: ExportSettings) -> tuple[int, int, int]:
+    """No side a multiple of a stride, so that padding is traced; and large enough to be mirrored."""
+    if settings.fixed_size is not None:
+        return (1, *settings.fixed_size)
+    return 2, max(67, multiple + 3), max(90, multiple + 6)
+
+
+def _cannot_be_exported(error: Exception, network: nn.Module, settings: ExportSettings) -> ExportError:
+    layer = _innermost_module(error, network)
+    where = f"The layer {layer!r} ({type(network.get_submodule(layer)).__name__})" if layer else type(network).__name__
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    remedy = "with a fixed_size it may work" if settings.fixed_size is None else "torch.export does not follow it"
+    return ExportError(f"{where} cannot be exported; {remedy}. The reason: {reason}")
+
+
+def _innermost_module(error: BaseException, network: nn.Module) -> str | None:
+    """The name of the module of the network whose code was running when the error came; None where none was."""
+    names = {id(module): name for name, module in network.named_modules()}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found or None
+
+
+# ---------------------------------------------------------------------------------------------------------- formats
+
+
+def _check_onnx_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'Exporting to ONNX needs {", ".join(missing)}: pip install "colora-peft[export]".')
+
+
+def _onnx_bytes(program: ExportedProgram, settings: ExportSettings, metadata: Mapping[str, str]) -> bytes:
+    axes = None if settings.fixed_size is not None else ({0: "batch", 2: "height", 3: "width"},)
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[_INPUT],
+                output_names=[_OUTPUT],
+                dynamic_shapes=axes,
+            )
+    except Exception as error:  # many kinds, some of them private; the innermost names the operator
+        reason = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise ExportError(
+            f"ONNX has no form for a layer of this network: {str(reason).strip().splitlines()[0]} The format "
+            "torch_export may take it."
+        ) from error
+    model = exported.model_proto
+    for key, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    return model.SerializeToString()
+
+
+def _onnx_runner(data: bytes) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda pictures: torch.from_numpy(session.run([_OUTPUT], {_INPUT: pictures.numpy()})[0])
+
+
+def _pt2_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with _quiet():
+        torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(dict(metadata), indent=2)})
+    return buffer.getvalue()
+
+
+def _pt2_runner(data: bytes) -> Callable[[Tensor], Tensor]:
+    with _quiet():
+        return torch.export.load(io.BytesIO(data)).module()
+
+
+class _quiet(warnings.catch_warnings):
+    """No warnings of PyTorch about its own parts, and no log of what it skips, such as operators of torchvision."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self._disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *exception: object) -> None:
+        logging.disable(self._disabled)
+        super().__exit__(*exception)
+
+
+# ----------------------------------------------------------------------------------------------------- check, write
+
+
+def _pictures(shape: tuple[int, int, int]) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] with large forms and noise, the same at each call."""
+    batch, height, width = shape
+    generator = torch.Generator().manual_seed(height * width)
+    forms = nn.functional.interpolate(torch.rand(batch, 3, 8, 8, generator=generator), (height, width), mode="bicubic")
+    return (forms + 0.1 * torch.randn(batch, 3, height, width, generator=generator)).clamp(0, 1)
+
+
+@torch.no_grad()
+def _check(run: Callable[[Tensor], Tensor], pictures: Tensor, expected: Tensor, settings: ExportSettings) -> SizeCheck:
+    batch, _, height, width = pictures.shape
+    what = f"{batch} x {height} x {width} (batch, height, width)"
+    try:
+        restored = run(pictures)
+    except Exception as error:  # of the runtime
+        raise ExportError(
+            f"The exported network fails on pictures of {what}, which PyTorch restores: export it with a fixed_size. "
+            f"The reason: {str(error).strip().splitlines()[0]}"
+        ) from error
+    same_shape = restored.shape == expected.shape
+    difference = (restored - expected).abs().max().item() if same_shape else float("inf")
+    if not difference <= settings.greatest_difference:  # also refuses NaN
+        raise ExportError(
+            f"The exported network differs from PyTorch by {difference:.2g} on pictures of {what}, more than the "
+            f"tolerance of {settings.greatest_difference:g}: "
+            + ("leave half precision out" if settings.half_precision else "export it with a fixed_size")
+            + ", or raise the tolerance if that is good enough."
+        )
+    return SizeCheck(batch, height, width, difference)
+
+
+def _metadata(settings: ExportSettings) -> dict[str, str]:
+    size = "any" if settings.fixed_size is None else "{} x {}, batch 1".format(*settings.fixed_size)
+    return {
+        "pictures": "float32 RGB (batch, 3, height, width) in [0, 1], in and out; clamp the output",
+        "size": size,
+        "precision": str(settings.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        **settings.metadata,
+    }
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,125 @@
+"""Export a network, with an adapter merged into it, to one file for phones, cameras and other runtimes.
+
+    python examples/export.py --adapter outputs/finetune
+
+writes `outputs/finetune.onnx`, which takes pictures of any size; `--format torch_export` a .pt2 file for
+`torch.export.load` and what builds on it. The file is run and compared with PyTorch before it is written. Needs
+`pip install -e ".[export]"` for ONNX.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import HfArgumentParser
+
+from colora_peft.backbones import load_backbone
+from colora_peft.export import EXPORT_SUFFIXES, ExportSettings, export_network
+
+
+@dataclass
+class ExportArguments:
+    """Flags of the export."""
+
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the adapter. Without it the bare network is exported."}
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The network: a folder, an id on the Hub, or module:function. Default: the one that the "
+                  "adapter says it was trained on."},
+    )  # fmt: skip
+    output_file: str | None = field(
+        default=None, metadata={"help": "Default: outputs/<name of the adapter, or of the network>.onnx or .pt2."}
+    )
+    format: Literal["onnx", "torch_export"] = field(
+        default="onnx", metadata={"help": "onnx: for ONNX Runtime and others; torch_export: a .pt2 file."}
+    )
+    height: int | None = field(
+        default=None, metadata={"help": "With --width: one picture of this size only. Default: any size and number."}
+    )
+    width: int | None = field(default=None, metadata={"help": "See --height."})
+    half_precision: bool = field(
+        default=False, metadata={"help": "Weights and arithmetic in float16, half the file; pictures stay float32."}
+    )
+    tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Greatest difference to PyTorch of a pixel in [0, 1]. Default: 1e-4, half precision 2e-2."},
+    )
+    task: str | None = field(
+        default=None, metadata={"help": "What the file is for, for its metadata. Default: the name of the adapter."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace --output_file if it is there."})
+
+    def __post_init__(self) -> None:
+        if self.adapter is None and self.model_name_or_path is None:
+            raise ValueError("Nothing to export: give --adapter, --model_name_or_path, or both.")
+        if (self.height is None) != (self.width is None):
+            raise ValueError("--height and --width need each other: give both or none.")
+        self.settings()  # refuses wrong values before anything is loaded
+        if self.output_file is None:
+            name = Path((self.adapter or self.model_name_or_path).replace(":", "-")).resolve().name
+            self.output_file = str(Path("outputs") / f"{name}{EXPORT_SUFFIXES[self.format]}")
+
+    def settings(self, **metadata: str) -> ExportSettings:
+        size = None if self.height is None else (self.height, self.width)
+        return ExportSettings(self.format, size, self.half_precision, self.tolerance, metadata)
+
+
+def check_output_file(args: ExportArguments) -> None:
+    """Refuse a file of another kind, or one that nobody asked to replace. Writes nothing."""
+    path, suffix = Path(args.output_file), EXPORT_SUFFIXES[args.format]
+    if path.suffix != suffix:
+        raise ValueError(f"--output_file {path} does not end in {suffix}, as files of --format {args.format} do.")
+    if path.is_dir():
+        raise ValueError(f"--output_file {path} is a folder; name a file.")
+    if path.exists() and not args.overwrite:
+        raise ValueError(f"--output_file {path} is there already; add --overwrite to replace it.")
+
+
+def load_merged(args: ExportArguments) -> tuple[torch.nn.Module, str]:
+    """The network with the adapter merged into its weights, and the name of the network.
+
+    Raises:
+        ValueError: There is no such adapter, it does not say what its base is, or it is one of another base.
+    """
+    if args.adapter is None:
+        return load_backbone(args.model_name_or_path), args.model_name_or_path
+    trained_on = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    base = args.model_name_or_path or trained_on
+    if base is None:
+        raise ValueError(f"The adapter {args.adapter} does not say what it was trained on: give --model_name_or_path.")
+    network = load_backbone(base)
+    if base != trained_on:
+        print(f"Note: the adapter names {trained_on} as the network that it was trained on; this is {base}.")
+    try:
+        model = PeftModel.from_pretrained(network, args.adapter)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"The adapter {args.adapter} is not one of {base}. {error}") from error
+    return model.merge_and_unload(safe_merge=True), base
+
+
+def main(args: ExportArguments) -> None:
+    check_output_file(args)
+    network, base = load_merged(args)
+    name = "none" if args.adapter is None else args.adapter
+    task = args.task or ("none" if args.adapter is None else Path(args.adapter).resolve().name)
+    path = Path(args.output_file)
+    checks = export_network(network, path, args.settings(task=task, adapter=name, base=base))
+    for check in checks:
+        size = f"{check.batch} x {check.height} x {check.width}"
+        print(f"{size:>14}: greatest difference to PyTorch {check.max_difference:.1e}")
+    print(f"Saved in {path}, {path.stat().st_size / 1e6:.1f} MB.")
+
+
+if __name__ == "__main__":
+    try:
+        (parsed,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
+        main(parsed)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        sys.exit(f"export.py: {error}")

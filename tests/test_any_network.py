@@ -1,0 +1,202 @@
+"""CoLoRA on networks that this package does not bring: transformers' Swin2SR, with windows of attention, and a plain
+`nn.Module` that returns a tensor. Each is scored, adapted, trained, saved, loaded and merged, and goes through
+`finetune.py` by `module:function`.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import EXAMPLES, load_example
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import HfArgumentParser
+
+from colora_peft import (
+    CoLoRAConfig,
+    CoLoRALayer,
+    FaigSettings,
+    ProbeSettings,
+    adaptable_layers,
+    estimate_contributions,
+)
+from colora_peft.adaptable import weight_matrix_shape
+from colora_peft.backbones import load_backbone
+from colora_peft.reconstruction import reconstruct, restoration_loss
+from colora_peft.tuning import prepare_for_tuning, trained_parameters
+
+finetune = load_example("finetune")
+
+
+def swin2sr():
+    """A tiny Swin2SR that keeps the size of the pictures, for windows of 4 x 4."""
+    torch.manual_seed(0)
+    settings = {"image_size": 8, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4, "upscale": 1}
+    return transformers.Swin2SRForImageSuperResolution(transformers.Swin2SRConfig(**settings)).eval()
+
+
+class Plain(nn.Module):
+    """Of a package without any of Hugging Face in it: a tensor in, a tensor out, even sizes only."""
+
+    size_multiple = 2
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 12, 2, stride=2)
+
+    def forward(self, x):
+        return x + F.pixel_shuffle(self.down(F.gelu(self.conv(x))), 2)
+
+
+def plain():
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+both = pytest.mark.parametrize("make", [swin2sr, plain], ids=["swin2sr", "plain"])
+
+
+def batches(count=2, size=16):
+    """Of a task that exchanges red and blue, in sides that are no multiple of any stride."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.rand(2, 3, size - 1, size + 1, generator=generator) for _ in range(count)]
+    return [{"pixel_values": x, "labels": x.flip(1)} for x in inputs]
+
+
+@both
+@pytest.mark.parametrize("estimator", ["gradient", "fisher", "taylor", "probe", "faig"])
+def test_every_estimator_scores_every_layer_and_leaves_the_network_alone(make, estimator):
+    model = make()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    settings, end_state = None, None
+    if estimator == "probe":
+        settings = ProbeSettings(num_steps=3, num_path_steps=4)
+    if estimator == "faig":
+        generator = torch.Generator().manual_seed(1)
+        moved = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in model.named_parameters()}
+        settings, end_state = FaigSettings(num_path_steps=32), moved
+    scores = estimate_contributions(
+        model, batches(), restoration_loss, estimator, end_state=end_state, settings=settings
+    )
+    assert scores.scores.keys() == adaptable_layers(model).keys()
+    assert all(score > 0 for score in scores.scores.values())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    if estimator == "faig":
+        assert scores.completeness_error < 0.2
+
+
+@both
+def test_the_budget_is_kept_and_the_higher_score_gets_no_less(make):
+    model = make()
+    layers = adaptable_layers(model)
+    scores = {name: float(number) for number, name in enumerate(layers)}
+    adapted = get_peft_model(model, CoLoRAConfig(contributions=scores, parameter_budget=0.2))
+    assert 0.1 < trained_parameters(adapted)["trainable_ratio"] <= 0.2
+    ranks = adapted.peft_config["default"].ranks
+    of_one_shape = {}
+    for name, layer in layers.items():
+        of_one_shape.setdefault(weight_matrix_shape(getattr(layer, "base_layer", layer)), []).append(ranks[name])
+    assert all(same == sorted(same) for same in of_one_shape.values())
+
+
+@both
+def test_training_saving_loading_and_merging_agree(make, tmp_path):
+    model = prepare_for_tuning(make(), "colora", CoLoRAConfig(parameter_budget=0.4))
+    (batch,) = batches(1)
+    x = batch["pixel_values"]
+    with torch.no_grad():
+        bare = reconstruct(make(), x)
+        assert torch.equal(reconstruct(model, x), bare)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = restoration_loss(model.train(), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    with torch.no_grad():
+        expected = reconstruct(model.eval(), x)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+        torch.testing.assert_close(reconstruct(loaded, x), expected, rtol=0, atol=1e-6)
+        with loaded.disable_adapter():
+            torch.testing.assert_close(reconstruct(loaded, x), bare, rtol=0, atol=1e-6)
+        merged = loaded.merge_and_unload()
+        assert not any(isinstance(module, CoLoRALayer) for module in merged.modules())
+        torch.testing.assert_close(reconstruct(merged, x), expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ finetune.py
+
+NETWORKS = """
+from test_any_network import plain as make_plain, swin2sr as make_swin2sr
+from test_transformers import tiny_swin2sr as enlarging
+
+def swin2sr():
+    return make_swin2sr()
+
+def plain():
+    return make_plain()
+"""
+QUICK = ["--max_train_steps", "3", "--per_device_train_batch_size", "2", "--resolution", "17", "--probe_batches", "1"]
+
+
+@pytest.fixture
+def flags(train_dir, eval_dir, tmp_path, monkeypatch):
+    """Of a run in a folder that holds the module with the networks."""
+    (tmp_path / "some_networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield ["--train_dir", str(train_dir), "--eval_dir", str(eval_dir), *QUICK, "--output_dir", "out"]
+    sys.modules.pop("some_networks", None)
+
+
+def run(flags, *more):
+    (args,) = HfArgumentParser(finetune.FinetuneArguments).parse_args_into_dataclasses([*flags, *more])
+    finetune.main(args)
+
+
+@pytest.mark.parametrize("name", ["swin2sr", "plain"])
+def test_finetune_adapts_what_a_function_returns_and_the_adapter_says_which(flags, tmp_path, capsys, name):
+    run(flags, "--model_name_or_path", f"some_networks:{name}", "--parameter_budget", "0.4")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["psnr_after"] != metrics["psnr_before"]
+    base = PeftConfig.from_pretrained("out").base_model_name_or_path
+    assert base == f"some_networks:{name}" and f"'{base}'" in capsys.readouterr().out
+    x = torch.rand(1, 3, 21, 18, generator=torch.Generator().manual_seed(0))
+    loaded = PeftModel.from_pretrained(load_backbone(base), "out").eval()
+    assert not torch.equal(reconstruct(loaded, x), reconstruct(load_backbone(base), x))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model_name_or_path", "some_networks:enlarging"], "It enlarges 2 times"),
+        (["--model_name_or_path", "some_networks:plain", "--method", "full"], "save_pretrained, which Plain"),
+        (["--model_name_or_path", "some_networks:nothing"], "no function nothing"),
+    ],
+)
+def test_networks_that_will_not_do_are_refused_before_anything_is_written(flags, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(flags, *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_launched_script_finds_the_module_in_the_folder_it_is_started_from(flags, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\ndef network():\n    return nn.Conv2d(3, 3, 3, padding=1)\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(EXAMPLES / "finetune.py"), *flags]
+    done = subprocess.run(
+        [*command, "--model_name_or_path", "own:network", "--parameter_budget", "0.5"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert PeftConfig.from_pretrained(str(tmp_path / "out")).base_model_name_or_path == "own:network"

@@ -1,0 +1,74 @@
+"""What networks return, sizes that they do not take as they are, and what is said of those that do not fit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_transformers import tiny_swin2sr
+from torch import nn
+
+from colora_peft.reconstruction import pad_to_multiple, reconstruct, size_multiple
+
+
+class Halves(nn.Module):
+    """Runs at half the resolution, so that it needs even sizes; `kernel` says what it does there."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 2, stride=2)
+
+    def forward(self, x):
+        return F.interpolate(self.conv(x), scale_factor=2)
+
+
+def pictures(*size):
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 6), (1, 5), (9, 16)])
+@pytest.mark.parametrize("multiple", [1, 2, 8])
+def test_padding_keeps_the_picture_and_adds_what_is_in_it(size, multiple):
+    x = pictures(*size)
+    padded = pad_to_multiple(x, multiple)
+    height, width = padded.shape[-2:]
+    assert height % multiple == width % multiple == 0
+    assert size[0] <= height < size[0] + multiple and size[1] <= width < size[1] + multiple
+    assert torch.equal(padded[..., : size[0], : size[1]], x)
+    assert set(padded.flatten().tolist()) == set(x.flatten().tolist())
+
+
+def test_a_network_of_even_sizes_restores_odd_ones_as_the_even_ones_around_them():
+    network, x = Halves(), pictures(7, 9)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 6, 8\) for inputs of shape \(2, 3, 7, 9\)"):
+        reconstruct(network, x)
+    network.size_multiple = 2
+    whole = F.pad(x, (0, 1, 0, 1), mode="reflect")
+    assert torch.equal(reconstruct(network, x), network(whole)[..., :7, :9])
+    assert torch.equal(reconstruct(network, whole), network(whole))  # nothing is added to what fits
+
+
+def test_the_multiple_is_found_through_wrappers():
+    from peft import get_peft_model
+
+    from colora_peft import CoLoRAConfig
+
+    network = Halves()
+    assert size_multiple(network) == 1
+    network.size_multiple = 4
+    assert size_multiple(get_peft_model(network, CoLoRAConfig(ranks=1))) == 4
+    swin2sr = tiny_swin2sr()
+    assert size_multiple(swin2sr) == swin2sr.config.window_size == 4
+    assert size_multiple(get_peft_model(swin2sr, CoLoRAConfig(ranks=1))) == 4
+
+
+def test_a_network_that_enlarges_is_told_what_to_do():
+    with pytest.raises(ValueError, match="must keep the shape. It enlarges 2 times: .*`upscale=1`.*loss of your own"):
+        reconstruct(tiny_swin2sr(), pictures(16, 12))
+
+
+def test_a_network_that_returns_something_else_is_named():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(TypeError, match="Pair returned tuple.*`reconstruction`"):
+        reconstruct(Pair(), pictures(4, 4))
