@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import PARTIAL, write_json
+from .sharding import fill, whole
 
 _PREFIX = "checkpoint-"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -36,18 +37,26 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[len(_PREFIX) :]))
 
 
+def checkpoint_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, by file name; `averages` are those of `ExponentialMovingAverage`, by parameter name.
+
+    Tensors are whole: where the network is sharded, every process must call it.
+    """
+    files = {_WEIGHTS: trained_tensors(model), _OPTIMIZER: _optimizer_tensors(model, optimizer)}
+    if averages is not None:
+        files[_AVERAGES] = averages
+    return {file: {name: whole(tensor.detach()) for name, tensor in named.items()} for file, named in files.items()}
+
+
 def save_checkpoint(
-    output_dir: str | Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    limit: int | None,
-    averages: dict[str, Tensor] | None = None,
+    output_dir: str | Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], limit: int | None
 ) -> Path:
     """Save `output_dir/checkpoint-<step>` and remove the oldest beyond `limit` (None keeps all).
 
-    `state` is JSON and must hold `step`; `averages` are those of `ExponentialMovingAverage`, by parameter name. The
-    new checkpoint is complete and on the disk before an old one goes.
+    `files` are those of `checkpoint_tensors`; `state` is JSON and must hold `step`. The new checkpoint is complete and
+    on the disk before an old one goes.
 
     Raises:
         OSError: if it cannot be written (a full disk); the old checkpoints are as they were, nothing else is left.
@@ -59,10 +68,8 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
-        save_file(_contiguous(trained_tensors(model)), partial / _WEIGHTS)
-        save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
-        if averages is not None:
-            save_file(_contiguous(averages), partial / _AVERAGES)
+        for file, tensors in files.items():
+            save_file(_contiguous(tensors), partial / file)
         write_json(partial / _STATE, state)
         _flush(partial)
     except BaseException as error:
@@ -130,11 +137,10 @@ def load_checkpoint(
             f"{path} belongs to another model or method: {len(wrong)} tensors are missing, unexpected or of another "
             f"shape, {', '.join(sorted(wrong)[:5])} among them."
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-        for name, tensor in averaged.items():
-            averages[name].copy_(tensor)
+    for name, tensor in own.items():
+        fill(tensor, weights[name])
+    for name in averages or {}:
+        fill(averages[name], averaged[name])
     _load_optimizer_tensors(trained, optimizer, moments)
     return state
 
@@ -165,7 +171,7 @@ def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses the strides of channels_last.
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -187,9 +193,13 @@ def _load_optimizer_tensors(
     trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
 ) -> None:
     optimizer.state.clear()
-    for key, value in moments.items():
+    for key, value in sorted(moments.items()):  # in one order on all processes, which fill sharded ones together
         name, _, moment = key.rpartition("/")
         parameter = trained[name]
         # `step` stays on the CPU, as Adam keeps it; the moments take the layout of their parameter.
-        own = value.clone() if moment == "step" else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        optimizer.state[parameter][moment] = own.detach()
+        if moment == "step":
+            own = value.clone()
+        else:
+            own = torch.empty_like(parameter.detach(), dtype=value.dtype)
+            fill(own, value)
+        optimizer.state[parameter][moment] = own

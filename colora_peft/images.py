@@ -1,8 +1,12 @@
-"""Reading and writing pictures: files of any kind to float32 RGB (3, H, W) in [0, 1], and back."""
+"""Reading and writing pictures: files of any kind to float32 RGB (3, H, W) in [0, 1], and back.
+
+A picture of 8 bits may be held as uint8 RGB (3, H, W), a quarter of the memory; `as_float` makes it the former.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +26,10 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _OPACITY_IS_MULTIPLIED_IN = 1
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The pictures in `folder` (not below it, hidden files left out), sorted by name.
+def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
+    """The pictures in `folder`, sorted by name, hidden files left out; those below it, too, where `nested`.
+
+    Below it, hidden folders and links to folders are not followed.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -32,13 +38,21 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")
-    paths = sorted(path for path in folder.iterdir() if _looks_like_an_image(path))
+    found = _all_files(folder) if nested else folder.iterdir()
+    paths = sorted(path for path in found if _looks_like_an_image(path))
     if not paths:
+        below = "" if nested else ": those below it are not searched"
         raise ValueError(
-            f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}); name the folder that does: "
-            "those below it are not searched."
+            f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}); name the folder that does"
+            f"{below}."
         )
     return paths
+
+
+def _all_files(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in files)
 
 
 def _looks_like_an_image(path: Path) -> bool:
@@ -52,7 +66,16 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         ValueError: if the file is missing, not a picture or damaged; it names the file.
     """
-    return decode_image(read_bytes(path), str(path))
+    return as_float(read_stored(path))
+
+
+def read_stored(path: str | Path) -> Tensor:
+    """Read a picture as `decode_stored` gives it.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    return decode_stored(read_bytes(path), str(path))
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -67,6 +90,11 @@ def read_bytes(path: str | Path) -> bytes:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check that the file is there.") from error
 
 
+def as_float(image: Tensor) -> Tensor:
+    """A picture or patch of 8 bits as new float32 in [0, 1]; one that is float already as it is."""
+    return image.float().div_(255) if image.dtype == torch.uint8 else image
+
+
 def decode_image(data: bytes, name: str) -> Tensor:
     """The bytes of an image file as float32 RGB (3, H, W) in [0, 1].
 
@@ -76,10 +104,19 @@ def decode_image(data: bytes, name: str) -> Tensor:
     Raises:
         ValueError: if they are not a picture or damaged; it calls the picture by `name`.
     """
+    return as_float(decode_stored(data, name))
+
+
+def decode_stored(data: bytes, name: str) -> Tensor:
+    """As `decode_image`, but uint8 where the file has no more than 8 bits.
+
+    Raises:
+        ValueError: as `decode_image`.
+    """
     with naming(name), Image.open(io.BytesIO(data)) as opened:
         opened.load()
         if not has_16_bits(opened, data):
-            return from_pil(opened)
+            return _decode_8_bits(opened)
         colour, opacity = _decode_16_bits(opened, data)
         return colour if opacity is None else on_white(colour, opacity)
 
@@ -129,6 +166,10 @@ def from_pil(image: Image.Image) -> Tensor:
         ValueError: if it has more than 8 bits. Those of PNG and TIFF files are for `decode_image`; 32 have no agreed
             white.
     """
+    return as_float(_decode_8_bits(image))
+
+
+def _decode_8_bits(image: Image.Image) -> Tensor:
     _check_white(image)
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
@@ -136,7 +177,7 @@ def from_pil(image: Image.Image) -> Tensor:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _check_white(image: Image.Image) -> None:

@@ -1,99 +1,35 @@
-"""Where pictures come from: folders of clean ones, folders and Hugging Face datasets of degraded/clean pairs.
+"""Pairs of degraded and clean pictures, from folders and Hugging Face datasets.
 
 Pictures are float32 RGB (3, H, W) in [0, 1].
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .images import decode_image, list_images, read_image
+from .corpus import ImageFiles, fingerprint_of, read_cell, undecoded
+from .images import as_float, list_images
 from .messages import some, some_sentences
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 
-_SILENTLY_CHECKED = 100  # pictures; with more of them the check shows a bar
-
-
-class PictureSource(Protocol):
-    """Clean pictures by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Tensor: ...
-
 
 class PairSource(Protocol):
-    """Degraded and clean pictures of the same scene and size, by index; `names` tells users which is which."""
+    """Degraded and clean pictures of the same scene and size, by index; `names` tells users which is which.
+
+    It may have a `fingerprint` as `PictureSource` has it.
+    """
 
     names: Sequence[str]
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Pair: ...
-
-
-class ImageFiles:
-    """Pictures by index, kept decoded as 8 bits in memory while they fit into `cache_bytes`."""
-
-    def __init__(self, paths: Sequence[Path], cache_bytes: int = 2**30) -> None:
-        self.paths = list(paths)
-        self._cache: dict[int, Tensor] = {}
-        self._free_bytes = cache_bytes
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        cached = self._cache.get(index)
-        if cached is not None:
-            return _to_float(cached)
-        image = read_image(self.paths[index])
-        stored = _to_bytes(image)
-        if stored is not None and stored.nbytes <= self._free_bytes:
-            self._cache[index] = stored
-            self._free_bytes -= stored.nbytes
-        return image
-
-    def check(self, resolution: int) -> None:
-        """Decode every file once, before a run begins: half a file has a whole header. Fills the cache.
-
-        Raises:
-            ValueError: if some are unreadable or smaller than the patch; it lists them (the first 20) with the reason.
-        """
-        culprits = []
-        for index, path in enumerate(
-            tqdm(self.paths, desc="checking pictures", disable=len(self) <= _SILENTLY_CHECKED)
-        ):
-            try:
-                height, width = self[index].shape[-2:]
-            except ValueError as error:
-                culprits.append(str(error))
-                continue
-            if min(height, width) < resolution:
-                culprits.append(
-                    f"{path} is {width}x{height} pixels, smaller than the patch of {resolution}; "
-                    "lower --resolution or remove it."
-                )
-        if culprits:
-            raise ValueError(f"Of {len(self)} pictures {len(culprits)} cannot be used. {some_sentences(culprits)}")
-
-
-def _to_float(stored: Tensor) -> Tensor:
-    return stored.float().div_(255)
-
-
-def _to_bytes(image: Tensor) -> Tensor | None:
-    """The picture as 8 bits, or None if that would lose something: a 16-bit picture is not cached."""
-    stored = image.mul(255).round().byte()
-    return stored if torch.equal(_to_float(stored), image) else None
 
 
 class PairedImageFolder:
@@ -117,11 +53,17 @@ class PairedImageFolder:
         self._inputs = ImageFiles([inputs[name] for name in self.names])
         self._targets = ImageFiles([targets[name] for name in self.names])
 
+    @property
+    def fingerprint(self) -> str:
+        sides = f"{self._inputs.fingerprint} and {self._targets.fingerprint}"
+        return fingerprint_of(f"{len(self)} pairs", (sides,))
+
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:
-        return check_pair(self.names[index], self._inputs[index], self._targets[index])
+        degraded, target = (as_float(side[index]) for side in (self._inputs, self._targets))
+        return check_pair(self.names[index], degraded, target)
 
 
 def _sides(folder: Path) -> tuple[Path, Path]:
@@ -160,34 +102,17 @@ class PairedHubDataset:
             )
         if len(split) == 0:
             raise ValueError("The dataset split is empty; choose one that has rows.")
-        self._split = split.with_format(None)
-        for column in ("input", "target"):
-            feature = split.features[column]
-            if type(feature).__name__ != "Image":
-                raise ValueError(
-                    f"The dataset's column `{column}` holds {feature}, not images; "
-                    f'cast it with `cast_column("{column}", datasets.Image())`.'
-                )
-            # Decoded here and not there: 16-bit colour and the orientation are then treated as in files.
-            self._split = self._split.cast_column(column, dataclasses.replace(feature, decode=False))
+        self._split = undecoded(undecoded(split.with_format(None), "input"), "target")
         self.names = [f"row {index}" for index in range(len(split))]
+        self.fingerprint = fingerprint_of(f"{len(split)} pairs", (split._fingerprint,))
 
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, index: int) -> Pair:
         row, name = self._split[index], self.names[index]
-        degraded, target = (_decode_cell(row[side], f"{name}, {side}") for side in ("input", "target"))
+        degraded, target = (as_float(read_cell(row[side], f"{name}, {side}")) for side in ("input", "target"))
         return check_pair(name, degraded, target)
-
-
-def _decode_cell(cell: dict[str, Any] | None, name: str) -> Tensor:
-    """A cell of an image column that is kept undecoded: the file's bytes, or the path to it."""
-    if cell is None:
-        raise ValueError(f"The picture of {name} is missing; remove that row.")
-    if cell["bytes"] is None:
-        return read_image(cell["path"])
-    return decode_image(cell["bytes"], f"The picture of {name}")
 
 
 def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
@@ -230,6 +155,11 @@ class PairSubset:
         self.names = [pairs.names[index] for index in indices]
         self._pairs = pairs
         self._indices = list(indices)
+
+    @property
+    def fingerprint(self) -> str | None:
+        whole = getattr(self._pairs, "fingerprint", None)
+        return whole and fingerprint_of(f"{len(self)} pairs", (whole, *map(str, self._indices)))
 
     def __len__(self) -> int:
         return len(self._indices)

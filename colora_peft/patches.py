@@ -7,15 +7,26 @@ is one integer, and neither workers nor processes nor a restart change what any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .pairs import Pair, PairSource, PictureSource
+from .corpus import PictureSource, check_size, first_usable
+from .images import as_float
+from .pairs import Pair, PairSource
 from .prod import RandomOrderDegradation
+
+# "pixel_values" and "labels", (3, S, S) in [0, 1]; "skipped", why pictures were, if any; of a stream "position".
+Sample = dict[str, Any]
+Batch = dict[str, Any]  # the same of several samples, (B, 3, S, S), always with "skipped"; "position" after the last
+Candidate = tuple[str, Callable[[], Tensor]]  # a picture's name, and how to read it
+Position = list[int]  # where in a stream a process stands
+_REPLACEMENTS = 8  # pictures tried in place of one that cannot be used
 
 
 def sample_generator(*key: int) -> torch.Generator:
@@ -36,6 +47,9 @@ class PatchDataset(Dataset):
         seed: Seed of the whole run.
     """
 
+    max_skipped_share = 0.0
+    fingerprint: str | None = None  # of what the pictures are, where that is known
+
     def __init__(self, length: int, resolution: int, seed: int) -> None:
         if resolution < 1:
             raise ValueError(f"The resolution must be at least 1 pixel, got {resolution}.")
@@ -55,29 +69,79 @@ class PatchDataset(Dataset):
             self._epoch = epoch
         return self._order
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def locate(self, number: int) -> tuple[int, int]:
+        """Epoch and picture of a sample number."""
         epoch, position = divmod(number, self.length)
-        index = self._order_of(epoch)[position]
+        return epoch, self._order_of(epoch)[position]
+
+    def __getitem__(self, number: int) -> Sample:
+        epoch, index = self.locate(number)
         degraded, target = self.sample(index, sample_generator(self.seed, epoch, index))
         return {"pixel_values": degraded, "labels": target}
 
     def sample(self, index: int, generator: torch.Generator) -> Pair:
         raise NotImplementedError
 
+    def sampler(self, steps: StepSampler, position: Position | None) -> Sampler:
+        """What to ask for in these steps. Their numbers say it all here; a stream goes on at its `position`."""
+        return steps
+
 
 class DegradedPatches(PatchDataset):
-    """Clean pictures, cropped and degraded on the fly: the training data of PROD."""
+    """Clean pictures, cropped and degraded on the fly: the training data of PROD.
+
+    A picture that cannot be read or is smaller than the patch is replaced by another one, drawn by the generator of
+    the sample, which stays a pure function of (seed, epoch, index) as long as the files are what they are.
+
+    Args:
+        pictures: The clean pictures.
+        degradation: Draws a recipe for each.
+        resolution: Side of the square patch in pixels.
+        seed: Seed of the whole run.
+        max_skipped_share: Training stops where more than this share of the samples had to be replaced.
+    """
 
     def __init__(
-        self, pictures: PictureSource, degradation: RandomOrderDegradation, resolution: int, seed: int
+        self,
+        pictures: PictureSource,
+        degradation: RandomOrderDegradation,
+        resolution: int,
+        seed: int,
+        max_skipped_share: float = 0.0,
     ) -> None:
         super().__init__(len(pictures), resolution, seed)
         self.pictures = pictures
         self.degradation = degradation
+        self.max_skipped_share = max_skipped_share
 
-    def sample(self, index: int, generator: torch.Generator) -> Pair:
-        (clean,) = random_patch((self.pictures[index],), self.resolution, generator, f"picture {index}")
-        return self.degradation.apply(clean, self.degradation.draw(generator)), clean
+    @property
+    def fingerprint(self) -> str | None:
+        return getattr(self.pictures, "fingerprint", None)
+
+    def __getitem__(self, number: int) -> Sample:
+        epoch, index = self.locate(number)
+        generator = sample_generator(self.seed, epoch, index)
+        candidates = self._candidates(index, generator)
+        return degraded_sample(candidates, self.degradation, self.resolution, generator)
+
+    def _candidates(self, index: int, generator: torch.Generator) -> Iterator[Candidate]:
+        for _ in range(1 + _REPLACEMENTS):
+            yield self.pictures.name(index), partial(self.pictures.__getitem__, index)
+            index = int(torch.randint(self.length, (), generator=generator))
+
+
+def degraded_sample(
+    candidates: Iterable[Candidate], degradation: RandomOrderDegradation, resolution: int, generator: torch.Generator
+) -> Sample:
+    """A patch of the first candidate that can be used, degraded, and under `skipped` why others were not, if any.
+
+    Raises:
+        ValueError: if none can be used; it names them.
+    """
+    image, name, skipped = first_usable(candidates, resolution)
+    clean = as_float(random_patch((image,), resolution, generator, name)[0])
+    sample: Sample = {"pixel_values": degradation.apply(clean, degradation.draw(generator)), "labels": clean}
+    return {**sample, "skipped": skipped} if skipped else sample
 
 
 class DegradedPictures:
@@ -92,13 +156,17 @@ class DegradedPictures:
 
     def __init__(self, pictures: PictureSource, degradation: RandomOrderDegradation, resolution: int) -> None:
         self.names = [f"picture {index}" for index in range(len(pictures))]
-        self._patches = DegradedPatches(pictures, degradation, resolution, seed=0)
+        self._pictures = pictures
+        self._degradation = degradation
+        self._resolution = resolution
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:
-        return self._patches.sample(index, sample_generator(index))
+        candidates = [(self.names[index], partial(self._pictures.__getitem__, index))]
+        sample = degraded_sample(candidates, self._degradation, self._resolution, sample_generator(index))
+        return sample["pixel_values"], sample["labels"]
 
 
 class PairedPatches(PatchDataset):
@@ -108,8 +176,12 @@ class PairedPatches(PatchDataset):
         super().__init__(len(pairs), resolution, seed)
         self.pairs = pairs
 
+    @property
+    def fingerprint(self) -> str | None:
+        return getattr(self.pairs, "fingerprint", None)
+
     def sample(self, index: int, generator: torch.Generator) -> Pair:
-        name = f"pair {self.pairs.names[index]}"
+        name = f"The pair {self.pairs.names[index]}"
         degraded, target = random_patch(self.pairs[index], self.resolution, generator, name)
         return degraded, target
 
@@ -122,12 +194,8 @@ def random_patch(
     Raises:
         ValueError: if the pictures are smaller than the patch; it names them.
     """
+    check_size(images[0], resolution, name)
     height, width = images[0].shape[-2:]
-    if min(height, width) < resolution:
-        raise ValueError(
-            f"The {name} is {width}x{height} pixels, smaller than the patch of {resolution}; "
-            "lower --resolution or remove it."
-        )
     top = int(torch.randint(height - resolution + 1, (), generator=generator))
     left = int(torch.randint(width - resolution + 1, (), generator=generator))
     turns = int(torch.randint(4, (), generator=generator))
@@ -135,6 +203,14 @@ def random_patch(
     patches = (image[:, top : top + resolution, left : left + resolution] for image in images)
     patches = (torch.rot90(patch, turns, (1, 2)) for patch in patches)
     return tuple((patch.flip(2) if mirrored else patch).contiguous() for patch in patches)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples to a batch."""
+    batch: Batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("pixel_values", "labels")}
+    batch["skipped"] = [reason for sample in samples for reason in sample.get("skipped", ())]
+    batch["position"] = samples[-1].get("position")
+    return batch
 
 
 class StepSampler(Sampler[list[int]]):

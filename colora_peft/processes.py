@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
 __all__ = ["Processes"]
@@ -47,6 +47,10 @@ class Processes:
         if self.count == 1:
             return [value]
         return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).tolist()
+
+    def lists_of_all(self, own: list[Any]) -> list[Any]:
+        """Every process's list, one after another."""
+        return own if self.count == 1 else gather_object(own)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

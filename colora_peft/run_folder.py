@@ -19,7 +19,9 @@ _FREE = frozenset(
     {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
     | {"dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps"}
     | {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo"}
+    | {"allow_changed_dataset", "max_skipped_share", "check_pictures"}
 )
+_DATA = frozenset({"train_dir", "dataset_name", "dataset_config_name", "image_column"})
 
 
 def check_output_dir(args: TrainArguments) -> Path | None:
@@ -99,10 +101,11 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} is no checkpoint of a training run; resume from another one.")
     # A flag that is newer than the checkpoint cannot have been set: the run had its default.
     before = {setting.name: saved.get(setting.name, setting.default) for setting in fields(args)}
+    free = _FREE | _DATA if args.allow_changed_dataset else _FREE
     changed = [
         f"--{key} was {before[key]!r}, now {now!r}"
         for key, now in asdict(args).items()
-        if key not in _FREE and before[key] != now
+        if key not in free and before[key] != now
     ]
     if changed:
         raise ValueError(f"{checkpoint} is from a run with other settings ({'; '.join(changed)}); use the same ones.")

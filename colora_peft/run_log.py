@@ -15,6 +15,11 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log that was cut; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def cut_rows(path: Path, last_step: int) -> None:
     """Drop the rows after `last_step`, and a last row that a killed run left half-written. No file, nothing to do."""
     if not path.is_file():

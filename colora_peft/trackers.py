@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
+from .files import write_json
 from .train_arguments import TrainArguments
 
 _PROJECT = "colora-peft"
+_STATE_FILE = "trackers.json"
 
 
 def create_accelerator(args: TrainArguments) -> Accelerator:
@@ -37,14 +42,27 @@ def create_accelerator(args: TrainArguments) -> Accelerator:
 
 @contextmanager
 def running_trackers(accelerator: Accelerator, args: TrainArguments) -> Iterator[None]:
-    """The accelerator's trackers, started with the settings of the run and finished whatever happens."""
+    """The accelerator's trackers, finished whatever happens; those of a resumed run go on with its run there.
+
+    `trackers.json` in the output folder holds the run's name there and the last step that was sent of each kind.
+    """
     if not accelerator.log_with:
         yield
         return
+    state = _read_state(accelerator)
+    begins = not state.get("run")
+    if begins:  # names identify runs there, and output folders may have equal ones
+        state = {"run": f"{Path(args.output_dir).name}-{uuid.uuid4().hex[:8]}", "sent": {}}
+        if accelerator.is_main_process:
+            _write_state(accelerator, state)
     # TensorBoard takes no None.
     settings = {key: value if isinstance(value, (int, float)) else str(value) for key, value in asdict(args).items()}
-    name = {"name": Path(args.output_dir).name}
-    accelerator.init_trackers(_PROJECT, settings, {"wandb": {**name, "dir": args.output_dir}, "trackio": name})
+    name = {"name": state["run"], "resume": "never" if begins else "allow"}
+    accelerator.init_trackers(
+        _PROJECT,
+        settings if begins else None,  # TensorBoard would show them as another run each time
+        {"wandb": {**name, "id": state["run"], "dir": args.output_dir}, "trackio": name},
+    )
     try:
         yield
     finally:
@@ -54,8 +72,17 @@ def running_trackers(accelerator: Accelerator, args: TrainArguments) -> Iterator
         accelerator.trackers.clear()
 
 
+def log_figures(accelerator: Accelerator, kind: str, figures: dict[str, float], step: int) -> None:
+    """Send figures to every tracker, once: a resumed run repeats steps after its checkpoint. Call it on the main
+    process, with the steps of a `kind` in order."""
+    if _is_new(accelerator, kind, step):
+        accelerator.log(figures, step=step)
+
+
 def log_picture(accelerator: Accelerator, name: str, file: Path, step: int) -> None:
-    """Send a picture file to every tracker. Call it on the main process."""
+    """Send a picture file to every tracker, as `log_figures` does its figures."""
+    if not _is_new(accelerator, name, step):
+        return
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":  # has no `log_images` in Accelerate
             import trackio
@@ -66,3 +93,40 @@ def log_picture(accelerator: Accelerator, name: str, file: Path, step: int) -> N
                 pixels = np.asarray(picture.convert("RGB"))  # (H, W, 3), 8 bits
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: pixels[None]}, step=step, **layout)
+            if tracker.name == "tensorboard":  # a killed run would lose it, and not send it again
+                tracker.writer.flush()
+
+
+def _is_new(accelerator: Accelerator, kind: str, step: int) -> bool:
+    """Whether the trackers do not have this step yet, which is noted: from now on they do."""
+    if not accelerator.trackers:
+        return False
+    state = _read_state(accelerator)
+    if not state:
+        return True
+    if step <= state["sent"].get(kind, 0):
+        return False
+    state["sent"][kind] = step
+    _write_state(accelerator, state)
+    return True
+
+
+def _read_state(accelerator: Accelerator) -> dict[str, Any]:
+    """What was noted of this kind of tracker; empty where nothing was."""
+    return _read_states(accelerator).get(_kind(accelerator), {})
+
+
+def _write_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
+    if accelerator.project_dir is not None:  # of an accelerator that was not made here nothing is noted
+        file = Path(accelerator.project_dir) / _STATE_FILE
+        write_json(file, {**_read_states(accelerator), _kind(accelerator): state})
+
+
+def _read_states(accelerator: Accelerator) -> dict[str, Any]:
+    file = Path(accelerator.project_dir or "") / _STATE_FILE
+    is_known = accelerator.project_dir is not None and file.is_file()
+    return json.loads(file.read_text(encoding="utf-8")) if is_known else {}
+
+
+def _kind(accelerator: Accelerator) -> str:
+    return str(getattr(accelerator.log_with[0], "value", accelerator.log_with[0]))

@@ -48,6 +48,9 @@ class TrainArguments:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "'latest' or a checkpoint in --output_dir: go on from there."}
     )
+    allow_changed_dataset: bool = field(
+        default=False, metadata={"help": "Resume although files of the dataset were added, removed or changed."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in --output_dir."})
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that prepare patches; 0 prepares them in the training process."}

@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .interruption import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
 from .pairs import PairSource
-from .patches import StepSampler, sample_generator
+from .patches import Batch, Position, StepSampler, collate, sample_generator
+from .processes import Processes
 from .reconstruction import reconstruct, restoration_loss
+from .sharding import WholeNetwork, check_distributed_type, is_sharding, whole
 from .trackers import running_trackers
 from .train_arguments import TrainArguments
 from .training_run import StepFigures, TrainingRun
@@ -49,7 +51,7 @@ def train(
 
     Args:
         model: Any network that `reconstruct` understands.
-        dataset: Samples `{"pixel_values", "labels"}` by sample number, e.g. `PairedPatches`.
+        dataset: Samples `{"pixel_values", "labels"}` by sample number, e.g. `PairedPatches`, or a `StreamPatches`.
         args: The run's settings; its output folder was made by `create_output_dir`.
         accelerator: Gives device, mixed precision, processes and trackers (`create_accelerator`).
         checkpoint: Where to go on from; None starts anew.
@@ -62,22 +64,26 @@ def train(
     Raises:
         TrainingDiverged: if loss or gradient is not finite. The state before that step was saved as a checkpoint.
         TrainingStopped: if SIGTERM or SIGINT came; the state is saved as a checkpoint. It ends the process.
-        ValueError: if the checkpoint belongs to another model, the global batch has changed, or there is nothing to
-            validate on.
+        ValueError: if the checkpoint belongs to another model or dataset, the global batch has changed, there is
+            nothing to validate on, or too many pictures cannot be used (`TooManySkipped`).
         OSError: if a checkpoint cannot be written.
     """
     if args.validation_steps and eval_pairs is None:
         raise ValueError("--validation_steps needs pictures to evaluate on, and there are none; leave it out.")
-    model = _to_device(model, accelerator.device).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
-    run = TrainingRun(model, optimizer, args, accelerator)
-    first_step = run.resume(checkpoint)
+    check_distributed_type(accelerator)
+    model = _to_device(model, accelerator).train()
+    network = WholeNetwork(model, accelerator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    # Only now: where the network was sharded, in place, its parameters are others than before.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    run = TrainingRun(model, optimizer.optimizer, args, accelerator, dataset, network)
+    first_step = run.resume(checkpoint)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     # The signals first: workers of the data loader that are forked must not have handlers of somebody else.
     with StopSignals() as signals, running_trackers(accelerator, args), run.progress(first_step):
-        batches = _batches(dataset, args, accelerator, first_step)
+        batches = _batches(dataset, args, accelerator, first_step, run.position)
         for step in range(first_step, args.max_train_steps):
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate_at(step)
@@ -94,7 +100,7 @@ def train(
             _after_step(run, step + 1, figures, eval_pairs)
     if run.averages is not None:
         run.averages.copy_to_model()
-    return accelerator.unwrap_model(prepared, keep_fp32_wrapper=False), run.seconds
+    return network.get(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)), run.seconds
 
 
 def _after_step(run: TrainingRun, done: int, figures: StepFigures, eval_pairs: PairSource | None) -> None:
@@ -117,17 +123,17 @@ def _stop_diverged(run: TrainingRun, step: int, figures: StepFigures) -> None:
     )
 
 
-def _to_device(model: nn.Module, device: torch.device) -> nn.Module:
+def _to_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     # Convolutions and channel-wise norms are faster with the channels last, on CPU and GPU. PyTorch refuses that
-    # layout for the five dimensions of Conv3d.
-    if any(tensor.ndim == 5 for tensor in (*model.parameters(), *model.buffers())):
-        return model.to(device)
-    return model.to(device, memory_format=torch.channels_last)
+    # layout for the five dimensions of Conv3d, and shards no parameter that has it.
+    if is_sharding(accelerator) or any(tensor.ndim == 5 for tensor in (*model.parameters(), *model.buffers())):
+        return model.to(accelerator.device)
+    return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
 def _backward(
     model: nn.Module,
-    batches: Iterator[dict[str, Tensor]],
+    batches: Iterator[Batch],
     parameters: list[nn.Parameter],
     args: TrainArguments,
     accelerator: Accelerator,
@@ -136,6 +142,7 @@ def _backward(
     """Forward and backward of the batches of one step; leaves clipped gradients. The figures are of all processes."""
     count = args.gradient_accumulation_steps
     totals = torch.zeros(2, device=accelerator.device)
+    skipped: list[str] = []
     for number, batch in enumerate(islice(batches, count), start=1):
         accelerator.sync_gradients = number == count
         # The gradients of the processes meet once, in the last batch.
@@ -144,17 +151,20 @@ def _backward(
             loss = F.l1_loss(reconstruction, batch["labels"])
             accelerator.backward(loss)  # of the loss divided by `count`: the mean over the batches
         error = (reconstruction.detach().float().clamp(0, 1) - batch["labels"]).square().mean(dim=(1, 2, 3))
+        skipped += batch["skipped"]
         totals += torch.stack([loss.detach().float(), -10 * error.clamp_min(1e-10).log10().mean()]) / count
-    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+    norm = whole(accelerator.clip_grad_norm_(parameters, args.max_grad_norm).detach()).float()
     # The mean over the processes: a loss that is NaN on one of them (its gradient need not be) stops them all, and so
     # does a signal.
-    flags = torch.tensor(signals.flags(), device=accelerator.device)
-    local = torch.cat([totals, norm.detach().float()[None], flags])
-    loss, psnr, mean_norm, *flags = accelerator.reduce(local, reduction="mean").tolist()
+    flags = torch.tensor([float(len(skipped)), *signals.flags()], device=accelerator.device)
+    local = torch.cat([totals, norm[None], flags])
+    loss, psnr, mean_norm, any_skipped, *flags = accelerator.reduce(local, reduction="mean").tolist()
+    if any_skipped:
+        skipped = Processes(accelerator).lists_of_all(skipped)
     # Under fp16 an infinite norm is the scaler's business: it skips the step and lowers its scale.
     finite = math.isfinite(loss) and (accelerator.scaler is not None or math.isfinite(mean_norm))
     stop_signal = next((signum for signum, flag in zip(STOP_SIGNALS, flags, strict=True) if flag), None)
-    return StepFigures(loss, psnr, mean_norm, finite, stop_signal)
+    return StepFigures(loss, psnr, mean_norm, finite, stop_signal, skipped, batch["position"])
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -173,12 +183,12 @@ def use_all_cores(accelerator: Accelerator) -> None:
 
 
 def _batches(
-    dataset: Dataset, args: TrainArguments, accelerator: Accelerator, first_step: int
-) -> Iterator[dict[str, Tensor]]:
-    """The batches of this process, `gradient_accumulation_steps` of them a step. Those of all processes together hold
-    the consecutive sample numbers of the step."""
+    dataset: Dataset, args: TrainArguments, accelerator: Accelerator, first_step: int, position: Position | None
+) -> Iterator[Batch]:
+    """The batches of this process as `collate` makes them, `gradient_accumulation_steps` of them a step. Those of all
+    processes together hold the consecutive sample numbers of the step; a stream goes on at `position`."""
     per_step = args.gradient_accumulation_steps
-    sampler = StepSampler(
+    steps = StepSampler(
         first_step * per_step,
         args.max_train_steps * per_step,
         args.per_device_train_batch_size,
@@ -187,14 +197,18 @@ def _batches(
     )
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=dataset.sampler(steps, position) if hasattr(dataset, "sampler") else steps,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        collate_fn=collate,
         worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # it draws a seed for its workers, which must not come from that of the step
     )
     for batch in loader:
-        yield {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+        yield {
+            key: value.to(accelerator.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
 
 
 def _prepare_worker(_worker: int) -> None:

@@ -6,21 +6,26 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .checkpoint import load_checkpoint, read_state, save_checkpoint
+from .checkpoint import checkpoint_tensors, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .interruption import TrainingStopped
 from .pairs import PairSource
+from .patches import Position
 from .processes import Processes
 from .run_log import append_row, cut_rows
+from .sharding import WholeNetwork
+from .skipped import SkippedPictures, TooManySkipped
+from .trackers import log_figures
 from .train_arguments import TrainArguments
 from .validation import VALIDATION_LOG, validate
 
@@ -38,27 +43,44 @@ class StepFigures:
     norm: float
     finite: bool
     stop_signal: int | None = None
+    skipped: list[str] = field(default_factory=list)  # why pictures of this step were, on all processes
+    position: Position | None = None  # where in its stream this process stands now
 
 
 class TrainingRun:
     """A run of `model` by `optimizer`; files and the progress bar are the main process's.
 
     Args:
-        model: The network, on its device, not wrapped for several processes.
+        model: The network, prepared by Accelerate, but not wrapped for several processes.
         optimizer: Of the parameters that require gradients.
         args: The run's settings.
         accelerator: The run's.
+        dataset: What is trained on. It may have a `fingerprint` and a `max_skipped_share`.
+        network: Gives the network as it is evaluated and saved.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainArguments, accelerator: Accelerator
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        args: TrainArguments,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        network: WholeNetwork,
     ) -> None:
         self.model = model
+        self.network = network
         self.optimizer = optimizer
         self.args = args
         self.accelerator = accelerator
         self.averages = ExponentialMovingAverage(model, args.ema_decay) if args.use_ema else None
         self.output_dir = Path(args.output_dir)
+        self.position: Position | None = None
+        max_share = getattr(dataset, "max_skipped_share", 0.0)
+        self._skipped = SkippedPictures(self.output_dir, max_share, accelerator.is_main_process)
+        # One process alone looks at all the files.
+        fingerprint = getattr(dataset, "fingerprint", None) if accelerator.is_main_process else None
+        self._fingerprint: str | None = Processes(accelerator).from_main(fingerprint)
         self._recent: list[tuple[float, float]] = []
         self._recent_seconds = 0.0
         self._step_started = self._started = time.perf_counter()
@@ -82,14 +104,18 @@ class TrainingRun:
         """Load a checkpoint (None: begin anew); the number of steps done.
 
         Raises:
-            ValueError: if the checkpoint belongs to another model, precision or global batch; nothing was changed.
+            ValueError: if the checkpoint belongs to another model, dataset, precision or global batch, or was at
+                places in a stream for another number of processes; nothing was changed.
         """
         if checkpoint is None:
             return 0
-        self._check_comparable(checkpoint)
+        self._check_comparable(checkpoint, read_state(checkpoint))
         averages = None if self.averages is None else self.averages.averages
         state = load_checkpoint(checkpoint, self.model, self.optimizer, averages)
         self._earlier_seconds = state.get("seconds", 0.0)
+        if state.get("positions"):
+            self.position = state["positions"][self.accelerator.process_index]
+        self._skipped.resume(state["step"], state.get("skipped", 0))
         # Under fp16 the scale of the loss was found over many steps; without it a resumed run would skip some.
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -98,8 +124,7 @@ class TrainingRun:
                 cut_rows(self.output_dir / name, state["step"])
         return state["step"]
 
-    def _check_comparable(self, checkpoint: Path) -> None:
-        saved = read_state(checkpoint)
+    def _check_comparable(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         precision = saved.get("mixed_precision", self.accelerator.mixed_precision)
         if precision != self.accelerator.mixed_precision:
             raise ValueError(
@@ -113,12 +138,32 @@ class TrainingRun:
                 f"{self.global_batch_size}; set --per_device_train_batch_size and --gradient_accumulation_steps so "
                 "that they are equal."
             )
+        self._check_same_data(checkpoint, saved.get("dataset"), saved.get("positions"))
+
+    def _check_same_data(self, checkpoint: Path, fingerprint: str | None, positions: list[Position] | None) -> None:
+        known = fingerprint is not None and self._fingerprint is not None  # not in older checkpoints
+        if known and fingerprint != self._fingerprint and not self.args.allow_changed_dataset:
+            raise ValueError(
+                f"{checkpoint} was trained on another dataset ({fingerprint}) than this one ({self._fingerprint}): "
+                "files were added, removed or changed. Give the same data, or go on with the new with "
+                "--allow_changed_dataset."
+            )
+        if positions and len(positions) != self.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint} was trained on a stream by {len(positions)} processes, which share out its order: this "
+                f"run has {self.accelerator.num_processes}; launch as many."
+            )
 
     def save(self, step: int) -> Path:
         """Save a checkpoint of the state after `step` steps; every process returns when it is complete, or fails."""
         path = self.output_dir / f"checkpoint-{step}"
+        processes = Processes(self.accelerator)
+        positions = processes.lists_of_all([self.position])
+        files = checkpoint_tensors(
+            self.model, self.optimizer, None if self.averages is None else self.averages.averages
+        )
         # Together: a process that ended earlier would have the launcher kill the one that writes.
-        with Processes(self.accelerator).failing_together():
+        with processes.failing_together():
             if self.accelerator.is_main_process:
                 scaler = self.accelerator.scaler
                 state = {
@@ -127,21 +172,25 @@ class TrainingRun:
                     "global_batch_size": self.global_batch_size,
                     "mixed_precision": self.accelerator.mixed_precision,
                     "scaler": None if scaler is None else scaler.state_dict(),
+                    "dataset": self._fingerprint,
+                    "positions": None if positions[0] is None else positions,
+                    "skipped": self._skipped.count,
                     "arguments": asdict(self.args),
                 }
-                averages = None if self.averages is None else self.averages.averages
                 limit = self.args.checkpoints_total_limit or None
-                path = save_checkpoint(self.output_dir, self.model, self.optimizer, state, limit, averages)
+                path = save_checkpoint(self.output_dir, files, state, limit)
         return path
 
     def save_last_good(self) -> Path:
         """After a divergence: the network as a user loads it, where it knows how to save itself, and where that is."""
         folder = self.output_dir / "last_good"
-        if not hasattr(self.model, "save_pretrained"):
-            return folder.parent
-        with Processes(self.accelerator).failing_together(), self._result_weights():
-            if self.accelerator.is_main_process:
-                self.model.save_pretrained(folder)
+        with self._result_weights():
+            network = self.network.get(self.model)
+            if not hasattr(network, "save_pretrained"):
+                return folder.parent
+            with Processes(self.accelerator).failing_together():
+                if self.accelerator.is_main_process:
+                    network.save_pretrained(folder)
         return folder
 
     def stop(self, signum: int, step: int) -> None:
@@ -176,7 +225,11 @@ class TrainingRun:
         return self._bar
 
     def finish_step(self, done: int, figures: StepFigures) -> None:
-        """Take in that the weights have made step number `done`: averages, progress, sometimes a row of the log."""
+        """Take in that the weights have made step number `done`: averages, progress, sometimes a row of the log.
+
+        Raises:
+            TooManySkipped: if too many pictures could not be used so far; the state is saved as a checkpoint.
+        """
         if self.averages is not None:
             self.averages.update(done)
         self._recent.append((figures.loss, figures.psnr))
@@ -184,6 +237,13 @@ class TrainingRun:
         if self.args.is_due(_LOG_EVERY_STEPS, done):
             self._log(done)
         self._bar.update()
+        self.position = figures.position
+        self._skipped.add(figures.skipped, done)
+        try:
+            self._skipped.check(done * self.global_batch_size)
+        except TooManySkipped:
+            self.save(done)
+            raise
         self._step_started = time.perf_counter()
 
     def _log(self, done: int) -> None:
@@ -197,12 +257,12 @@ class TrainingRun:
             rate = self.args.learning_rate_at(done - 1)
             figures = {"loss": loss, "psnr": psnr, "learning_rate": rate, "patches_per_second": round(speed, 2)}
             append_row(self.output_dir / _LOG_FILE, {"step": done, **figures, "seconds": round(self.seconds, 2)})
-            self.accelerator.log(figures, step=done)
+            log_figures(self.accelerator, "training", figures, done)
 
     def validate(self, pairs: PairSource, done: int) -> None:
         """Evaluate the weights that would be the result if the run ended here."""
         with self._result_weights():
-            line = validate(self.model, pairs, self.output_dir, done, self.accelerator)
+            line = validate(self.network.get(self.model), pairs, self.output_dir, done, self.accelerator)
         if self.accelerator.is_main_process:
             self._bar.write(line)
         self._step_started = time.perf_counter()  # the throughput is that of training

@@ -12,7 +12,7 @@ from .figures import save_before_after
 from .pairs import PairSource, PairSubset
 from .processes import Processes
 from .run_log import append_row
-from .trackers import log_picture
+from .trackers import log_figures, log_picture
 
 VALIDATION_LOG = "validation_log.jsonl"
 _SAMPLES = "samples"
@@ -43,7 +43,8 @@ def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, a
     figures = {name: total / len(pairs) for name, total in zip(names, totals, strict=True)}
     if accelerator.is_main_process:
         append_row(output_dir / VALIDATION_LOG, {"step": step, **figures})
-        accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=step)
+        sent = {f"validation/{name}": value for name, value in figures.items()}
+        log_figures(accelerator, "validation", sent, step)
         samples = output_dir / _SAMPLES
         samples.mkdir(exist_ok=True)
         file = samples / f"step-{step}.png"

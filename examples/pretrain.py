@@ -1,6 +1,7 @@
 """Pre-train a restoration network on clean pictures with PROD (random order degradations).
 
     accelerate launch examples/pretrain.py --train_dir path/to/clean/photos --output_dir outputs/nafnet-small-prod
+    accelerate launch examples/pretrain.py --dataset_name you/photos --streaming --max_train_steps 500000
 
 The output folder then is what `AutoModelForImageToImage.from_pretrained` takes (after `import colora_peft.models`).
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
@@ -20,19 +22,22 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.cards import RunFacts, backbone_card, hardware_name, loading_code
 from colora_peft.config import PRIOR_CONTRIBUTIONS
+from colora_peft.corpus import HubPictures, ImageFiles, PictureSource, check_pictures
 from colora_peft.figures import check_figures_can_be_drawn
 from colora_peft.files import relative_path, write_text
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.images import list_images
 from colora_peft.metrics import SSIM_WINDOW_PX
-from colora_peft.pairs import ImageFiles
 from colora_peft.patches import DegradedPatches, DegradedPictures
+from colora_peft.processes import Processes
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.streams import PictureStream, StreamPatches
 from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments, check_at_least
 from colora_peft.training import TrainingDiverged, train, use_all_cores
 
+MOST_CHECKED = 5_000  # pictures; to decode so many photos takes a minute or two
 SMALL_NAFNET = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")
 
 
@@ -47,7 +52,33 @@ class PretrainArguments(TrainArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; decays to zero."})
     lr_warmup_steps: int = field(default=500, metadata={"help": "Steps over which the learning rate rises."})
     checkpointing_steps: int = field(default=2_000, metadata={"help": "Steps between checkpoints."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder of clean pictures (required)."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of clean pictures, those in folders below it included."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Instead of --train_dir a Hugging Face dataset: on the Hub, a local folder of parquet files "
+                  "or the like, or one .parquet file. Its train split is used."},
+    )  # fmt: skip
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    image_column: str = field(default="image", metadata={"help": "Its column of clean pictures."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read that dataset as it comes, without a copy on the disk or in memory."}
+    )
+    shuffle_block_size: int = field(
+        default=1_000, metadata={"help": "Pictures of a stream that each process holds and shuffles at a time."}
+    )
+    check_pictures: Literal["auto", "always", "never"] = field(
+        default="auto",
+        metadata={"help": "Decode every picture before the run and refuse bad ones; auto: up to "
+                  f"{MOST_CHECKED:,} pictures. Bad ones met later are replaced and listed in skipped_pictures.jsonl."},
+    )  # fmt: skip
+    max_skipped_share: float = field(
+        default=0.01,
+        metadata={
+            "help": "Stop where more than this share of the samples met a bad picture (skipped_pictures.jsonl)."
+        },
+    )
     eval_dir: str | None = field(
         default=None, metadata={"help": "Folder of other clean pictures, for --validation_steps."}
     )
@@ -70,8 +101,15 @@ class PretrainArguments(TrainArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train_dir is None:
-            raise ValueError("--train_dir is missing: name a folder of clean pictures.")
+        if (self.train_dir is None) == (self.dataset_name is None):
+            raise ValueError("Give --train_dir, a folder of clean pictures, or --dataset_name, and not both.")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("--streaming needs --dataset_name; a folder is read picture by picture anyway.")
+        if self.streaming and self.check_pictures == "always":
+            raise ValueError("--check_pictures always and --streaming exclude each other: a stream has no way back.")
+        check_at_least(self, "shuffle_block_size", 1)
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ValueError(f"--max_skipped_share must be between 0 and 1, got {self.max_skipped_share}.")
         if (self.eval_dir is None) != (self.validation_steps == 0):
             raise ValueError("--validation_steps and --eval_dir need each other: give both or none.")
         if self.validation_steps:
@@ -87,10 +125,42 @@ def build_model(args: PretrainArguments) -> torch.nn.Module:
     return AutoModelForImageToImage.from_config(config)
 
 
-def open_pictures(folder: str, resolution: int) -> ImageFiles:
-    pictures = ImageFiles(list_images(folder))
-    pictures.check(resolution)
+def open_pictures(args: PretrainArguments) -> PictureSource:
+    """The clean pictures by index, checked where that does not take long."""
+    if args.train_dir is None:
+        pictures: PictureSource = HubPictures(open_split(args), args.image_column)
+    else:
+        pictures = ImageFiles(list_images(args.train_dir, nested=True))
+        if len(pictures) > MOST_CHECKED:  # of so many, hardly one is met again before the memory is full
+            pictures = ImageFiles(pictures.paths, cache_bytes=0)
+    if args.check_pictures == "always" or (args.check_pictures == "auto" and len(pictures) <= MOST_CHECKED):
+        check_pictures(pictures, args.resolution)
     return pictures
+
+
+def open_split(args: PretrainArguments) -> Any:
+    """The train split of --dataset_name."""
+    from datasets import load_dataset
+
+    name, config, data_files = args.dataset_name, args.dataset_config_name, None
+    if name.endswith(".parquet"):
+        name, data_files = "parquet", name
+    splits = load_dataset(name, config, data_files=data_files, streaming=args.streaming)
+    if "train" not in splits:
+        raise ValueError(f"{args.dataset_name} has the splits {sorted(splits)}; one must be called train.")
+    return splits["train"]
+
+
+def open_patches(args: PretrainArguments, accelerator: Accelerator) -> DegradedPatches | StreamPatches:
+    """The training samples, and what was found wrong before any is made."""
+    degradation = RandomOrderDegradation(mode=args.mode)
+    if not args.streaming:
+        pictures = open_pictures(args)
+        return DegradedPatches(pictures, degradation, args.resolution, args.seed, args.max_skipped_share)
+    stream = PictureStream(open_split(args), args.image_column, args.seed, args.shuffle_block_size)
+    with Processes(accelerator).failing_together():
+        stream.check(args.resolution, accelerator.process_index, accelerator.num_processes)
+    return StreamPatches(stream, degradation, args.resolution, args.max_skipped_share)
 
 
 def main(args: PretrainArguments) -> None:
@@ -98,13 +168,13 @@ def main(args: PretrainArguments) -> None:
     use_all_cores(accelerator)
     set_seed(args.seed)
     checkpoint = check_output_dir(args)
-    pictures = open_pictures(args.train_dir, args.resolution)
-    degradation = RandomOrderDegradation(mode=args.mode)
-    patches = DegradedPatches(pictures, degradation, args.resolution, args.seed)
+    patches = open_patches(args, accelerator)
     eval_pairs = None
     if args.eval_dir is not None:
         check_figures_can_be_drawn()
-        eval_pairs = DegradedPictures(open_pictures(args.eval_dir, args.resolution), degradation, args.resolution)
+        eval_pictures = ImageFiles(list_images(args.eval_dir, nested=True))
+        check_pictures(eval_pictures, args.resolution)
+        eval_pairs = DegradedPictures(eval_pictures, patches.degradation, args.resolution)
     model = build_model(args)
     if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
         args.hub_model_id = create_hub_repo(
@@ -114,10 +184,10 @@ def main(args: PretrainArguments) -> None:
     model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
     if accelerator.is_main_process:
         facts = RunFacts(args.data_card, hardware_name(accelerator.device), seconds, accelerator.num_processes)
-        save(model, args, facts, len(pictures))
+        save(model, args, facts, patches.fingerprint.partition(",")[0])
 
 
-def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, num_pictures: int) -> None:
+def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, pictures: str) -> None:
     """Write the network and its card into the output folder, and push them if asked to."""
     dtype = torch.float16 if args.half_precision_weights else torch.float32
     # The model itself stays float32, so its config says float32 and that is how it loads.
@@ -127,7 +197,7 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, num_p
     averaged = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     method = (
         f"Pre-trained to undo synthetic degradations (blur, noise, rain, JPEG, motion; mode `{args.mode}`, see "
-        f"arXiv 2408.01099) on {num_pictures} clean pictures: {args.max_train_steps} steps of {batch} patches of "
+        f"arXiv 2408.01099) on {pictures}: {args.max_train_steps} steps of {batch} patches of "
         f"{args.resolution}x{args.resolution}, seed {args.seed}{averaged}."
     )
     loads_from = args.hub_model_id if args.push_to_hub else args.output_dir

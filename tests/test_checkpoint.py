@@ -6,7 +6,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from colora_peft import checkpoint as checkpoint_module
-from colora_peft.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from colora_peft.checkpoint import checkpoint_tensors, list_checkpoints, load_checkpoint, read_state
+
+
+def save_checkpoint(folder, model, optimizer, state, limit, averages=None):
+    return checkpoint_module.save_checkpoint(folder, checkpoint_tensors(model, optimizer, averages), state, limit)
 
 
 class Network(nn.Module):

@@ -234,3 +234,18 @@ def test_all_pairs_may_be_drawn_but_not_more_nor_none():
             ValueError, match=f"Cannot draw {count} training pairs from 5.*--max_train_samples.* 1 and 5"
         ):
             draw_pairs(NumberedPairs(5), count, seed=0)
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_follows_the_files_and_the_drawn_pairs(tmp_path):
+    pairs = PairedImageFolder(save_pairs(tmp_path, "a", "b", "c"))
+    first, _ = draw_pairs(pairs, 2, seed=0)
+    found = {pairs.fingerprint, first.fingerprint}
+    assert first.fingerprint == PairSubset(PairedImageFolder(tmp_path), first._indices).fingerprint
+    found.add(PairSubset(pairs, [index for index in (0, 1, 2) if index != first._indices[0]]).fingerprint)
+    save(tmp_path / "target" / "b.png", 14, 14)
+    found.add(PairedImageFolder(tmp_path).fingerprint)
+    assert len(found) == 4 and all(name.startswith(("3 pairs, ", "2 pairs, ")) for name in found)
+    assert PairSubset(NumberedPairs(2), [0]).fingerprint is None

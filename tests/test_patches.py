@@ -48,6 +48,9 @@ class Pictures:
     def __getitem__(self, index):
         return picture(index)
 
+    def name(self, index):
+        return f"picture {index}"
+
 
 def paired(seed=1, **kwargs):
     return PairedPatches(AlignedPairs(**kwargs), resolution=16, seed=seed)

@@ -1,16 +1,21 @@
 """examples/pretrain.py, launched and in one process."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import EXAMPLES, load_example
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageToImage, HfArgumentParser
+
+from colora_peft.images import list_images
 
 pretrain = load_example("pretrain")
 
@@ -143,3 +148,142 @@ def test_a_missing_train_dir_is_asked_for(tmp_path):
         run("--output_dir", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run("--train_dir", tmp_path / "nowhere", "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match="Give --train_dir.* or --dataset_name, and not both"):
+        run("--train_dir", tmp_path, "--dataset_name", "a/b", "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match="--streaming needs --dataset_name"):
+        run("--train_dir", tmp_path, "--streaming", "--output_dir", tmp_path / "out")
+
+
+# --- where the pictures come from -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(train_dir, tmp_path):
+    """The pictures of `train_dir` as a local dataset of two parquet files with the column `photo`."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    paths = list_images(train_dir / "input")
+    for shard, own in enumerate((paths[:2], paths[2:])):
+        cells = [{"bytes": path.read_bytes(), "path": path.name} for path in own]
+        features = datasets.Features({"photo": datasets.Image()})
+        datasets.Dataset.from_dict({"photo": cells}, features=features).to_parquet(folder / f"train-{shard}.parquet")
+    return folder
+
+
+def weights(output_dir, checkpoint=""):
+    return load_file(output_dir / checkpoint / "model.safetensors")
+
+
+def test_a_dataset_trains_as_the_folder_of_its_pictures(flags, dataset, tmp_path):
+    of_folder = weights(run(*flags))
+    without = flags[2:]
+    source = ["--dataset_name", dataset, "--image_column", "photo"]
+    of_dataset = weights(run(*without, *source, "--output_dir", tmp_path / "dataset"))
+    assert all(torch.equal(tensor, of_dataset[name]) for name, tensor in of_folder.items())
+
+
+def test_a_stream_killed_and_resumed_is_bitwise_the_whole_run(flags, dataset, tmp_path):
+    source = ["--dataset_name", dataset, "--image_column", "photo", "--streaming", "--shuffle_block_size", 3]
+    command = [*flags[2:], *source, "--checkpointing_steps", 2]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(*command, "--output_dir", whole)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoint-4")
+    (parts / "model.safetensors").unlink()
+    run(*command, "--output_dir", parts, "--resume_from_checkpoint", "latest", "--dataloader_num_workers", 2)
+    for checkpoint in ("", "checkpoint-4"):
+        expected = weights(whole, checkpoint)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts, checkpoint).items())
+    state = json.loads((parts / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state == {**json.loads((whole / "checkpoint-4" / "trainer_state.json").read_text()), **{
+        name: state[name] for name in ("seconds", "arguments")
+    }}  # fmt: skip
+    card = (parts / "README.md").read_text()
+    assert "a stream of clean pictures in 2 shards: 4 steps" in card
+
+
+def corpus(train_dir, folder):
+    """The pictures below two folders, and a bad one."""
+    for index, path in enumerate(list_images(train_dir / "input")):
+        (folder / f"part{index % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"part{index % 2}" / path.name)
+    truncated(folder / "part0" / "bad.jpg")
+    return folder
+
+
+def test_bad_pictures_that_are_not_searched_for_are_replaced_and_listed(flags, train_dir, tmp_path):
+    folder = corpus(train_dir, tmp_path / "corpus")
+    with pytest.raises(ValueError, match="Of 6 pictures 1 cannot be used.*bad.jpg"):
+        run(*flags, "--train_dir", folder)
+    lazily = [*flags, "--train_dir", folder, "--check_pictures", "never"]
+    output_dir = run(*lazily)
+    (row,) = [json.loads(line) for line in (output_dir / "skipped_pictures.jsonl").read_text().splitlines()]
+    assert "bad.jpg cannot be read" in row["reason"]
+    with pytest.raises(ValueError, match="--max_skipped_share 0 allows.*bad.jpg"):
+        run(*lazily, "--max_skipped_share", 0, "--output_dir", tmp_path / "strict")
+
+
+def test_a_changed_folder_is_refused_on_resume_unless_allowed(flags, train_dir, tmp_path):
+    folder = corpus(train_dir, tmp_path / "corpus")
+    (folder / "part0" / "bad.jpg").unlink()
+    command = [*flags, "--train_dir", folder, "--checkpointing_steps", 2]
+    output_dir = run(*command)
+    shutil.rmtree(output_dir / "checkpoint-4")
+    next((folder / "part1").iterdir()).unlink()
+    resume = [*command, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match=r"\(5 clean pictures, .* \(4 clean pictures, .*--allow_changed_dataset"):
+        run(*resume)
+    run(*resume, "--allow_changed_dataset")
+    state = json.loads((output_dir / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["dataset"].startswith("4 clean pictures")
+
+
+def test_a_checkpoint_without_a_fingerprint_goes_on(flags, tmp_path):
+    command = [*flags, "--checkpointing_steps", 2]
+    expected = weights(run(*command))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    file = tmp_path / "out" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    for name in ("dataset", "positions", "skipped"):
+        del state[name]
+    file.write_text(json.dumps(state))
+    resumed = weights(run(*command, "--resume_from_checkpoint", "latest"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
+
+
+def launch_two(*command):
+    argv = ["--standalone", "--nproc_per_node=2", EXAMPLES / "pretrain.py", *command]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, argv)],
+        capture_output=True, text=True, timeout=280, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_of_unequal_shards_and_resume_exactly(flags, dataset, tmp_path):
+    source = ["--dataset_name", dataset, "--image_column", "photo", "--streaming", "--shuffle_block_size", 2]
+    command = [*flags[2:], *source, "--checkpointing_steps", 2]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = launch_two(*command, "--output_dir", whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    positions = json.loads((whole / "checkpoint-4" / "trainer_state.json").read_text())["positions"]
+    assert len(positions) == 2
+    assert all(epoch in (2, 3) for epoch, *_ in positions)  # eight pictures each, of two or three an epoch
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoint-4")
+    done = launch_two(*command, "--output_dir", parts, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = weights(whole, "checkpoint-4")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts, "checkpoint-4").items())
+
+
+@pytest.mark.slow
+def test_processes_without_a_picture_end_the_run_together(flags, dataset, tmp_path):
+    single = ["--dataset_name", dataset / "single.parquet", "--image_column", "photo", "--streaming"]
+    datasets.load_dataset(str(dataset), split="train").select([0]).to_parquet(dataset / "single.parquet")
+    done = launch_two(*flags[2:], *single)
+    assert done.returncode != 0
+    assert "The dataset has no picture for process 1 of 2" in done.stderr
+    assert "Process 1 of 2 failed, so this one stops, too" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,215 @@
+"""Clean pictures by index, from a folder or a Hugging Face dataset; for those without an index see `streams.py`.
+
+Pictures are RGB (3, H, W), as uint8 where their file has 8 bits and as float32 in [0, 1] where it has 16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .images import decode_stored, read_stored
+from .messages import some_sentences
+
+_SILENTLY_CHECKED = 100  # pictures; with more of them the check shows a bar
+
+
+class PictureSource(Protocol):
+    """Clean pictures by index, uint8 or float32 in [0, 1], not to be written to; `name` tells users which is which.
+
+    `fingerprint` is one line that changes where the pictures do, so that a resumed run notices.
+    """
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    def name(self, index: int) -> str: ...
+
+
+class ImageFiles:
+    """Picture files by index; those of 8 bits are kept decoded in memory while they fit into `cache_bytes`."""
+
+    def __init__(self, paths: Sequence[Path], cache_bytes: int = 2**30) -> None:
+        self.paths = list(paths)
+        self._cache: dict[int, Tensor] = {}
+        self._free_bytes = cache_bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The names below the folder they share, and the sizes; a file that is gone has none."""
+        folder = os.path.commonpath([path.parent for path in self.paths]) if self.paths else ""
+        lines = (f"{os.path.relpath(path, folder)}:{_size(path)}" for path in self.paths)
+        return fingerprint_of(f"{len(self)} clean pictures", lines)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self._cache.get(index)
+        if image is None:
+            image = read_stored(self.paths[index])
+            if image.dtype == torch.uint8 and image.nbytes <= self._free_bytes:
+                self._cache[index] = image
+                self._free_bytes -= image.nbytes
+        return image
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def check(self, resolution: int) -> None:
+        """Decode every file once, before a run begins. Fills the cache. Raises as `check_pictures`."""
+        check_pictures(self, resolution)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+class HubPictures:
+    """The pictures in an image column of a Hugging Face dataset split, by row.
+
+    Raises:
+        ValueError: if there is no such column, it does not hold images, or the split is empty.
+    """
+
+    def __init__(self, split: Any, column: str) -> None:
+        check_column(split.column_names, column)
+        if len(split) == 0:
+            raise ValueError("The dataset split is empty; choose one that has rows.")
+        self._rows = undecoded(split.with_format(None), column).select_columns(column)
+        self._column = column
+        self.fingerprint = fingerprint_of(f"{len(split)} clean pictures", (split._fingerprint, column))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return read_cell(self._rows[index][self._column], self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+
+def check_column(columns: Sequence[str] | None, column: str) -> None:
+    """Raises ValueError where a dataset has no such column."""
+    if column not in (columns or ()):
+        raise ValueError(f"The dataset has the columns {columns}, none is called {column}; name it by --image_column.")
+
+
+def undecoded(split: Any, column: str) -> Any:
+    """The dataset with the image column as file bytes or paths: decoded by us, 16-bit colour and the orientation are
+    treated as in files.
+
+    Raises:
+        ValueError: if the column does not hold images.
+    """
+    feature = split.features[column]
+    if type(feature).__name__ != "Image":
+        raise ValueError(
+            f"The dataset's column `{column}` holds {feature}, not images; "
+            f'cast it with `cast_column("{column}", datasets.Image())`.'
+        )
+    return split.cast_column(column, dataclasses.replace(feature, decode=False))
+
+
+def read_cell(cell: dict[str, Any] | None, name: str) -> Tensor:
+    """The picture in a cell of an undecoded image column, which holds the file's bytes, or its path or address.
+
+    Raises:
+        ValueError: if it is missing, cannot be read or is damaged; it calls the picture by `name`.
+    """
+    if cell is None:
+        raise ValueError(f"The picture of {name} is missing; remove that row.")
+    if cell["bytes"] is not None:
+        return decode_stored(cell["bytes"], f"The picture of {name}")
+    if "://" not in cell["path"]:
+        return read_stored(cell["path"])
+    import fsspec  # comes with datasets
+
+    try:
+        with fsspec.open(cell["path"], "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ValueError(f"{cell['path']} of {name} cannot be read ({error}); check that it is there.") from error
+    return decode_stored(data, cell["path"])
+
+
+def check_size(image: Tensor, resolution: int, name: str) -> None:
+    """Refuse a picture (3, H, W) that is smaller than the patch.
+
+    Raises:
+        ValueError: it names the picture.
+    """
+    height, width = image.shape[-2:]
+    if min(height, width) < resolution:
+        raise ValueError(
+            f"{name} is {width}x{height} pixels, smaller than the patch of {resolution}; "
+            "lower --resolution or remove it."
+        )
+
+
+def check_pictures(pictures: PictureSource, resolution: int) -> None:
+    """Decode every picture once, before a run begins: half a file has a whole header.
+
+    Raises:
+        ValueError: if some are unreadable or smaller than the patch; it lists them (the first 20) with the reason.
+    """
+    culprits = []
+    indices = range(len(pictures))
+    for index in tqdm(indices, desc="checking pictures", disable=len(indices) <= _SILENTLY_CHECKED):
+        try:
+            check_size(pictures[index], resolution, pictures.name(index))
+        except ValueError as error:
+            culprits.append(str(error))
+    if culprits:
+        raise ValueError(f"Of {len(pictures)} pictures {len(culprits)} cannot be used. {some_sentences(culprits)}")
+
+
+def first_usable(
+    candidates: Iterable[tuple[str, Callable[[], Tensor]]], resolution: int
+) -> tuple[Tensor, str, list[str]]:
+    """The first picture that can be read and is no smaller than the patch.
+
+    Args:
+        candidates: Names of pictures and how to read them; asked for one by one.
+        resolution: Side of the patch in pixels.
+
+    Returns:
+        The picture, its name, and why each of those before it was skipped.
+
+    Raises:
+        ValueError: if none can be used; it gives the reasons.
+    """
+    reasons: list[str] = []
+    for name, read in candidates:
+        try:
+            image = read()
+            check_size(image, resolution, name)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        return image, name, reasons
+    raise ValueError(f"None of {len(reasons)} pictures drawn can be used. {some_sentences(reasons)}")
+
+
+def fingerprint_of(what: str, lines: Iterable[str]) -> str:
+    """`what`, for people, and a digest of the lines."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+    return f"{what}, {digest.hexdigest()[:16]}"

@@ -1,0 +1,51 @@
+"""The launch configurations are what the installed Accelerate understands."""
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+from conftest import EXAMPLES
+
+from colora_peft.models.nafnet.modeling_nafnet import NAFBlock
+
+CONFIGS = {path.stem: path for path in (EXAMPLES / "accelerate_configs").glob("*.yaml")}
+KINDS = {
+    "cpu": DistributedType.NO,
+    "multi_gpu_ddp": DistributedType.MULTI_GPU,
+    "multi_node_ddp": DistributedType.MULTI_GPU,
+    "fsdp": DistributedType.FSDP,
+}
+
+
+def test_there_is_one_for_each_kind_of_launch():
+    assert CONFIGS.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_accelerate_reads_it(name):
+    config = load_config_from_file(str(CONFIGS[name]))
+    assert config.distributed_type == KINDS[name] and config.mixed_precision in ("no", "bf16")
+    assert config.num_processes % config.num_machines == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_key_that_accelerate_does_not_know_would_be_noticed(name, tmp_path):
+    spoilt = tmp_path / "spoilt.yaml"
+    spoilt.write_text(CONFIGS[name].read_text() + "\nnum_procesess: 2\n")
+    with pytest.raises(ValueError, match="num_procesess"):
+        load_config_from_file(str(spoilt))
+
+
+def test_the_launcher_has_every_flag_of_fsdp():
+    """Accelerate drops keys of this part that it does not know without a word."""
+    settings = yaml.safe_load(CONFIGS["fsdp"].read_text())["fsdp_config"]
+    flags = {action.dest: action for action in launch_command_parser()._actions}
+    assert settings.keys() <= flags.keys()
+    assert settings["fsdp_version"] == 2
+    assert settings["fsdp_transformer_layer_cls_to_wrap"] == NAFBlock.__name__
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "cpu"])
+def test_what_was_never_run_says_so(name):
+    assert "Not yet run on hardware" in CONFIGS[name].read_text()
