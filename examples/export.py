@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import HfArgumentParser
 
+from colora_peft import load
 from colora_peft.backbones import load_backbone
 from colora_peft.export import EXPORT_SUFFIXES, ExportSettings, export_network
 
@@ -32,7 +33,7 @@ class ExportArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "The network: a folder, an id on the Hub, or module:function. Default: the one that the "
-                  "adapter says it was trained on."},
+                  "adapter says it was trained on, unless that is a function."},
     )  # fmt: skip
     output_file: str | None = field(
         default=None, metadata={"help": "Default: outputs/<name of the adapter, or of the network>.onnx or .pt2."}
@@ -86,21 +87,18 @@ def load_merged(args: ExportArguments) -> tuple[torch.nn.Module, str]:
     """The network with the adapter merged into its weights, and the name of the network.
 
     Raises:
-        ValueError: There is no such adapter, it does not say what its base is, or it is one of another base.
+        OSError: There is no such adapter or network.
+        ValueError: The adapter does not say what its base is, or is one of another base.
     """
     if args.adapter is None:
         return load_backbone(args.model_name_or_path), args.model_name_or_path
-    trained_on = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-    base = args.model_name_or_path or trained_on
-    if base is None:
-        raise ValueError(f"The adapter {args.adapter} does not say what it was trained on: give --model_name_or_path.")
-    network = load_backbone(base)
-    if base != trained_on:
-        print(f"Note: the adapter names {trained_on} as the network that it was trained on; this is {base}.")
     try:
-        model = PeftModel.from_pretrained(network, args.adapter)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"The adapter {args.adapter} is not one of {base}. {error}") from error
+        model = load(args.adapter, base=args.model_name_or_path)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"{error} (Here, base is --model_name_or_path.)") from error
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"--adapter {args.adapter} is a whole network: give it as --model_name_or_path.")
+    base = args.model_name_or_path or model.peft_config["default"].base_model_name_or_path
     return model.merge_and_unload(safe_merge=True), base
 
 

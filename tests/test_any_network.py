@@ -23,9 +23,11 @@ from colora_peft import (
     ProbeSettings,
     adaptable_layers,
     estimate_contributions,
+    load,
 )
 from colora_peft.adaptable import weight_matrix_shape
 from colora_peft.backbones import load_backbone
+from colora_peft.images import read_image, to_pil
 from colora_peft.reconstruction import reconstruct, restoration_loss
 from colora_peft.tuning import prepare_for_tuning, trained_parameters
 
@@ -164,15 +166,21 @@ def run(flags, *more):
 
 
 @pytest.mark.parametrize("name", ["swin2sr", "plain"])
-def test_finetune_adapts_what_a_function_returns_and_the_adapter_says_which(flags, tmp_path, capsys, name):
-    run(flags, "--model_name_or_path", f"some_networks:{name}", "--parameter_budget", "0.4")
+def test_finetune_adapts_what_a_function_returns_and_says_how_to_use_it(flags, eval_dir, tmp_path, capsys, name):
+    base = f"some_networks:{name}"
+    run(flags, "--model_name_or_path", base, "--parameter_budget", "0.4")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["psnr_after"] != metrics["psnr_before"]
-    base = PeftConfig.from_pretrained("out").base_model_name_or_path
-    assert base == f"some_networks:{name}" and f"'{base}'" in capsys.readouterr().out
-    x = torch.rand(1, 3, 21, 18, generator=torch.Generator().manual_seed(0))
-    loaded = PeftModel.from_pretrained(load_backbone(base), "out").eval()
-    assert not torch.equal(reconstruct(loaded, x), reconstruct(load_backbone(base), x))
+    assert PeftConfig.from_pretrained("out").base_model_name_or_path == base
+    # The code that the run prints, on a picture of an odd width.
+    picture = read_image(eval_dir / "input" / "scene0.png")[..., :45]
+    to_pil(picture).save("photo.jpg", quality=100)
+    exec(capsys.readouterr().out.partition("Load it with:\n\n")[2], found := {})
+    assert found["restored"].shape == picture.shape == read_image("restored.png").shape
+    bare = reconstruct(load_backbone(base), found["picture"][None])[0].clamp(0, 1)
+    assert not torch.equal(found["restored"], bare)
+    with pytest.raises(ValueError, match=f"made by the function {base}"):
+        load("out")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +200,7 @@ def test_networks_that_will_not_do_are_refused_before_anything_is_written(flags,
 @pytest.mark.slow
 def test_the_launched_script_finds_the_module_in_the_folder_it_is_started_from(flags, tmp_path):
     (tmp_path / "own.py").write_text(
-        "from torch import nn\ndef network():\n    return nn.Conv2d(3, 3, 3, padding=1)\n"
+        "from torch import nn\n\ndef network():\n    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", str(EXAMPLES / "finetune.py"), *flags]
     done = subprocess.run(

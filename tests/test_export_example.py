@@ -27,7 +27,13 @@ def network(channels=4):
 
 def wider():
     return network(5)
+
+def other_weights():
+    model = network()
+    nn.init.zeros_(model[0].bias)
+    return model
 """
+RAIN = ["--adapter", "rain", "--model_name_or_path", "small_networks:network"]
 SMALL = ["--height", "9", "--width", "14"]
 
 
@@ -54,8 +60,8 @@ def restored(x, base="small_networks:network"):
     return PeftModel.from_pretrained(load_backbone(base), "rain").eval()(x)
 
 
-def test_the_adapter_alone_says_what_to_export(capsys):
-    path = run("--adapter", "rain", "--format", "torch_export", *SMALL)
+def test_the_file_holds_the_network_with_its_adapter_and_says_so(capsys):
+    path = run(*RAIN, "--format", "torch_export", *SMALL)
     assert path == Path("outputs/rain.pt2")
     files = {METADATA_FILE: ""}
     program = torch.export.load(path, extra_files=files).module()
@@ -69,8 +75,17 @@ def test_the_adapter_alone_says_what_to_export(capsys):
 
 
 @pytest.mark.slow
+def test_an_adapter_that_names_a_folder_needs_nothing_else(tiny_nafnet):
+    get_peft_model(load_backbone(str(tiny_nafnet)), CoLoRAConfig(ranks=1)).save_pretrained("haze")
+    path = run("--adapter", "haze", "--format", "torch_export", "--height", "8", "--width", "8")
+    files = {METADATA_FILE: ""}
+    torch.export.load(path, extra_files=files)
+    assert json.loads(files[METADATA_FILE])["base"] == str(tiny_nafnet)
+
+
+@pytest.mark.slow
 def test_launched_with_onnx_for_any_size():
-    command = [sys.executable, str(EXAMPLES / "export.py"), "--adapter", "rain", "--task", "heavy rain"]
+    command = [sys.executable, str(EXAMPLES / "export.py"), *RAIN, "--task", "heavy rain"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("greatest difference to PyTorch") == 5
@@ -92,7 +107,10 @@ def test_launched_with_onnx_for_any_size():
         (["--adapter", "rain", "--output_file", "rain.pt"], "does not end in .onnx"),
         (["--adapter", "rain", "--tolerance", "-1"], "tolerance"),
         (["--adapter", "nowhere"], "nowhere"),
-        (["--adapter", "rain", "--model_name_or_path", "small_networks:wider"], "rain is not one of small_networks"),
+        (["--adapter", "rain", "--model_name_or_path", "small_networks:wider"], "rain was trained on another network"),
+        # Of the same shape, so that the weights would fit.
+        (["--adapter", "rain", "--model_name_or_path", "small_networks:other_weights"], "trained on another network"),
+        (["--adapter", "rain"], "made by the function small_networks:network.*base is --model_name_or_path"),
         (["--adapter", "rain", "--model_name_or_path", "small_networks:nothing"], "no function nothing"),
     ],
 )
@@ -106,7 +124,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(flags, messag
 
 
 def test_a_file_that_is_there_is_kept_unless_told_otherwise():
-    flags = ["--adapter", "rain", "--format", "torch_export", "--output_file", "there.pt2", *SMALL]
+    flags = [*RAIN, "--format", "torch_export", "--output_file", "there.pt2", *SMALL]
     Path("there.pt2").write_text("earlier")
     with pytest.raises(ValueError, match="there.pt2 is there already; add --overwrite"):
         run(*flags)
