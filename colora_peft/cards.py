@@ -65,11 +65,9 @@ def loading_code(name_or_path: str, base: str | None = None) -> str:
     given = "" if base is None else f", base={json.dumps(base)}"
     return f"""import colora_peft
 from colora_peft.images import read_image, to_pil
-from colora_peft.reconstruction import reconstruct
 
 model = colora_peft.load({json.dumps(name_or_path)}{given})
-picture = read_image("photo.jpg")
-restored = reconstruct(model, picture[None])[0].detach().clamp(0, 1)
+restored = colora_peft.restore_image(model, read_image("photo.jpg"))
 to_pil(restored).save("restored.png")"""
 
 
