@@ -95,14 +95,14 @@ def test_peers_train_and_load(flags, tiny_nafnet, method):
     from peft import PeftModel
     from transformers import AutoModelForImageToImage
 
-    output_dir = run(*flags, "--method", method)
+    output_dir = run(*flags, "--method", method, "--parameter_budget", 0.1)  # rank 1 takes 8% of the tiny network
     metrics = metrics_of(output_dir)
     assert metrics["method"] == method
     base = tiny_nafnet if method == "lora" else output_dir
     model = AutoModelForImageToImage.from_pretrained(base)
     if method == "lora":
         model = PeftModel.from_pretrained(model, output_dir)
-        assert metrics["trainable_ratio"] <= 0.07
+        assert metrics["trainable_ratio"] <= 0.1
     before = AutoModelForImageToImage.from_pretrained(tiny_nafnet)
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(model(x).reconstruction, before(x).reconstruction)
