@@ -230,7 +230,8 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
                 f"The pixel_values must have the shape (batch, {self.config.num_channels}, height, width), "
                 f"got {tuple(pixel_values.shape)}."
             )
-        restored_shape = (len(pixel_values), self.config.num_output_channels, *pixel_values.shape[2:])
+        # No len(): it would fix the batch of a traced graph.
+        restored_shape = (pixel_values.shape[0], self.config.num_output_channels, *pixel_values.shape[2:])
         if labels is not None and labels.shape != restored_shape:
             raise ValueError(
                 f"The labels must have the shape of the restored pictures {restored_shape}, got {tuple(labels.shape)}."
