@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .evaluation import evaluation_mode
 from .picture_statistics import is_global_pool
-from .reconstruction import reconstruct
+from .reconstruction import reconstruct, size_multiple
 
 __all__ = ["LocalMean", "local_pooling", "pools_locally", "size_multiple_of", "sliding_mean"]
 
@@ -69,8 +69,12 @@ def pools_locally(model: nn.Module) -> bool:
 
 
 def size_multiple_of(model: nn.Module) -> int:
-    """`model.config.size_multiple`, of which a network wants its pictures' sides to be a multiple; else 1."""
-    return getattr(getattr(model, "config", None), "size_multiple", 1)
+    """What the sides of tiles must be multiples of, for every level of the network to be cut alike.
+
+    `config.size_multiple`, up to which a network pads by itself, and what it needs others to pad to (see
+    `colora_peft.reconstruction.size_multiple`); 1 where neither is given.
+    """
+    return math.lcm(getattr(getattr(model, "config", None), "size_multiple", 1), size_multiple(model))
 
 
 @dataclass(frozen=True)

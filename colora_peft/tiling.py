@@ -36,7 +36,7 @@ def restore_image(
     self_ensemble: bool = False,
     pooling: Pooling = "picture",
     pooling_window: int | None = None,
-    statistics_passes: int = 1,
+    statistics_passes: int = 2,
     size_multiple: int | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -61,13 +61,16 @@ def restore_image(
         self_ensemble: Average over the eight flips and rotations of each tile (EDSR: Lim et al., CVPRW 2017, arXiv
             1707.02921, section 3.4). Eight times the time.
         pooling: What layers that average over all they see are given. "picture": the mean over the whole picture,
-            which `statistics_passes` gather before (see `colora_peft.picture_statistics` for which layers); "tile":
-            that of their tile alone; "local": windows of `pooling_window` (see `colora_peft.local_pooling`).
+            which `statistics_passes` gather before; "tile": that of their tile alone; "local": windows of
+            `pooling_window` (see `colora_peft.local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also
+            about modules that say so (see `colora_peft.picture_statistics`). Other layers, such as Restormer's
+            attention, see their tile alone.
         pooling_window: Side of the windows in pixels.
         statistics_passes: Passes over the picture before that which restores it, each as long; more come closer to the
-            untiled picture. None takes place where there is one tile, or no layer that averages.
-        size_multiple: What tiles start and end at multiples of; None takes `model.config.size_multiple`, or 1 where
-            there is none.
+            untiled picture (in examples/benchmark_tiles.py one photo of six is below 45 dB after one, none after two).
+            None takes place where there is one tile, or no layer that averages.
+        size_multiple: What tiles start and end at multiples of; None takes `model.config.size_multiple` or
+            `model.size_multiple`, or 1 where there is neither.
         progress: Show a bar.
 
     Raises:

@@ -80,6 +80,21 @@ def test_one_tile_is_what_the_network_returns_clamped(make):
         assert torch.equal(restore_image(model, image, **settings), whole), settings
 
 
+def test_tiles_lie_at_multiples_of_what_the_network_takes():
+    class Strict(Local):
+        size_multiple = 8
+
+        def forward(self, x):
+            assert not x.shape[-1] % 8 and not x.shape[-2] % 8
+            return super().forward(x)
+
+    image = picture(70, 93)
+    whole = restore_image(Strict(), image, tile=None)
+    torch.testing.assert_close(restore_image(Strict(), image, tile=30, overlap=10), whole, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="size multiple of 8"):
+        restore_image(Strict(), image, tile=7, overlap=0)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_as_many_passes_as_pooling_layers_make_tiles_the_whole(depth):
     model, image = Toned(depth), picture()
