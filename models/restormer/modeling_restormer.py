@@ -130,6 +130,9 @@ def pad_by_reflection(pictures: Tensor, multiple: int) -> Tensor:
 
     Pictures smaller than their padding are mirrored back and forth, where `F.pad` would refuse.
     """
+    height, width = pictures.shape[-2:]
+    if min(height, width) >= multiple:
+        return F.pad(pictures, (0, -width % multiple, 0, -height % multiple), mode="reflect")
     for dim in (2, 3):
         size = pictures.shape[dim]
         last = size - 1
