@@ -156,6 +156,7 @@ class _Restorer(nn.Module):
 def _trace(restorer: _Restorer, settings: ExportSettings) -> ExportedProgram:
     dynamic = None
     if settings.fixed_size is None:
+        _check_size_can_be_open(restorer.network)
         dynamic = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     example = _pictures(_trace_shape(restorer.multiple, settings))
     try:
@@ -167,6 +168,20 @@ def _trace(restorer: _Restorer, settings: ExportSettings) -> ExportedProgram:
     if hasattr(program, "_guards_code"):
         program._guards_code = []
     return program
+
+
+def _check_size_can_be_open(network: nn.Module) -> None:
+    """Refuse what torch.export does not come to an end with: of a Swin2SR of one stage it had traced nothing after 40
+    seconds on one core, since the masks of its windows are built in loops over the size.
+
+    Raises:
+        ExportError: It is such a network.
+    """
+    if getattr(getattr(network, "config", None), "model_type", None) == "swin2sr":
+        raise ExportError(
+            f"{type(network).__name__} cannot be exported for any size: the masks of its windows depend on it. Give a "
+            "fixed_size (on the command line --height and --width)."
+        )
 
 
 def _trace_shape(multiple: int, settings: ExportSettings) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from test_any_network import swin2sr
 from tiny_networks import tiny_nafnet
 from torch import nn
 
@@ -99,8 +100,6 @@ def test_nafnet_is_exported_for_any_size_with_its_adapter(form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_windows_of_attention_are_exported_for_one_size(form, tmp_path):
-    from test_any_network import swin2sr
-
     path = path_of(tmp_path, form)
     export_network(swin2sr(), path, ExportSettings(form, fixed_size=(19, 30)))
     assert_file_restores_as(path, swin2sr(), [(1, 3, 19, 30)])
@@ -149,6 +148,12 @@ def test_a_layer_that_cannot_be_exported_is_named(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Bright())
     with pytest.raises(ExportError, match=r"The layer '1' \(Bright\) cannot be exported"):
         export_network(model, tmp_path / "network.pt2", ExportSettings("torch_export"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_of_attention_ask_for_a_fixed_size(tmp_path):
+    with pytest.raises(ExportError, match="Swin2SRFor.* fixed_size .*--height and --width"):
+        export_network(swin2sr(), tmp_path / "network.pt2", ExportSettings("torch_export"))
     assert not list(tmp_path.iterdir())
 
 
