@@ -13,6 +13,10 @@ from .files import PARTIAL, write_json
 from .train_arguments import TrainArguments
 
 _RUN_FILE = "run.json"
+# What a run has written before there is a checkpoint or a result.
+_NOTES = frozenset({_RUN_FILE, "train_log.jsonl", "validation_log.jsonl", "skipped_pictures.jsonl", "samples"}) | {
+    "contributions.json", "contribution.png", "logs", "trackers.json"
+}  # fmt: skip
 # What may change on resume without changing the result. Batch size and accumulation may because processes may: their
 # product, the global batch, is checked when training starts.
 _FREE = frozenset(
@@ -66,12 +70,16 @@ def _check_free(args: TrainArguments, output_dir: Path) -> None:
         return
     if not (output_dir / _RUN_FILE).is_file():
         raise ValueError(f"--output_dir {output_dir} holds files that are not of a run; choose another folder.")
-    # A run that ended before its first checkpoint has nothing to lose.
-    if list_checkpoints(output_dir) and not args.overwrite_output_dir:
+    if not args.overwrite_output_dir and (list_checkpoints(output_dir) or not _has_only_notes(output_dir)):
         raise ValueError(
             f"--output_dir {output_dir} already holds a run; add --overwrite_output_dir to delete it or "
             "--resume_from_checkpoint latest to go on with it."
         )
+
+
+def _has_only_notes(output_dir: Path) -> bool:
+    """Whether a run ended there before its first checkpoint, so that nothing is lost with it."""
+    return all(path.name in _NOTES or path.name.endswith(PARTIAL) for path in output_dir.iterdir())
 
 
 def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path:

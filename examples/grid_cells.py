@@ -50,8 +50,9 @@ class CellFile:
             self.cells = json.loads(self.path.read_text(encoding="utf-8"))
 
     def find(self, settings: Cell) -> Cell | None:
-        """The cell that was run with these settings; settings that decide nothing may be missing in them."""
-        return next((cell for cell in self.cells if settings.items() <= cell.items()), None)
+        """The cell that was run with these settings; a setting of None is one that the cell does not have."""
+        wanted = settings.items()
+        return next((cell for cell in self.cells if all(cell.get(name) == value for name, value in wanted)), None)
 
     def add(self, cell: Cell) -> None:
         """Add `cell` to what the file holds by now."""

@@ -37,6 +37,10 @@ class Variant(Protocol):
         """Those that it has."""
         ...
 
+    def _asdict(self) -> Cell:
+        """All; None for those that it does not have."""
+        ...
+
 
 V = TypeVar("V", bound=Variant)
 
@@ -106,7 +110,7 @@ class TunedGrid(NamedTuple):
     tuned_as: Callable[[V], V]
     """The variant whose learning rate another takes."""
     run_cell: Callable[[V, float, int], Cell]
-    """What came of a variant at a learning rate and a seed; may raise TrainingDiverged."""
+    """What came of a variant at a learning rate and a seed."""
 
     def run(self, variants: Sequence[V]) -> None:
         """Variant by variant, seed by seed; what the file holds is not run again."""
@@ -121,14 +125,15 @@ class TunedGrid(NamedTuple):
                 self.cell(variant, best, seed)
 
     def cell(self, variant: V, rate: float, seed: int) -> Cell:
-        """The cell, from the file or run now. A run that diverges is a cell that says so under `failed`."""
+        """The cell, from the file or run now. A run that fails is a cell that says so under `failed`."""
         settings = {**variant.settings(), "learning_rate": rate, "seed": seed}
-        cell = self.file.find(settings)
+        cell = self.file.find({**variant._asdict(), **settings})
         if cell is None:
             started = time.perf_counter()
             try:
                 cell = {**settings, **self.run_cell(variant, rate, seed)}
-            except TrainingDiverged as error:
+            # Whatever it is (a budget below the first rank, a full memory): the others still run, the report says so.
+            except (TrainingDiverged, ValueError, RuntimeError) as error:
                 cell = {**settings, "failed": str(error)}
             self.file.add(cell)
             text = ", ".join(f"{value}" for value in variant.settings().values())

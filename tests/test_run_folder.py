@@ -73,6 +73,21 @@ def test_existing_run_is_refused_or_overwritten(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 8
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "metrics.json", "thesis.tex"])
+def test_a_result_whose_checkpoints_were_removed_is_not_deleted_unasked(tmp_path, name):
+    prepare(tmp_path)
+    (tmp_path / name).write_text("hours of work")
+    assert_refused(tmp_path, tmp_path, "--overwrite_output_dir")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_can_begin_again(tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "train_log.jsonl").write_text("{}")
+    (tmp_path / "contributions.json").write_text("{}")
+    assert prepare(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_resume_finds_the_latest_or_the_named_checkpoint(tmp_path):
     prepare(tmp_path)
     nine, ten = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)

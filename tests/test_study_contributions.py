@@ -142,7 +142,7 @@ def test_launched_study_answers_every_question_and_a_second_call_runs_nothing(tm
     for picture in ("budgets.png", "betas.png"):
         assert (tmp_path / "study" / picture).stat().st_size > 5000
     other = subprocess.run([*command, "--resolution", "16"], capture_output=True, text=True)
-    assert other.returncode == 1 and "holds a study with resolution 32, not 16" in other.stderr
+    assert other.returncode == 1 and "cells with resolution 32, not 16" in other.stderr
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and json.loads((tmp_path / "study" / "cells.json").read_text()) == cells
     assert (tmp_path / "study" / "report.md").read_text() == report

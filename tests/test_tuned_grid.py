@@ -17,9 +17,10 @@ TUNING = 100
 
 class Named(NamedTuple):
     name: str
+    extra: int | None = None
 
     def settings(self):
-        return {"name": self.name}
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def grid(tmp_path, run_cell):
@@ -50,7 +51,7 @@ def test_a_variant_runs_its_seeds_at_the_rate_that_was_best_for_what_it_is_tuned
 def test_runs_that_diverge_are_cells_and_a_method_whose_rates_all_fail_is_left_out(tmp_path, capsys):
     def run_cell(variant, rate, seed):
         if variant.name == "y" or rate == 3e-3:
-            raise TrainingDiverged("infinite")
+            raise TrainingDiverged("infinite") if variant.name == "x" else ValueError("the budget is too small")
         return {"psnr": rate}
 
     runs = grid(tmp_path, run_cell)
@@ -61,6 +62,12 @@ def test_runs_that_diverge_are_cells_and_a_method_whose_rates_all_fail_is_left_o
     ]  # fmt: skip
     assert {cell["learning_rate"] for cell in runs.file.cells if cell["seed"] != TUNING} == {2e-3}
     assert "left out, as every learning rate failed" in capsys.readouterr().out
+
+
+def test_a_variant_is_no_other_that_has_more_settings(tmp_path):
+    runs = grid(tmp_path, lambda variant, rate, seed: {"psnr": variant.extra or 0})
+    assert runs.cell(Named("x", extra=7), 1e-3, 0)["psnr"] == 7
+    assert runs.cell(Named("x"), 1e-3, 0)["psnr"] == 0
 
 
 def test_draws_are_disjoint_and_the_test_folder_is_for_the_other_seeds_alone(tmp_path):
