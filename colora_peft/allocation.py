@@ -14,9 +14,7 @@ Ranks are whole, so a layer climbs levels: rank 1, 2, ..., the last rank whose f
 itself, then dense (written as rank min(d, k)). It reaches a level of share s when alpha = s / C_i ** beta. Sorting the
 steps of all layers by that alpha and taking the longest prefix that fits solves for alpha exactly, and makes a larger
 budget a superset of a smaller one. A layer's minimum rank grants it the first levels whatever alpha is; its maximum
-takes the last ones away, and what they would have cost goes to the others. `min_rank`, one rank for all layers, is
-delta_min in ranks, and ours as well: the steps up to it go first, as far as the budget reaches, and then contribution
-decides on the rest.
+takes the last ones away, and what they would have cost goes to the others.
 """
 
 import difflib
@@ -32,8 +30,6 @@ from .contribution_scores import check_scores
 class RankStep(NamedTuple):
     """One layer's step to its next level; the order of the fields is the order in which steps are granted."""
 
-    phase: int
-    """0: what minima guarantee, 1: the ranks up to `min_rank`, 2: the others."""
     log_alpha: float
     """Natural logarithm of the alpha at which the level is reached; -inf for what minima guarantee."""
     minus_score: float
@@ -68,7 +64,6 @@ def allocate_ranks(
     delta_min: float = 0.0,
     min_ranks: Mapping[str, int] | None = None,
     max_ranks: Mapping[str, int] | None = None,
-    min_rank: int = 0,
 ) -> dict[str, int]:
     """Ranks by layer name under a budget, never exceeding it; the next step in line would not fit.
 
@@ -81,8 +76,6 @@ def allocate_ranks(
         delta_min: Share in [0, 1] that each layer may have before scores count, as far as whole ranks allow.
         min_ranks: Rank of some layers at least, whatever their score; where a layer has no rank that high it is dense.
         max_ranks: Rank of some layers at most, whatever `delta_min`. A dense delta counts as rank min(d, k).
-        min_rank: Rank that every layer with a score above 0 is to have before any has more, as far as the budget pays
-            for it: those of higher score first. Where a layer has no rank that high it is dense.
 
     Raises:
         ValueError: Scores and shapes name different layers, a score is negative or not finite, all scores are 0,
@@ -97,10 +90,10 @@ def allocate_ranks(
     bounds = _rank_bounds(shapes, min_ranks or {}, max_ranks or {})
     total = sum(d * k for d, k in shapes.values())
     allowed = _allowed_parameters(parameter_budget, total)
-    steps = _rank_steps(shapes, scores, beta, delta_min, bounds, min_rank)
+    steps = _rank_steps(shapes, scores, beta, delta_min, bounds)
     if not steps:
         raise ValueError(_no_step_message(shapes, None if beta == 0 else scores, bounds))
-    guaranteed = sum(step.extra_parameters for step in steps if step.phase == 0)
+    guaranteed = sum(step.extra_parameters for step in steps if step.log_alpha == -math.inf)
     _check_budget(allowed, total, guaranteed, steps[0].extra_parameters)
 
     names = list(shapes)
@@ -208,7 +201,6 @@ def _rank_steps(
     beta: float,
     delta_min: float,
     bounds: Mapping[str, tuple[int, int]],
-    min_rank: int,
 ) -> list[RankStep]:
     """All steps of all layers in the order in which a growing alpha takes them."""
     uniform = scores is None or beta == 0
@@ -219,7 +211,7 @@ def _rank_steps(
         lowest, most = bounds[name]
         # Logarithms: C ** beta overflows or vanishes for scores that are far apart. Ratios: the unit cancels.
         log_weight = beta * (math.log(score) - math.log(highest)) if score > 0 else -math.inf
-        cost = before = 0
+        cost = 0
         for rank in _levels(d, k):
             if rank > most:
                 break
@@ -229,9 +221,7 @@ def _rank_steps(
             is_guaranteed = share <= delta_min or rank <= lowest
             log_alpha = -math.inf if is_guaranteed else math.log(share) - log_weight
             if log_alpha < math.inf:
-                phase = 0 if is_guaranteed else 1 if before < min_rank else 2
-                steps.append(RankStep(phase, log_alpha, -score, index, rank, extra))
-            before = rank
+                steps.append(RankStep(log_alpha, -score, index, rank, extra))
     return sorted(steps)
 
 

@@ -48,8 +48,6 @@ class CoLoRAConfig(PeftConfig):
         parameter_budget: Trained share of the targeted weights, in (0, 1]. Used where `ranks` is not given.
         beta: Exponent >= 0 from contribution to share; 0 is uniform.
         delta_min: Share in [0, 1] that each layer may have before contributions count.
-        min_rank: Rank that every layer with a contribution gets before any gets more, as far as the budget pays for
-            it.
         min_rank_pattern: Ranks that some layers get at least, by full name, suffix or regular expression as in PEFT's
             `rank_pattern`: the first that matches counts. Where a layer has no rank that high it is dense. Used, as
             the next, where `ranks` is not given.
@@ -76,7 +74,6 @@ class CoLoRAConfig(PeftConfig):
     parameter_budget: float = 0.07
     beta: float = 0.5
     delta_min: float = 0.0
-    min_rank: int = 0
     min_rank_pattern: dict[str, int] = field(default_factory=dict)
     max_rank_pattern: dict[str, int] = field(default_factory=dict)
     colora_alpha: float = 16.0
@@ -145,8 +142,6 @@ class CoLoRAConfig(PeftConfig):
             raise ValueError(
                 f"The share delta_min is {self.delta_min}: it is a share of a layer's weights, choose it in [0, 1]."
             )
-        if not isinstance(self.min_rank, int) or isinstance(self.min_rank, bool) or self.min_rank < 0:
-            raise ValueError(f"The min_rank is {self.min_rank!r}: ranks are whole numbers >= 0.")
         if not 0 < self.colora_alpha < math.inf:
             raise ValueError(
                 f"The gain colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 16.0."

@@ -56,7 +56,6 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
             config.delta_min,
             min_ranks=_matched_ranks(config.min_rank_pattern, shapes, "min_rank_pattern"),
             max_ranks=_matched_ranks(config.max_rank_pattern, shapes, "max_rank_pattern"),
-            min_rank=config.min_rank,
         )
     if not any(ranks.values()):
         raise ValueError("All ranks are 0, so nothing would be trained: give at least one layer a rank of 1.")

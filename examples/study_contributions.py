@@ -75,7 +75,8 @@ def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, acc
     config = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET, beta=0.0)
     if variant.method == "colora":
         scores = contributions_of(args, variant, seed, accelerator).scores
-        config = replace(config, contributions=scores, beta=variant.beta, min_rank=variant.min_rank or 0)
+        floor = {".*": variant.min_rank} if variant.min_rank else {}
+        config = replace(config, contributions=scores, beta=variant.beta, min_rank_pattern=floor)
     set_seed(seed)
     method = "colora" if variant.method == SAME_SHARE else variant.method
     model = prepare_for_tuning(load_network(accelerator), method, config)

@@ -31,7 +31,6 @@ from colora_peft.registration import SAVES_BIASES
         ({"contributions": {"conv": "1"}}, "'conv' is '1'"),
         ({"contributions": {}}, "no table of layer name to score"),
         ({"contributions": [1.0]}, r"contributions are \[1.0\].*ContributionScores.scores"),
-        ({"min_rank": -1}, "min_rank is -1"),
         ({"min_rank_pattern": {"conv": -1}}, "'conv' in min_rank_pattern is -1"),
         ({"max_rank_pattern": {"conv": 1.5}}, "'conv' in max_rank_pattern is 1.5"),
         ({"max_rank_pattern": {"conv(": 1}}, r"'conv\(' in max_rank_pattern is no regular expression"),
