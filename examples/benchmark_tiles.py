@@ -247,6 +247,9 @@ Seconds are those of this machine as busy as it was.
 
 
 def main(args: TilesArguments) -> None:
+    if args.memory is not None:
+        sizes(args.memory, "x", "--memory")
+    list(choices(args))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"hardware": hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}

@@ -62,7 +62,8 @@ def test_launched_it_writes_tables_and_measures_memory(tiny_nafnet, eval_dir, tm
     assert 0 < row["peak_bytes"] - row["peak_bytes_before_the_picture"] - row["picture_and_result_bytes"] < 1e9
 
 
-def test_impossible_flags_end_in_one_line(tmp_path):
-    done = run("--memory", "large", "--output_dir", tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("benchmark_tiles.py: --memory takes two numbers as in 512x64")
+def test_an_impossible_size_is_refused_before_anything_is_made(tmp_path):
+    args = benchmark_tiles.TilesArguments(memory="large", output_dir=str(tmp_path / "results"))
+    with pytest.raises(ValueError, match="--memory takes two numbers as in 512x64, got 'large'"):
+        benchmark_tiles.main(args)
+    assert not (tmp_path / "results").exists()
