@@ -15,7 +15,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -24,18 +24,20 @@ from accelerate.utils import set_seed
 from benchmark_plots import save_best_median_worst
 from benchmark_report import PICTURES_FOLDER, write_report
 from benchmark_variants import BUDGET, NONE, BenchmarkArguments, Variant, plan
-from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate, weights_fingerprint
+from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate
+from peak_memory import peak_memory_bytes, reset_peak_memory
 from peft import PeftModel
 from restoration_task import measure_contributions
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
 
-from colora_peft import CoLoRAConfig
+from colora_peft import CoLoRAConfig, base_fingerprint
 from colora_peft.backbones import load_backbone, register_backbones
+from colora_peft.corpus import ImageFiles
 from colora_peft.evaluation import evaluate
 from colora_peft.images import list_images
-from colora_peft.pairs import ImageFiles, PairSource
+from colora_peft.pairs import PairedImageFolder, PairSource
 from colora_peft.patches import DegradedPictures
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.scaling import adapter_scaling
@@ -46,8 +48,11 @@ from colora_peft.tuning import prepare_for_tuning
 def shared_settings(args: BenchmarkArguments) -> Cell:
     """What all cells of a benchmark have in common."""
     names = ("max_train_steps", "resolution", "per_device_train_batch_size", "evaluated_size", "validation_pairs")
+    run = run_arguments(args, "", args.learning_rates[0], args.seeds[0])
     return {
-        **{name: getattr(args, name) for name in (*names, "tuning_seed", "learning_rates")},
+        **{name: getattr(args, name) for name in (*names, "tuning_seed", "tuned_at", "learning_rates")},
+        "estimator": run.estimator,
+        "probe_batches": run.probe_batches,
         "beta": CoLoRAConfig.beta,
         "colora_alpha": CoLoRAConfig.colora_alpha,
         "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
@@ -67,6 +72,7 @@ def load_network(args: BenchmarkArguments, name: str, accelerator: Accelerator) 
 def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
     """Train once; quality on the test folder, or for the tuning seed on pairs held out of the training folder."""
     drawn = draw(args, args.train_dir(variant.task), variant.train_pairs, seed)
+    reset_peak_memory(accelerator.device)
     set_seed(seed)
     network = load_network(args, variant.network, accelerator)
     config, found = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET), {}
@@ -77,11 +83,33 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
             config.contributions, found = scores.scores, {"seconds_contributions": scores.seconds}
         set_seed(seed)
         model = prepare_for_tuning(network, variant.method, config)
-        found |= {"weights": weights_fingerprint(args.network_paths()[variant.network])}
-        if seed == args.tuning_seed:
-            return {**found, **train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator)}
-        also = partial(look_further, args, variant, drawn.evaluated if seed == args.seeds[0] else None, accelerator)
-        return {**found, **train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator, also)}
+        also = None
+        if seed != args.tuning_seed:
+            also = partial(
+                look_further, args, variant, drawn.evaluated if seed == args.seeds[0] else None, accelerator
+            )
+        found |= train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator, also)
+    return {**found, "peak_memory_bytes": peak_memory_bytes(accelerator.device)}
+
+
+@cache
+def weights_of(path: str) -> str:
+    return base_fingerprint(load_backbone(path))
+
+
+@cache
+def pairs_of(folder: Path) -> str:
+    return PairedImageFolder(folder).fingerprint
+
+
+def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
+    """Which weights and which pairs the names in a variant stand for."""
+    weights = weights_of(args.network_paths()[variant.network])
+    folder = Path(args.data_dir) / variant.task
+    return {
+        "weights": f"new, of the shape of {weights}" if variant.network == NONE else weights,
+        "data": f"{pairs_of(folder / 'train')}; {pairs_of(folder / 'test')}",
+    }
 
 
 def look_further(
@@ -111,7 +139,8 @@ def main(args: BenchmarkArguments) -> None:
         tasks = own_part(args.tasks, args.part)
         variants = [variant for variant in plan(args) if variant.task in tasks]
         run = partial(run_cell, args, accelerator=accelerator)
-        TunedGrid(args, CellFile(folder / CELLS_FILE), lambda variant: variant.tuned_as(args), run).run(variants)
+        tuned_as, known = (lambda variant: variant.tuned_as(args)), partial(identity, args)
+        TunedGrid(args, CellFile(folder / CELLS_FILE), tuned_as, run, known).run(variants)
     print(write_report(folder))
 
 

@@ -78,7 +78,10 @@ def differences_table(results: Results, tasks: list[str], pairs: int) -> str:
 
 
 def cost_table(cells: list[Cell]) -> str:
-    """Markdown: what each way of tuning trains and takes; means over all cells that were run in that way."""
+    """Markdown: what each way of tuning trains and takes; means over all cells that were run in that way.
+
+    On a CPU the peak is that of the process, with all that it had loaded before.
+    """
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         if "psnr" in cell:
@@ -87,8 +90,8 @@ def cost_table(cells: list[Cell]) -> str:
     columns = {
         "trained parameters": lambda own: f"{mean(cell['trainable_parameters'] for cell in own):,.0f}",
         "of the adaptable weights": lambda own: f"{mean(cell['trainable_ratio'] for cell in own):.2%}",
-        "seconds": lambda own: f"{mean(cell['seconds'] for cell in own):.0f}",
-        "of them contributions": lambda own: f"{mean(cell.get('seconds_contributions', 0.0) for cell in own):.1f}",
+        "seconds of training": lambda own: f"{mean(cell['seconds'] for cell in own):.0f}",
+        "and of contributions": lambda own: f"{mean(cell.get('seconds_contributions', 0.0) for cell in own):.1f}",
         "peak memory (GB)": peak_memory,
         "old task (dB)": old_task,
     }
@@ -109,6 +112,22 @@ def old_task(cells: list[Cell]) -> str:
     return f"{mean(found):.2f}" if found else ""
 
 
+def check_names(cells: list[Cell]) -> None:
+    """Refuse cells in which one name stands for two things.
+
+    Raises:
+        ValueError: Names the network or the task.
+    """
+    for name, what in (("network", "weights"), ("task", "data")):
+        found: dict[object, object] = {}
+        for cell in cells:
+            if found.setdefault(cell[name], cell.get(what)) != cell.get(what):
+                raise ValueError(
+                    f"The {name} {cell[name]!r} was run with other {what} before: choose another --output_dir, or "
+                    f"delete the cells of one from {CELLS_FILE}."
+                )
+
+
 def write_report(folder: Path) -> str:
     """Write README.md into `folder`; the text.
 
@@ -118,6 +137,7 @@ def write_report(folder: Path) -> str:
     if not (folder / CELLS_FILE).is_file():
         raise FileNotFoundError(f"There are no cells in {folder} to report; run some first.")
     cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
+    check_names(cells)
     results = results_of(cells, SETTINGS, settings["tuning_seed"])
     tested = [cell for cell in cells if cell["seed"] != settings["tuning_seed"] and "psnr" in cell]
     inputs = {cell["task"]: cell["psnr_input"] for cell in tested}

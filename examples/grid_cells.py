@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from finetune import FinetuneArguments
-from peak_memory import peak_memory_bytes, reset_peak_memory
 from torch import nn
 
 from colora_peft.cards import hardware_name
@@ -81,15 +80,11 @@ def task_name(train_dir: str) -> str:
     return Path(train_dir).resolve().parent.name
 
 
+@cache
 def network_fingerprint() -> str:
     """First digits of the hash of the weights that every cell starts from."""
-    return weights_fingerprint(FinetuneArguments.model_name_or_path)
-
-
-@cache
-def weights_fingerprint(folder: str) -> str:
-    """First digits of the hash of a network's file."""
-    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]
+    weights = Path(FinetuneArguments.model_name_or_path) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
 
 def load_network(accelerator: Accelerator) -> nn.Module:
@@ -184,10 +179,8 @@ def train_and_validate(
     `also` measures more of the trained network.
     """
     sizes = trained_parameters(model)
-    reset_peak_memory(accelerator.device)
     try:
         model, seconds = train(model, patches, run, accelerator)
-        peak = peak_memory_bytes(accelerator.device)
         quality = evaluate(model, validation, accelerator.device, "validation")
         more = {} if also is None else also(model)
     except TrainingDiverged as error:
@@ -199,7 +192,6 @@ def train_and_validate(
         **more,
         **sizes,
         "seconds": seconds,
-        "peak_memory_bytes": peak,
         "hardware": hardware_name(accelerator.device),
         "torch": torch.__version__,
     }

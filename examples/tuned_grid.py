@@ -111,6 +111,8 @@ class TunedGrid(NamedTuple):
     """The variant whose learning rate another takes."""
     run_cell: Callable[[V, float, int], Cell]
     """What came of a variant at a learning rate and a seed."""
+    identity: Callable[[V], Cell] = lambda variant: {}
+    """What else makes a cell the same: fingerprints of what the names in a variant stand for."""
 
     def run(self, variants: Sequence[V]) -> None:
         """Variant by variant, seed by seed; what the file holds is not run again."""
@@ -126,7 +128,7 @@ class TunedGrid(NamedTuple):
 
     def cell(self, variant: V, rate: float, seed: int) -> Cell:
         """The cell, from the file or run now. A run that fails is a cell that says so under `failed`."""
-        settings = {**variant.settings(), "learning_rate": rate, "seed": seed}
+        settings = {**variant.settings(), **self.identity(variant), "learning_rate": rate, "seed": seed}
         cell = self.file.find({**variant._asdict(), **settings})
         if cell is None:
             started = time.perf_counter()

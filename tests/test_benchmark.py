@@ -33,7 +33,7 @@ def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(d
     assert {v.network for v in planned if v.method != "full"} == {"prod"}
     assert {v.network for v in planned if v.method == "full"} == {"prod", "single", "none"}
     assert {v.parameter_budget for v in planned if v.method in ("lora", "colora")} == {0.07, 0.02}
-    assert all(v.tuned_as(args) == v._replace(train_pairs=3) for v in planned)
+    assert all(v.tuned_as(args) == v._replace(train_pairs=16) for v in planned)
 
 
 def test_presets_fill_what_is_not_given(data_dir):
@@ -86,6 +86,14 @@ def test_report_has_the_claims_and_says_what_failed(tmp_path):
     assert "Cells that failed: ('a', 16, 'none', 'full', None), 0.008, seed 0" in text
 
 
+def test_a_name_that_stands_for_two_networks_is_refused(tmp_path):
+    cells = [cell(0, 20.0, weights="a"), cell(1, 20.0, weights="b")]
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    (tmp_path / "settings.json").write_text(json.dumps({"tuning_seed": 100}))
+    with pytest.raises(ValueError, match="network 'prod' was run with other weights"):
+        benchmark_report.write_report(tmp_path)
+
+
 def test_report_without_cells_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no cells in"):
         benchmark_report.write_report(tmp_path)
@@ -107,8 +115,8 @@ def test_peak_memory_sees_what_was_freed_and_begins_anew():
 @pytest.mark.slow
 def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path):
     command = [sys.executable, str(EXAMPLES / "benchmark.py"), "--data_dir", str(data_dir), "--tasks", "a", "b",
-               "--networks", f"prod={tiny_nafnet}", "none", "--train_pairs", "3", "--validation_pairs", "2",
-               "--max_train_steps", "1", "--resolution", "32", "--per_device_train_batch_size", "1", "--seeds", "0",
+               "--networks", f"prod={tiny_nafnet}", "none", "--train_pairs", "3", "--tuned_at", "3",
+               "--validation_pairs", "2", "--max_train_steps", "1", "--resolution", "32", "--per_device_train_batch_size", "1", "--seeds", "0",
                "1", "--learning_rates", "1e-3", "--budgets", "0.3", "--output_dir", str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -125,5 +133,9 @@ def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2 * (5 + 1)
     again = subprocess.run([*command, "--report_only", "True"], capture_output=True, text=True)
     assert again.returncode == 0 and json.loads((tmp_path / "cells.json").read_text()) == cells
+    changed = [*command, "--networks", f"prod={EXAMPLES / 'checkpoints' / 'nafnet-small-prod'}", "--tasks", "a",
+               "--comparisons", "pretraining"]  # fmt: skip
+    other = subprocess.run(changed, capture_output=True, text=True)
+    assert other.returncode == 1 and "The network 'prod' was run with other weights before" in other.stderr
     other = subprocess.run([*command, "--max_train_steps", "2"], capture_output=True, text=True)
     assert other.returncode == 1 and "cells with max_train_steps 1, not 2" in other.stderr
