@@ -116,7 +116,8 @@ def test_peak_memory_sees_what_was_freed_and_begins_anew():
 def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path):
     command = [sys.executable, str(EXAMPLES / "benchmark.py"), "--data_dir", str(data_dir), "--tasks", "a", "b",
                "--networks", f"prod={tiny_nafnet}", "none", "--train_pairs", "3", "--tuned_at", "3",
-               "--validation_pairs", "2", "--max_train_steps", "1", "--resolution", "32", "--per_device_train_batch_size", "1", "--seeds", "0",
+               "--validation_pairs", "2", "--max_train_steps", "1", "--resolution", "32",
+               "--per_device_train_batch_size", "1", "--seeds", "0",
                "1", "--learning_rates", "1e-3", "--budgets", "0.3", "--output_dir", str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
