@@ -177,7 +177,7 @@ def test_finetune_adapts_what_a_function_returns_and_says_how_to_use_it(flags, e
     to_pil(picture).save("photo.jpg", quality=100)
     exec(capsys.readouterr().out.partition("Load it with:\n\n")[2], found := {})
     assert found["restored"].shape == picture.shape == read_image("restored.png").shape
-    bare = reconstruct(load_backbone(base), found["picture"][None])[0].clamp(0, 1)
+    bare = reconstruct(load_backbone(base), read_image("photo.jpg")[None])[0].clamp(0, 1)
     assert not torch.equal(found["restored"], bare)
     with pytest.raises(ValueError, match=f"made by the function {base}"):
         load("out")
