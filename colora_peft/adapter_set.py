@@ -61,7 +61,8 @@ class AdapterSet:
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, str]) -> None:
         self.labels = list(adapters)
-        base = fingerprint(network.state_dict())
+        # With the kind: one without weights, or with the same, may do something else.
+        base = fingerprint(network.state_dict(), f"{type(network).__module__}.{type(network).__qualname__}")
         self.fingerprints = {label: base for label, path in adapters.items() if path == NO_ADAPTER}
         self._bare = network.eval()
         self._adapted: dict[str, tuple[PeftModel, str]] = {}  # by label, with PEFT's name of the adapter

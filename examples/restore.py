@@ -31,9 +31,12 @@ from transformers.utils import logging as transformers_logging
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
 from colora_peft.backbones import load_backbone
 from colora_peft.files import relative_path, write_json
+from colora_peft.local_pooling import size_multiple_of
 from colora_peft.picture_files import DEFAULT_MAX_PIXELS
 from colora_peft.restore_plan import plan_jobs
 from colora_peft.restore_record import RestoreRecord
+from colora_peft.tile_grid import check_tile
+from colora_peft.tiling import Pooling
 from colora_peft.train_arguments import check_at_least
 
 SUMMARY_FILE = "summary.json"
@@ -71,6 +74,20 @@ class RestoreArguments:
         metadata={"help": "Side in pixels of the tiles that bound the memory. 0: the whole picture at once."},
     )
     overlap: int = field(default=64, metadata={"help": "Pixels that neighbouring tiles share, at least."})
+    batch_size: int = field(default=1, metadata={"help": "Tiles that go through the network together."})
+    pooling: Pooling = field(
+        default="picture",
+        metadata={"help": "What layers that average over all they see are given where there are several tiles: the "
+                  "mean over the picture, over their tile, or (local) over windows of --pooling_window."},
+    )  # fmt: skip
+    pooling_window: int | None = field(
+        default=None, metadata={"help": "Side in pixels of the windows of --pooling local."}
+    )
+    statistics_passes: int = field(
+        default=2,
+        metadata={"help": "Passes over the tiles that gather the means of --pooling picture, each as long as the one "
+                  "that restores."},
+    )  # fmt: skip
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Precision of the computation; half is faster on GPUs."}
     )
@@ -97,13 +114,19 @@ class RestoreArguments:
     def __post_init__(self) -> None:
         check_at_least(self, "tile", 0)
         check_at_least(self, "overlap", 0)
-        check_at_least(self, "max_pixels", 1)
+        for name in ("max_pixels", "batch_size", "statistics_passes"):
+            check_at_least(self, name, 1)
+        if (self.pooling == "local") != (self.pooling_window is not None):
+            raise ValueError("--pooling local and --pooling_window go together: give both or neither.")
+        if self.pooling_window is not None:
+            check_at_least(self, "pooling_window", 1)
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality must be between 1 and 100, got {self.quality}.")
 
     def settings(self) -> dict[str, object]:
-        """What decides the pixels of a result, besides the weights."""
-        names = ("tile", "overlap", "dtype", "self_ensemble", "quality", "grey_as_rgb")
+        """What decides the pixels of a result, besides the input and the weights."""
+        names = ("tile", "overlap", "batch_size", "pooling", "pooling_window", "statistics_passes", "dtype")
+        names += ("self_ensemble", "quality", "grey_as_rgb")
         return {name: getattr(self, name) for name in names}
 
 
@@ -128,6 +151,8 @@ def main(args: RestoreArguments) -> int:
     # Loading an adapter, PEFT asks transformers for what it has renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     network = load_backbone(args.model_name_or_path).to(device)
+    if args.tile:  # now, not with the first picture that has several tiles
+        check_tile(args.tile, args.overlap, size_multiple_of(network))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     run = RestoreRun(AdapterSet(network, dict(zip(labels, adapters, strict=True))), RestoreRecord(output_dir), args)
     run.check_kept(jobs)
