@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,12 +26,14 @@ import torch
 from restore_report import Row, Table, report_of
 from restore_run import RestoreRun
 from safetensors import SafetensorError
+from torch import nn
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
 from colora_peft.backbones import load_backbone
-from colora_peft.files import relative_path, write_json
+from colora_peft.files import write_json
+from colora_peft.hub import load_base
 from colora_peft.local_pooling import size_multiple_of
 from colora_peft.picture_files import DEFAULT_MAX_PIXELS
 from colora_peft.restore_plan import plan_jobs
@@ -40,6 +43,7 @@ from colora_peft.tiling import Pooling
 from colora_peft.train_arguments import check_at_least
 
 SUMMARY_FILE = "summary.json"
+SHIPPED_NETWORK = str(Path(__file__).resolve().parent / "checkpoints" / "nafnet-small-prod")
 
 
 @dataclass
@@ -49,10 +53,11 @@ class RestoreArguments:
     input: list[str] = field(
         metadata={"help": "Pictures, folders (with all below them) and patterns such as 'photos/**/*.png'."}
     )
-    model_name_or_path: str = field(
-        default=relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod"),
-        metadata={"help": "The network: a folder, an id on the Hub, or module:function that returns it."},
-    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The network: a folder, an id on the Hub, or module:function that returns it. Default: the "
+                  "base that the (first) adapter names; without adapter the network that comes with the examples."},
+    )  # fmt: skip
     adapter: list[str] | None = field(
         default=None,
         metadata={"help": "Adapters, folders or ids on the Hub; 'none' is the network without one. With several, each "
@@ -140,6 +145,21 @@ def device_of(args: RestoreArguments) -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def network_of(args: RestoreArguments, adapters: Sequence[str]) -> nn.Module:
+    """The network to restore with, as --model_name_or_path or else the first adapter names it."""
+    if args.model_name_or_path is not None:
+        return load_backbone(args.model_name_or_path)
+    first = next((adapter for adapter in adapters if adapter != NO_ADAPTER), None)
+    if first is None:
+        return load_backbone(SHIPPED_NETWORK)
+    try:
+        return load_base(first)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error} (Without --model_name_or_path the adapter says which network it is for.)"
+        ) from error
+
+
 def main(args: RestoreArguments) -> int:
     """Restore, and return the exit code."""
     adapters = args.adapter or [NO_ADAPTER]
@@ -150,7 +170,7 @@ def main(args: RestoreArguments) -> int:
     transformers_logging.disable_progress_bar()
     # Loading an adapter, PEFT asks transformers for what it has renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    network = load_backbone(args.model_name_or_path).to(device)
+    network = network_of(args, adapters).to(device)
     if args.tile:  # now, not with the first picture that has several tiles
         check_tile(args.tile, args.overlap, size_multiple_of(network))
     parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -252,6 +252,30 @@ def test_several_adapters_write_and_compare_side_by_side(folder, train_dir, eval
     assert "0 written, 4 kept as they were" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["colora", "lora"])
+def test_an_adapter_brings_its_base_unless_another_is_named(folder, tiny_nafnet, kind, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageToImage
+
+    from colora_peft import CoLoRAConfig
+
+    base = AutoModelForImageToImage.from_pretrained(tiny_nafnet)
+    config = CoLoRAConfig(ranks=1) if kind == "colora" else LoraConfig(r=1, target_modules=["intro"])
+    get_peft_model(base, config).save_pretrained("adapter")
+    assert run("--input", "photos/a.png", "--adapter", "adapter") == 0
+    assert run("--input", "photos/a.png", "--model_name_or_path", tiny_nafnet, "--output_dir", "bare") == 0
+    assert torch.equal(read_image("outputs/restored/a.png"), read_image("bare/a.png"))
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="adapter cannot be loaded"):
+        run("--input", "photos/a.png", "--adapter", "adapter", "--model_name_or_path", restore.SHIPPED_NETWORK)
+    shutil.rmtree("outputs")
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
+    with pytest.raises(ValueError, match=r"\./gone, is not on this machine.*--model_name_or_path"):
+        run("--input", "photos/a.png", "--adapter", "adapter")
+    assert not Path("outputs").exists()
+
+
 def test_the_comparison_shows_input_and_result(folder):
     Image.new("RGB", (300, 200), (255, 0, 0)).save("photos/red.png")
     flags = ["--input", "photos/red.png", "--model_name_or_path", "networks_for_restore:Flipped", "--compare"]
