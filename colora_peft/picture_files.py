@@ -32,7 +32,7 @@ from torch import Tensor
 from .exif import block_of_tiff, upright
 from .files import write_bytes
 from .icc_profiles import fitting_profile
-from .images import decode_straight, has_16_bits, naming, on_white, read_bytes
+from .images import PICTURE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
 from .picture_formats import FORMATS, Content, PictureFormat, format_of, png_chunks
 
 __all__ = ["DEFAULT_MAX_PIXELS", "Picture", "encode_picture", "read_picture", "write_picture"]
@@ -96,7 +96,7 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIX
     data = read_bytes(path)
     with naming(str(path)), _without_pillow_s_limit(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on metadata: what is damaged is left out with a note
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise ValueError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}, `max_pixels`")
