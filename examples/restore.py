@@ -66,8 +66,10 @@ class RestoreArguments:
     output_dir: str = field(default="outputs/restored", metadata={"help": "Folder for the results."})
     targets: str | None = field(
         default=None,
-        metadata={"help": "Folder of clean pictures of the same names (any suffix): PSNR and SSIM of the files "
-                  "that are written, in RGB after rounding to 8 bits."},
+        metadata={"help": "Folder of clean pictures of the same names (any suffix): PSNR and SSIM, in RGB after "
+                  "rounding to 8 bits, of the files as they are written, so with JPEG's losses. The border is extended "
+                  "and tiles are laid as restore_image does, so that on pictures of sizes that the network must pad "
+                  "the second decimal may differ from the figures of finetune.py."},
     )  # fmt: skip
     compare: bool = field(
         default=False,

@@ -204,7 +204,9 @@ def test_an_interrupted_run_says_how_to_go_on(folder, capsys, monkeypatch):
     assert identity() == 0
 
 
-def test_figures_are_those_of_the_evaluation_and_of_the_kept_file(folder, eval_dir, tiny_nafnet, capsys):
+def test_figures_are_those_of_the_kept_file_and_without_padding_those_of_the_evaluation(
+    folder, eval_dir, tiny_nafnet, capsys
+):
     from transformers import AutoModelForImageToImage
 
     flags = ["--input", eval_dir / "input", "--targets", eval_dir / "target", "--model_name_or_path", tiny_nafnet]
