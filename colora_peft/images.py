@@ -19,8 +19,8 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 
-# Pillow's names of what is read, whatever a file is called. Others start programs (EPS: Ghostscript) or go through rarely
-# tested decoders. JPEG covers MPO, the several pictures in one file of phones and stereo cameras.
+# Pillow's names of what is read, whatever a file is called. Others start programs (EPS: Ghostscript) or go through
+# rarely tested decoders. JPEG covers MPO, the several pictures in one file of phones and stereo cameras.
 PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 
 # TIFF and EXIF tags, and values of the photometric interpretation.
