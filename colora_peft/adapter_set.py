@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
+from .hub import load, peft_type_of
+from .hub_files import ADAPTER_FILES, Source, fetch
 from .restore_record import fingerprint
 
 __all__ = ["NO_ADAPTER", "AdapterSet", "adapter_labels"]
@@ -56,14 +59,17 @@ class AdapterSet:
         fingerprints: By label, of the network's and the adapter's weights and settings.
 
     Raises:
-        ValueError: there is no adapter, or it does not fit the network; it names the adapter.
+        ValueError: there is no adapter, its weights are not in safetensors, it does not fit the network, or (CoLoRA,
+            whose adapters know it) was trained on another one; it names the adapter.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, str]) -> None:
         self.labels = list(adapters)
-        base = fingerprint(network.state_dict())
+        # With the kind: one without weights, or with the same, may do something else.
+        base = fingerprint(network.state_dict(), f"{type(network).__module__}.{type(network).__qualname__}")
         self.fingerprints = {label: base for label, path in adapters.items() if path == NO_ADAPTER}
         self._bare = network.eval()
+        self._device = str(next((parameter.device for parameter in network.parameters()), "cpu"))
         self._adapted: dict[str, tuple[PeftModel, str]] = {}  # by label, with PEFT's name of the adapter
         by_method: dict[str, PeftModel] = {}
         for number, (label, path) in enumerate(adapters.items()):
@@ -79,13 +85,20 @@ class AdapterSet:
     def _load(self, path: str, name: str, by_method: dict[str, PeftModel]) -> PeftModel:
         if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
             raise ValueError(f"There is no folder {path} with an adapter; check the path.")
+        source = Source(path)
         try:
-            method = str(PeftConfig.from_pretrained(path).peft_type)
-            if method in by_method:
-                by_method[method].load_adapter(path, adapter_name=name)
+            folder = fetch(source, (ADAPTER_FILES,))  # never a pickle
+            method = peft_type_of(folder, source)
+            network = by_method[method] if method in by_method else copy.deepcopy(self._bare)
+            if method == "COLORA":
+                by_method[method] = load(path, base=network, adapter_name=name)  # refuses another base
+            elif method in by_method:
+                network.load_adapter(str(folder), adapter_name=name, torch_device=self._device)
             else:
-                by_method[method] = PeftModel.from_pretrained(copy.deepcopy(self._bare), path, adapter_name=name)
-        except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
+                by_method[method] = PeftModel.from_pretrained(
+                    network, str(folder), adapter_name=name, torch_device=self._device
+                )
+        except (ValueError, TypeError, OSError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"The adapter {path} cannot be loaded: {error}") from error
         return by_method[method]
 

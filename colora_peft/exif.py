@@ -20,6 +20,9 @@ _ENTRY_BYTES = 12
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _SHORT, _LONG = 3, 4
 
+# Of one file, in all directories. The most that cameras write are some hundred entries, and notes of a few megabytes.
+_MOST_ENTRIES, _MOST_BYTES = 4096, 1 << 25
+
 _WIDTH, _HEIGHT, _ORIENTATION, _THUMBNAIL, _THUMBNAIL_BYTES = 256, 257, 274, 513, 514
 _EXIF, _GPS, _INTEROPERABILITY, _EXIF_WIDTH, _EXIF_HEIGHT = 34665, 34853, 40965, 40962, 40963
 _DIRECTORIES = frozenset({_EXIF, _GPS, _INTEROPERABILITY})
@@ -121,7 +124,7 @@ def block_entries(block: bytes) -> tuple[Entry, ...]:
         ValueError: it is damaged.
     """
     order = _byte_order(block)
-    entries = _read_directory(block, order, _offset(block, order, 4), depth=0)
+    entries = _Directories(block, order).read(_offset(block, order, 4), depth=0)
     return tuple(entry for entry in entries if entry.tag in _DESCRIPTIVE)
 
 
@@ -142,19 +145,36 @@ def pack_directory(entries: Sequence[Entry], order: str, start: int) -> bytes:
     return table + bytes(4) + values
 
 
-def _read_directory(data: bytes, order: str, offset: int, depth: int) -> Iterator[Entry]:
-    for position, tag, (kind, count) in _entries_at(data, order, offset):
-        if depth == 0 and tag not in _DESCRIPTIVE:
-            continue
-        size = _TYPE_BYTES.get(kind, 0) * count
-        at = position + 8 if size <= 4 else _offset(data, order, position + 8)
-        if at + size > len(data):
-            raise ValueError(f"the value of tag {tag} lies outside")
-        below = None
-        if tag in _DIRECTORIES and depth < 2:
-            below = tuple(_read_directory(data, order, _offset(data, order, position + 8), depth + 1))
-        if size:
-            yield Entry(tag, kind, count, bytes(data[at : at + size]), below)
+class _Directories:
+    """Reads directories with those below, each once and within limits: one that points back at itself, or many values
+    that are the same bytes, would grow a small file without end.
+    """
+
+    def __init__(self, data: bytes, order: str) -> None:
+        self._data, self._order = data, order
+        self._visited: set[int] = set()
+        self._entries_left, self._bytes_left = _MOST_ENTRIES, _MOST_BYTES
+
+    def read(self, offset: int, depth: int) -> Iterator[Entry]:
+        data, order = self._data, self._order
+        if offset in self._visited:
+            raise ValueError("a directory is pointed to twice")
+        self._visited.add(offset)
+        for position, tag, (kind, count) in _entries_at(data, order, offset):
+            if depth == 0 and tag not in _DESCRIPTIVE:
+                continue
+            size = _TYPE_BYTES.get(kind, 0) * count
+            at = position + 8 if size <= 4 else _offset(data, order, position + 8)
+            if at + size > len(data):
+                raise ValueError(f"the value of tag {tag} lies outside")
+            self._entries_left, self._bytes_left = self._entries_left - 1, self._bytes_left - size
+            if self._entries_left < 0 or self._bytes_left < 0:
+                raise ValueError(f"it holds more than {_MOST_ENTRIES} entries or {_MOST_BYTES} bytes")
+            below = None
+            if tag in _DIRECTORIES and depth < 2:
+                below = tuple(self.read(_offset(data, order, position + 8), depth + 1))
+            if size:
+                yield Entry(tag, kind, count, bytes(data[at : at + size]), below)
 
 
 def _byte_order(data: bytes) -> str:
@@ -177,10 +197,18 @@ def _number_of_entries(data: bytes, order: str, offset: int) -> int:
 
 
 def _entries_at(data: bytes, order: str, offset: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """(position of the entry, tag, (type, count)) of a directory."""
+    """(position of the entry, tag, (type, count)) of a directory.
+
+    Raises:
+        ValueError: it lies outside, or has a tag twice.
+    """
     number = _number_of_entries(data, order, offset)
     if offset + 2 + _ENTRY_BYTES * number > len(data):
         raise ValueError("a directory is cut off")
+    seen: set[int] = set()
     for position in range(offset + 2, offset + 2 + _ENTRY_BYTES * number, _ENTRY_BYTES):
         tag, kind, count = struct.unpack_from(f"{order}HHI", data, position)
+        if tag in seen:
+            raise ValueError(f"tag {tag} stands twice in a directory")
+        seen.add(tag)
         yield position, tag, (kind, count)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -23,7 +23,7 @@ from .fingerprint import base_fingerprint, is_other_base
 from .hub_files import ADAPTER_FILES, CLIENT_ERRORS, NETWORK_FILES, Source, fetch, in_words
 from .model import CoLoRAModel
 
-__all__ = ["create_hub_repo", "load", "push_folder"]
+__all__ = ["create_hub_repo", "load", "load_base", "peft_type_of", "push_folder"]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
 RESULT_FILES = (*ADAPTER_FILES, *NETWORK_FILES, "README.md", "metrics.json", "contributions.json")
@@ -90,20 +90,52 @@ def load(
     return _attach(network, folder, config, adapter_name, source)
 
 
-def _read_config(folder: Path, source: Source) -> CoLoRAConfig:
-    """The configuration of the adapter, which nothing outside of its file has a part in."""
+def load_base(name_or_path: str | Path, *, token: str | bool | None = None) -> nn.Module:
+    """The bare network that an adapter of any PEFT method names as its base, searched for as `load` does.
+
+    Args:
+        name_or_path: A folder or an id on the Hub, with an adapter.
+        token: For private repositories.
+
+    Raises:
+        OSError: The adapter or its base is not found.
+        ValueError: The adapter is incomplete, damaged or a pickle, or names no base, or one that is a function.
+    """
+    source = Source(str(name_or_path), token=token)
+    folder = fetch(source, (ADAPTER_FILES,))
+    if peft_type_of(folder, source) == "COLORA":
+        return _find_base(_read_config(folder, source), folder, source)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"The adapter {source} cannot be used. {error}") from error
+    return _find_base(config, folder, source)
+
+
+def peft_type_of(folder: Path, source: Source) -> str:
+    """The PEFT method of the adapter in `folder`, as its configuration calls it.
+
+    Raises:
+        ValueError: The configuration is damaged.
+    """
     file = folder / ADAPTER_CONFIG
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        peft_type = content["peft_type"]
+        return str(json.loads(file.read_text(encoding="utf-8"))["peft_type"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The {ADAPTER_CONFIG} of {source} is damaged ({error!r}): {_remedy(file)}.") from error
+
+
+def _read_config(folder: Path, source: Source) -> CoLoRAConfig:
+    """The configuration of the adapter, which nothing outside of its file has a part in."""
+    file, peft_type = folder / ADAPTER_CONFIG, peft_type_of(folder, source)
     if peft_type != "COLORA":
         raise ValueError(
             f"{source} is an adapter of the PEFT method {peft_type!r}, not COLORA: load it with "
             "peft.PeftModel.from_pretrained."
         )
-    if isinstance(content.get("contributions"), str):  # would be read as the path of a file
+    if isinstance(
+        json.loads(file.read_text(encoding="utf-8")).get("contributions"), str
+    ):  # would be read as the path of a file
         raise ValueError(f"The contributions of {source} are a path instead of scores: {_remedy(file)}.")
     try:
         return CoLoRAConfig.from_pretrained(str(folder))
@@ -127,7 +159,7 @@ def _remedy(file: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- base
 
 
-def _find_base(config: CoLoRAConfig, folder: Path, source: Source) -> nn.Module:
+def _find_base(config: PeftConfig, folder: Path, source: Source) -> nn.Module:
     """The network that the adapter names as its base."""
     name = config.base_model_name_or_path
     ask = "pass base=, the network that it was trained on (a folder, an id on the Hub, or the network itself)"

@@ -19,6 +19,10 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 
+# Pillow's names of what is read, whatever a file is called. Others start programs (EPS: Ghostscript) or go through
+# rarely tested decoders. JPEG covers MPO, the several pictures in one file of phones and stereo cameras.
+PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
+
 # TIFF and EXIF tags, and values of the photometric interpretation.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLES_PER_PIXEL, _PLANAR_CONFIGURATION = 258, 262, 274, 277, 284
 _EXTRA_SAMPLES = 338
@@ -113,7 +117,7 @@ def decode_stored(data: bytes, name: str) -> Tensor:
     Raises:
         ValueError: as `decode_image`.
     """
-    with naming(name), Image.open(io.BytesIO(data)) as opened:
+    with naming(name), Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as opened:
         opened.load()
         if not has_16_bits(opened, data):
             return _decode_8_bits(opened)

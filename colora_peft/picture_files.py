@@ -32,10 +32,10 @@ from torch import Tensor
 from .exif import block_of_tiff, upright
 from .files import write_bytes
 from .icc_profiles import fitting_profile
-from .images import decode_straight, has_16_bits, naming, on_white, read_bytes
+from .images import PICTURE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
 from .picture_formats import FORMATS, Content, PictureFormat, format_of, png_chunks
 
-__all__ = ["DEFAULT_MAX_PIXELS", "Picture", "read_picture", "write_picture"]
+__all__ = ["DEFAULT_MAX_PIXELS", "Picture", "encode_picture", "read_picture", "write_picture"]
 
 # Above the 151 million of the largest cameras; as float32 RGB 2.4 GB.
 DEFAULT_MAX_PIXELS = 200_000_000
@@ -96,7 +96,7 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIX
     data = read_bytes(path)
     with naming(str(path)), _without_pillow_s_limit(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on metadata: what is damaged is left out with a note
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise ValueError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}, `max_pixels`")
@@ -183,10 +183,25 @@ def _webp_chunk_names(data: bytes) -> bytes:
 def write_picture(
     path: str | os.PathLike[str], restored: Tensor, source: Picture, *, quality: int = 95, grey_as_rgb: bool = False
 ) -> tuple[str, ...]:
-    """Write a restored picture whole or not at all, with what it inherits, and return notes on what was lost.
+    """Write what `encode_picture` gives whole or not at all, and return the notes.
+
+    Raises:
+        ValueError: as `encode_picture`.
+        OSError: the file cannot be written.
+    """
+    encoded, notes = encode_picture(path, restored, source, quality=quality, grey_as_rgb=grey_as_rgb)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, encoded)
+    return notes
+
+
+def encode_picture(
+    path: str | os.PathLike[str], restored: Tensor, source: Picture, *, quality: int = 95, grey_as_rgb: bool = False
+) -> tuple[bytes, tuple[str, ...]]:
+    """The file of a restored picture, with what it inherits, and notes on what is lost; writes nothing.
 
     Args:
-        path: The file; its suffix chooses the format.
+        path: The file that it is for; its suffix chooses the format.
         restored: (3, H, W) float; clamped to [0, 1] and rounded to the bits of the file.
         source: What it was restored from.
         quality: Of JPEG (without chroma subsampling) and WebP, 1 to 100. The other formats are exact, and WebP where
@@ -196,7 +211,6 @@ def write_picture(
     Raises:
         ValueError: the sizes differ, the suffix is of no format that can be written, or the format cannot hold so many
             pixels.
-        OSError: the file cannot be written.
     """
     path = Path(path)
     file_format = FORMATS[format_of(path)]
@@ -213,9 +227,7 @@ def write_picture(
         raise ValueError(
             f"{path.name} cannot be written as {file_format.name} ({error}); choose another format."
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, encoded)
-    return (*source.notes, *notes)
+    return encoded, (*source.notes, *notes)
 
 
 def _content(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def plan_jobs(
         output_dir: Where the results go.
         subfolders: One below `output_dir` for each adapter; "" is `output_dir` itself.
         file_format: A key of `colora_peft.picture_formats.FORMATS`; None keeps each file's own.
-        targets: Folder of pictures of the same names, with any suffix: at the same path below it, or else anywhere
-            below it.
+        targets: Folder of pictures of the same names, with any suffix: at the same path below it, or else,
+            where no other input has that name, anywhere below it.
 
     Raises:
         FileNotFoundError: An input is not there, or the folder of targets.
@@ -62,10 +63,10 @@ def plan_jobs(
             targets fit, or none.
     """
     output_dir = Path(output_dir)
-    found = dict.fromkeys(pair for text in inputs for pair in _find(text, output_dir))
+    found = _once(pair for text in inputs for pair in _find(text, output_dir))
     if not found:
         raise ValueError("There is nothing to restore: give files, folders or patterns.")
-    targets_of = _Targets(Path(targets)) if targets is not None else None
+    targets_of = _Targets(Path(targets), [name for _, name in found]) if targets is not None else None
     jobs = []
     for source, name in found:
         written = _with_format(name, file_format)
@@ -77,6 +78,14 @@ def plan_jobs(
     if targets_of is not None and not any(job.target for job in jobs):
         raise ValueError(f"None of the pictures has a target of the same name in {targets}; check the folder.")
     return jobs
+
+
+def _once(found: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Each file once, as it was found first. Links to folders are followed; a file and a link to it are two."""
+    first: dict[Path, tuple[Path, Path]] = {}
+    for source, name in found:
+        first.setdefault(source.parent.resolve() / source.name, (source, name))
+    return list(first.values())
 
 
 def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
@@ -161,19 +170,29 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 class _Targets:
-    """The pictures below a folder, by their path without suffix, and by their stem."""
+    """The pictures below a folder, by their path without suffix, and by their stem.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: That of the targets.
+        names: Of all inputs. By its stem a target is found only where one input alone has that stem, and none has its
+            path: the target of day/1.png is not that of night/1.png.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[Path]) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} of targets; check the path.")
         self._by_path: dict[Path, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
+        paths, self._inputs = {name.with_suffix("") for name in names}, Counter(name.stem for name in names)
         for path, name in _below(folder, folder, folder):
             self._by_path.setdefault(name.with_suffix(""), []).append(path)
-            self._by_stem.setdefault(name.stem, []).append(path)
+            if name.with_suffix("") not in paths:
+                self._by_stem.setdefault(name.stem, []).append(path)
 
     def find(self, name: Path) -> Path | None:
-        candidates = self._by_path.get(name.with_suffix("")) or self._by_stem.get(name.stem, [])
+        candidates = self._by_path.get(name.with_suffix(""), [])
+        if not candidates and self._inputs[name.stem] == 1:
+            candidates = self._by_stem.get(name.stem, [])
         if len(candidates) > 1:
             paths = some([str(path) for path in candidates])
             raise ValueError(f"Several targets have the name of {name}: {paths}; keep one.")

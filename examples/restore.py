@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,18 +26,24 @@ import torch
 from restore_report import Row, Table, report_of
 from restore_run import RestoreRun
 from safetensors import SafetensorError
+from torch import nn
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
 from colora_peft.backbones import load_backbone
-from colora_peft.files import relative_path, write_json
+from colora_peft.files import write_json
+from colora_peft.hub import load_base
+from colora_peft.local_pooling import size_multiple_of
 from colora_peft.picture_files import DEFAULT_MAX_PIXELS
 from colora_peft.restore_plan import plan_jobs
 from colora_peft.restore_record import RestoreRecord
+from colora_peft.tile_grid import check_tile
+from colora_peft.tiling import Pooling
 from colora_peft.train_arguments import check_at_least
 
 SUMMARY_FILE = "summary.json"
+SHIPPED_NETWORK = str(Path(__file__).resolve().parent / "checkpoints" / "nafnet-small-prod")
 
 
 @dataclass
@@ -46,10 +53,11 @@ class RestoreArguments:
     input: list[str] = field(
         metadata={"help": "Pictures, folders (with all below them) and patterns such as 'photos/**/*.png'."}
     )
-    model_name_or_path: str = field(
-        default=relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod"),
-        metadata={"help": "The network: a folder, an id on the Hub, or module:function that returns it."},
-    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The network: a folder, an id on the Hub, or module:function that returns it. Default: the "
+                  "base that the (first) adapter names; without adapter the network that comes with the examples."},
+    )  # fmt: skip
     adapter: list[str] | None = field(
         default=None,
         metadata={"help": "Adapters, folders or ids on the Hub; 'none' is the network without one. With several, each "
@@ -58,8 +66,10 @@ class RestoreArguments:
     output_dir: str = field(default="outputs/restored", metadata={"help": "Folder for the results."})
     targets: str | None = field(
         default=None,
-        metadata={"help": "Folder of clean pictures of the same names (any suffix): PSNR and SSIM of the files "
-                  "that are written, in RGB after rounding to 8 bits."},
+        metadata={"help": "Folder of clean pictures of the same names (any suffix): PSNR and SSIM, in RGB after "
+                  "rounding to 8 bits, of the files as they are written, so with JPEG's losses. Borders are extended "
+                  "and tiles laid as restore_image does, so that on pictures that the network must pad the second "
+                  "decimal may differ from the figures of finetune.py."},
     )  # fmt: skip
     compare: bool = field(
         default=False,
@@ -71,6 +81,20 @@ class RestoreArguments:
         metadata={"help": "Side in pixels of the tiles that bound the memory. 0: the whole picture at once."},
     )
     overlap: int = field(default=64, metadata={"help": "Pixels that neighbouring tiles share, at least."})
+    batch_size: int = field(default=1, metadata={"help": "Tiles that go through the network together."})
+    pooling: Pooling = field(
+        default="picture",
+        metadata={"help": "What layers that average over all they see are given where there are several tiles: the "
+                  "mean over the picture, over their tile, or (local) over windows of --pooling_window."},
+    )  # fmt: skip
+    pooling_window: int | None = field(
+        default=None, metadata={"help": "Side in pixels of the windows of --pooling local."}
+    )
+    statistics_passes: int = field(
+        default=2,
+        metadata={"help": "Passes over the tiles that gather the means of --pooling picture, each as long as the one "
+                  "that restores."},
+    )  # fmt: skip
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Precision of the computation; half is faster on GPUs."}
     )
@@ -97,13 +121,19 @@ class RestoreArguments:
     def __post_init__(self) -> None:
         check_at_least(self, "tile", 0)
         check_at_least(self, "overlap", 0)
-        check_at_least(self, "max_pixels", 1)
+        for name in ("max_pixels", "batch_size", "statistics_passes"):
+            check_at_least(self, name, 1)
+        if (self.pooling == "local") != (self.pooling_window is not None):
+            raise ValueError("--pooling local and --pooling_window go together: give both or neither.")
+        if self.pooling_window is not None:
+            check_at_least(self, "pooling_window", 1)
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality must be between 1 and 100, got {self.quality}.")
 
     def settings(self) -> dict[str, object]:
-        """What decides the pixels of a result, besides the weights."""
-        names = ("tile", "overlap", "dtype", "self_ensemble", "quality", "grey_as_rgb")
+        """What decides the pixels of a result, besides the input and the weights."""
+        names = ("tile", "overlap", "batch_size", "pooling", "pooling_window", "statistics_passes", "dtype")
+        names += ("self_ensemble", "quality", "grey_as_rgb")
         return {name: getattr(self, name) for name in names}
 
 
@@ -117,6 +147,21 @@ def device_of(args: RestoreArguments) -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def network_of(args: RestoreArguments, adapters: Sequence[str]) -> nn.Module:
+    """The network to restore with, as --model_name_or_path or else the first adapter names it."""
+    if args.model_name_or_path is not None:
+        return load_backbone(args.model_name_or_path)
+    first = next((adapter for adapter in adapters if adapter != NO_ADAPTER), None)
+    if first is None:
+        return load_backbone(SHIPPED_NETWORK)
+    try:
+        return load_base(first)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error} (Without --model_name_or_path the adapter says which network it is for.)"
+        ) from error
+
+
 def main(args: RestoreArguments) -> int:
     """Restore, and return the exit code."""
     adapters = args.adapter or [NO_ADAPTER]
@@ -127,7 +172,9 @@ def main(args: RestoreArguments) -> int:
     transformers_logging.disable_progress_bar()
     # Loading an adapter, PEFT asks transformers for what it has renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    network = load_backbone(args.model_name_or_path).to(device)
+    network = network_of(args, adapters).to(device)
+    if args.tile:  # now, not with the first picture that has several tiles
+        check_tile(args.tile, args.overlap, size_multiple_of(network))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     run = RestoreRun(AdapterSet(network, dict(zip(labels, adapters, strict=True))), RestoreRecord(output_dir), args)
     run.check_kept(jobs)

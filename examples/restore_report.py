@@ -84,7 +84,8 @@ class Table:
         ]
         if kept:
             lines.append(
-                "Kept results were there, made with the same weights and settings; --overwrite makes them anew."
+                "Kept results were there, made of the same inputs with the same weights and settings; --overwrite "
+                "makes them anew."
             )
         if len(rows) < total:
             lines.append(f"Interrupted: {total - len(rows)} are left; the same command goes on with them.")

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet
 from colora_peft.comparison import save_comparison
+from colora_peft.files import write_bytes
 from colora_peft.icc_profiles import fitting_profile
 from colora_peft.metrics import SSIM_WINDOW_PX, psnr, ssim
-from colora_peft.picture_files import Picture, read_picture, write_picture
+from colora_peft.picture_files import Picture, encode_picture, read_picture
 from colora_peft.picture_formats import format_of
 from colora_peft.restore_plan import Job
-from colora_peft.restore_record import RestoreRecord
+from colora_peft.restore_record import RestoreRecord, file_digest
 from colora_peft.tiling import restore_image
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class RestoreRun:
         self.record = record
         self.args = args
 
-    def settings_of(self, label: str) -> dict[str, object]:
-        return {"weights": self.adapters.fingerprints[label], **self.args.settings()}
+    def settings_of(self, label: str, source: str) -> dict[str, object]:
+        """All that decides the pixels of a result; `source` is the digest of the input."""
+        return {"input": source, "weights": self.adapters.fingerprints[label], **self.args.settings()}
 
     def check_kept(self, jobs: list[Job]) -> None:
         """Refuse to keep results that this run would make otherwise.
@@ -47,7 +49,9 @@ class RestoreRun:
             return
         for job in jobs:
             for label, result in zip(self.adapters.labels, job.results, strict=True):
-                difference = self.record.difference(result, self.settings_of(label)) if result.exists() else None
+                if not result.exists():
+                    continue
+                difference = self.record.difference(result, self.settings_of(label, file_digest(job.source)))
                 if difference is not None:
                     raise ValueError(
                         f"{result} is there, but not as this run would make it ({difference}). Choose another "
@@ -65,6 +69,7 @@ class RestoreRun:
         try:
             for row in rows:
                 format_of(row.result)  # before the work, not after
+            digest = file_digest(job.source)
             picture = read_picture(job.source, self.args.max_pixels)
         except Exception as error:
             return [row.failed(error) for row in rows]
@@ -72,7 +77,7 @@ class RestoreRun:
             row.size = tuple(picture.colour.shape[:0:-1])
             try:
                 if not row.kept:
-                    self._restore(picture, row)
+                    self._restore(picture, digest, row)
             except Exception as error:
                 row.failed(error)
         sound = [row for row in rows if row.error is None]
@@ -83,21 +88,27 @@ class RestoreRun:
                 row.failed(error)
         return rows
 
-    def _restore(self, picture: Picture, row: Row) -> None:
+    def _restore(self, picture: Picture, digest: str, row: Row) -> None:
         start = time.perf_counter()
         restored = restore_image(
             self.adapters.activate(row.label),
             picture.colour,
             tile=self.args.tile or None,
             overlap=self.args.overlap,
+            batch_size=self.args.batch_size,
+            pooling=self.args.pooling,
+            pooling_window=self.args.pooling_window,
+            statistics_passes=self.args.statistics_passes,
             dtype=None if self.args.dtype == "float32" else getattr(torch, self.args.dtype),
             self_ensemble=self.args.self_ensemble,
             progress=sys.stderr.isatty(),
         )
-        self.record.add(row.result, self.settings_of(row.label))
-        row.notes = write_picture(
+        encoded, row.notes = encode_picture(
             row.result, restored, picture, quality=self.args.quality, grey_as_rgb=self.args.grey_as_rgb
         )
+        self.record.add(row.result, encoded, self.settings_of(row.label, digest))
+        row.result.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(row.result, encoded)
         row.seconds = time.perf_counter() - start
 
     def _look(self, job: Job, picture: Picture, rows: list[Row]) -> None:

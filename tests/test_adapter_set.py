@@ -77,6 +77,28 @@ def test_an_adapter_that_is_none_is_named(tmp_path):
             AdapterSet(other, {"a": save_adapter(tmp_path / kind, 0, kind)})
 
 
+@pytest.mark.parametrize("first", [[], ["mine"]])
+def test_an_adapter_of_another_network_of_the_same_shape_is_refused(tmp_path, first):
+    other, mine, theirs = network(), network(), tmp_path / "theirs"
+    with torch.no_grad():
+        other[0].weight += 0.1
+    model = get_peft_model(other, CoLoRAConfig(ranks=2))
+    model.save_pretrained(theirs)
+    adapters = {label: save_adapter(tmp_path / label, 1) for label in first} | {"theirs": str(theirs)}
+    with pytest.raises(ValueError, match=rf"^The adapter {theirs} cannot be loaded: .*trained on another network"):
+        AdapterSet(mine, adapters)
+
+
+@pytest.mark.parametrize("kind", ["colora", "lora"])
+def test_a_pickle_is_not_opened(tmp_path, kind):
+    folder = tmp_path / kind
+    save_adapter(folder, 0, kind)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"would be opened")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin only, a pickle"):
+        AdapterSet(network(), {"a": str(folder)})
+
+
 def test_labels_are_as_short_as_they_can_be():
     assert adapter_labels(["outputs/haze", "none", "me/rain/"]) == ["haze", "none", "rain"]
     assert adapter_labels(["outputs/haze", "me/haze", "rain"]) == ["outputs-haze", "me-haze", "rain"]

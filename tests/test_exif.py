@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +100,39 @@ def test_any_damaged_byte_is_refused_or_harmless():
                 function(bytes(bad))
             except ValueError:
                 pass
+
+
+def tiff_of(*directories):
+    """A file with directories one behind the other, each of (tag, type, count, value or offset); -1: where it ends."""
+    data = b"II*\0" + struct.pack("<I", 8)
+    for entries in directories:
+        end = len(data) + 2 + 12 * len(entries) + 4
+        table = [struct.pack("<HHII", *entry[:3], end if entry[3] == -1 else entry[3]) for entry in entries]
+        data += struct.pack("<H", len(entries)) + b"".join(table) + bytes(4)
+    return data
+
+
+BACK_AT_ITSELF = tiff_of([(EXIF, 4, 1, 8)])
+BACK_MANY_TIMES = tiff_of([(EXIF, 4, 1, 8)] * 4000)
+BELOW_MANY_TIMES = tiff_of([(EXIF, 4, 1, -1)], [(EXIF, 4, 1, 26)] * 4000)
+TOO_MANY = tiff_of([(EXIF, 4, 1, -1)], [(tag, 4, 1, 0) for tag in range(5000)])
+# A thousand values that are the same hundred thousand bytes.
+TOO_LARGE = tiff_of([(EXIF, 4, 1, -1)], [(tag, 7, 100_000, 8) for tag in range(1000)]) + bytes(100_000)
+
+
+@pytest.mark.parametrize("data", [BACK_AT_ITSELF, BACK_MANY_TIMES, BELOW_MANY_TIMES, TOO_MANY, TOO_LARGE])
+def test_a_small_file_does_not_grow_without_end(data):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"twice|more than"):
+        block_of_tiff(data)
+    assert time.perf_counter() - start < 2
+
+
+def test_a_block_with_a_tag_many_times_is_refused_at_once():
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="stands twice"):
+        upright(tiff_of([(EXIF, 4, 1, -1)] * 5000, [(40962, 4, 1, 0)] * 5000), 1, 1)
+    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

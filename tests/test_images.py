@@ -11,7 +11,8 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from colora_peft.images import _oriented, decode_image, from_pil, list_images, read_image, to_pil
+from colora_peft.images import PICTURE_FORMATS, _oriented, decode_image, from_pil, list_images, read_image, to_pil
+from colora_peft.picture_files import read_picture
 
 ORIENTATION = 0x0112
 HEIGHT, WIDTH = 5, 7
@@ -61,6 +62,28 @@ def png_bytes(pixels, colour_type, *chunks):
 
 def exif_bytes(orientation):
     return b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01" + struct.pack(">H", orientation) + b"\0" * 6
+
+
+# Kinds of files
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "ICNS"])
+def test_only_the_kinds_that_are_named_are_opened_whatever_a_file_is_called(tmp_path, kind):
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "a.png", kind)  # of EPS Pillow would start Ghostscript
+    for read in (read_image, read_picture):
+        with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture \(unknown format\)"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", [*PICTURE_FORMATS, "MPO"])
+def test_all_kinds_that_are_named_are_opened(tmp_path, kind):
+    first = Image.new("RGB", (32, 32), "teal")
+    more = {"save_all": True, "append_images": [Image.new("RGB", (32, 32), "red")]} if kind == "MPO" else {}
+    first.save(tmp_path / "a.png", kind, **more)
+    for image in (read_image(tmp_path / "a.png"), read_picture(tmp_path / "a.png").colour):
+        torch.testing.assert_close(
+            image, torch.tensor([0, 128, 128])[:, None, None].expand(3, 32, 32) / 255, atol=0.02, rtol=0
+        )
 
 
 # Orientation

@@ -118,6 +118,51 @@ def test_results_of_another_run_are_neither_kept_nor_overwritten(folder, flags, 
         identity()
 
 
+def test_results_of_another_input_of_the_same_name_are_not_kept(folder):
+    identity()
+    before = stamps()
+    Path("others").mkdir()
+    Image.new("RGB", (9, 9), "teal").save("others/a.png")
+    with pytest.raises(ValueError, match=r"a\.png is there, but not as this run would make it \(input was"):
+        identity("--input", "others")
+    shutil.copy("others/a.png", "photos/a.png")
+    with pytest.raises(ValueError, match=r"a\.png is there, but not as this run would make it \(input was"):
+        identity()
+    assert stamps() == before
+    Path("outputs/restored/a.png").unlink()
+    assert identity() == 0
+
+
+def test_an_overwrite_that_fails_leaves_the_old_results_for_what_they_are(folder, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    identity()
+    before = stamps()
+    with monkeypatch.context() as patch:
+        patch.setattr(restore_run, "write_bytes", full)
+        assert identity("--overwrite", "--model_name_or_path", "networks_for_restore:Flipped") == 1
+    assert stamps() == before
+    with pytest.raises(ValueError, match=r"\(weights was"):
+        run("--input", "photos", "--model_name_or_path", "networks_for_restore:Flipped")
+    capsys.readouterr()
+    assert identity() == 0 and "0 written, 2 kept as they were" in capsys.readouterr().out
+
+
+def test_pooling_decides_what_is_kept_and_reaches_the_network(folder, tiny_nafnet):
+    Image.fromarray(pixels(np.uint8, 3, 70, 90)).save("photos/wide.png")
+    flags = ["--input", "photos/wide.png", "--model_name_or_path", tiny_nafnet, "--tile", 48, "--overlap", 16]
+    assert run(*flags) == 0
+    means = read_image("outputs/restored/wide.png")
+    with pytest.raises(ValueError, match="pooling was picture, is tile"):
+        run(*flags, "--pooling", "tile")
+    for more in (["--pooling", "tile"], ["--pooling", "local", "--pooling_window", 64]):
+        assert run(*flags, *more, "--overwrite") == 0
+        assert not torch.equal(read_image("outputs/restored/wide.png"), means)
+    with pytest.raises(ValueError, match=r"batch_size was 1, is 3, .*statistics_passes was 2, is 1"):
+        run(*flags, "--statistics_passes", 1, "--batch_size", 3)
+
+
 def test_one_bad_file_fails_alone(folder, capsys):
     Path("photos/bad.png").write_text("no picture")
     shutil.copy("photos/a.png", "photos/half.png")
@@ -159,7 +204,9 @@ def test_an_interrupted_run_says_how_to_go_on(folder, capsys, monkeypatch):
     assert identity() == 0
 
 
-def test_figures_are_those_of_the_evaluation_and_of_the_kept_file(folder, eval_dir, tiny_nafnet, capsys):
+def test_figures_are_those_of_the_kept_file_and_without_padding_those_of_the_evaluation(
+    folder, eval_dir, tiny_nafnet, capsys
+):
     from transformers import AutoModelForImageToImage
 
     flags = ["--input", eval_dir / "input", "--targets", eval_dir / "target", "--model_name_or_path", tiny_nafnet]
@@ -207,6 +254,30 @@ def test_several_adapters_write_and_compare_side_by_side(folder, train_dir, eval
     assert "0 written, 4 kept as they were" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["colora", "lora"])
+def test_an_adapter_brings_its_base_unless_another_is_named(folder, tiny_nafnet, kind, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageToImage
+
+    from colora_peft import CoLoRAConfig
+
+    base = AutoModelForImageToImage.from_pretrained(tiny_nafnet)
+    config = CoLoRAConfig(ranks=1) if kind == "colora" else LoraConfig(r=1, target_modules=["intro"])
+    get_peft_model(base, config).save_pretrained("adapter")
+    assert run("--input", "photos/a.png", "--adapter", "adapter") == 0
+    assert run("--input", "photos/a.png", "--model_name_or_path", tiny_nafnet, "--output_dir", "bare") == 0
+    assert torch.equal(read_image("outputs/restored/a.png"), read_image("bare/a.png"))
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="adapter cannot be loaded"):
+        run("--input", "photos/a.png", "--adapter", "adapter", "--model_name_or_path", restore.SHIPPED_NETWORK)
+    shutil.rmtree("outputs")
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
+    with pytest.raises(ValueError, match=r"\./gone, is not on this machine.*--model_name_or_path"):
+        run("--input", "photos/a.png", "--adapter", "adapter")
+    assert not Path("outputs").exists()
+
+
 def test_the_comparison_shows_input_and_result(folder):
     Image.new("RGB", (300, 200), (255, 0, 0)).save("photos/red.png")
     flags = ["--input", "photos/red.png", "--model_name_or_path", "networks_for_restore:Flipped", "--compare"]
@@ -230,6 +301,9 @@ def test_ssim_in_strips_is_ssim(monkeypatch):
     [
         (["--quality", 0], "--quality must be between 1 and 100"),
         (["--tile", -1], "--tile must be at least 0"),
+        (["--tile", 64, "--overlap", 64], "An overlap of 64 pixels leaves tiles of 64 no step"),
+        (["--statistics_passes", 0], "--statistics_passes must be at least 1"),
+        (["--pooling", "local"], "--pooling local and --pooling_window go together"),
         (["--device", "tpu9"], "--device tpu9 cannot be used"),
         (["--output_dir", "photos"], "would overwrite photos/a.png"),
         (["--adapter", "nowhere"], "There is no folder nowhere with an adapter"),

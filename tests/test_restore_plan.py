@@ -46,6 +46,11 @@ def test_a_file_that_is_given_twice_is_restored_once(photos):
         "out/b.png", "out/a.JPG", "out/below/a.JPG", "out/below/deep/c.tiff"
     ]  # fmt: skip
 
+    given = ["photos/below/deep/c.tiff", "photos", str(photos / "photos" / "b.png"), "photos/below/*"]
+    assert results(plan(*given)) == ["out/c.tiff", "out/a.JPG", "out/b.png", "out/below/a.JPG"]
+    os.symlink("photos", "link")
+    assert len(plan("link", "photos")) == 4
+
 
 def test_each_adapter_has_a_folder_and_a_format_changes_the_suffix_where_it_must(photos):
     (job,) = plan("photos/b.png", subfolders=["haze", "rain"], file_format="jpeg")
@@ -80,6 +85,19 @@ def test_targets_are_found_by_path_then_by_stem(photos):
         plan("photos", targets="clean")
     with pytest.raises(ValueError, match="None of the pictures has a target of the same name in clean"):
         plan("photos/b.png", targets="clean")
+
+
+def test_no_picture_is_measured_against_the_target_of_another(photos):
+    for name in ("photos/day/1.png", "photos/night/1.png", "clean/day/1.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    found = {job.name: job.target and job.target.as_posix() for job in plan("photos", targets="clean")}
+    assert found["day/1.png"] == "clean/day/1.png" and found["night/1.png"] is None
+    Path("clean/1.png").touch()  # of which of the two?
+    (Path("clean/day/1.png")).unlink()
+    with pytest.raises(ValueError, match="None of the pictures has a target"):
+        plan("photos", targets="clean")
+    assert plan("photos/night", targets="clean")[0].target == Path("clean/1.png")
 
 
 # What is refused
