@@ -45,6 +45,7 @@ RUN_FILE = "run.json"
 REPORT_FILE = "tasks.md"
 BLEND = "blend"
 SWITCHES = 30
+PICTURE_PX = 256
 CHOSEN = ("model_name_or_path", "train_dir", "max_train_samples", "max_train_steps", "resolution", "seed")
 
 
@@ -187,25 +188,33 @@ def overview(args: TasksArguments, switch: AdapterSwitch) -> str:
 
 def switching(switch: AdapterSwitch) -> str:
     """How long it takes to go from one adapter to the next, and the first run after it, which builds the weights."""
-    picture = torch.rand(1, 3, 256, 256, device=switch.device)
+    picture = torch.rand(1, 3, PICTURE_PX, PICTURE_PX, device=switch.device)
     with torch.inference_mode():
         times = [switch_once(switch, switch.names[turn % len(switch.names)], picture) for turn in range(SWITCHES)]
-    change, first, next_run = (1e3 * median(column) for column in zip(*times[len(switch.names) :], strict=True))
+    times = times[len(switch.names) :]  # what is done for the first time takes longer
+    (change, first, following), (busy, *_) = (
+        [1e3 * median(column) for column in zip(*rows, strict=True)] for rows in zip(*times, strict=True)
+    )
     return (
-        f"A switch takes {change:.1f} ms; then the first picture of 256 x 256 takes {first:.0f} ms, the next "
-        f"{next_run:.0f} ms ({torch.get_num_threads()} threads, medians of {len(times) - len(switch.names)})."
+        f"A switch takes {change:.1f} ms ({busy:.1f} ms of processor time); then the first picture of "
+        f"{PICTURE_PX} x {PICTURE_PX} takes {first:.0f} ms, the next {following:.0f} ms "
+        f"({torch.get_num_threads()} threads, medians of {len(times)})."
     )
 
 
-def switch_once(switch: AdapterSwitch, name: str, picture: torch.Tensor) -> tuple[float, float, float]:
-    """Seconds of the switch, of the first run and of the next."""
-    marks = [time.perf_counter()]
-    switch.activate(name)
-    for _ in range(2):
-        marks.append(time.perf_counter())
-        reconstruct(switch.model, picture).sum().item()  # .item() waits for a GPU
-    marks.append(time.perf_counter())
-    return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
+Times = tuple[list[float], list[float]]
+
+
+def switch_once(switch: AdapterSwitch, name: str, picture: torch.Tensor) -> Times:
+    """Seconds of the switch, of the first run and of the next: on the clock, and of the processors."""
+    steps = [lambda: switch.activate(name), *[lambda: reconstruct(switch.model, picture).sum().item()] * 2]
+    clock, processors = [], []
+    for step in steps:  # .item() waits for a GPU
+        start = time.perf_counter(), time.process_time()
+        step()
+        clock.append(time.perf_counter() - start[0])
+        processors.append(time.process_time() - start[1])
+    return clock, processors
 
 
 def blending(args: TasksArguments, switch: AdapterSwitch) -> str:

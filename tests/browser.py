@@ -72,7 +72,7 @@ class Browser:
         """A command of the DevTools protocol and its answer; RuntimeError if it is refused."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": parameters}
-        if self._session is not None:
+        if self._session is not None and not method.startswith("Browser."):
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         deadline = time.monotonic() + self._seconds
@@ -123,6 +123,17 @@ class Browser:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def download(self, click: str, folder: Path) -> Path:
+        """The file that comes of a JavaScript expression that clicks."""
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        self.evaluate(click)
+        deadline = time.monotonic() + self._seconds
+        while not (files := [path for path in folder.iterdir() if path.suffix != ".crdownload"]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Nothing was downloaded by {click}.")
+            time.sleep(0.1)
+        return files[0]
 
     def screenshot(self, path: Path, whole_page: bool = True) -> None:
         image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole_page)

@@ -16,12 +16,21 @@ from colora_peft.pairs import PairedImageFolder
 tasks = load_example("tasks")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_and_small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "SWITCHES", 6)
+        patch.setattr(tasks, "PICTURE_PX", 32)
+        patch.setattr("finetune.use_all_cores", lambda _: None)  # would be for all tests after these, too
+        yield
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     for count, task in enumerate(("haze", "rain"), start=2):
-        write_pairs(folder / task / "train", count)
-        write_pairs(folder / task / "test", count + 2)
+        write_pairs(folder / task / "train", count, size=32)
+        write_pairs(folder / task / "test", count + 2, size=32)
     (folder / "notes").mkdir()
     return folder
 
