@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageToImage
 
-from .hub_files import NETWORK_FILES, Source, fetch
+from .hub_files import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 __all__ = ["load_backbone", "load_from_folder", "register_backbones"]
 
@@ -69,8 +69,14 @@ def load_from_folder(folder: Path, source: Source) -> nn.Module:
     """The network in `folder`, as `load_backbone`; it remembers from where on the Hub it came.
 
     Raises:
-        ValueError: its files are damaged, or of a kind of network that no installed package knows.
+        ValueError: its files are damaged, or of a kind of network that no installed package knows; or an adapter lies
+            beside them, which transformers would put onto the network, or even load its base instead.
     """
+    if (folder / ADAPTER_FILES[0]).is_file():
+        raise ValueError(
+            f"The network {source} lies in one folder with an adapter, and would not be bare: move {ADAPTER_FILES[0]} "
+            "and its weights to a folder of their own, and load that by colora_peft.load."
+        )
     register_backbones()
     try:
         network = AutoModelForImageToImage.from_pretrained(

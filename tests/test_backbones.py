@@ -1,5 +1,6 @@
 """Networks from a folder and from a function of the user's."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageToImage
 
+import colora_peft
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import CoLoRAConfig
 from colora_peft.backbones import load_backbone
@@ -48,6 +50,19 @@ def test_a_folder_gives_what_transformers_gives(tiny_nafnet):
         loaded.state_dict().items(), expected.state_dict().items(), strict=True
     ):
         assert name == expected_name and weight.dtype == torch.float32 and torch.equal(weight, expected_weight)
+
+
+def test_an_adapter_in_the_same_folder_is_refused_and_not_put_on(tiny_nafnet, tmp_path):
+    """transformers would attach it; the network would not be the bare one that adapters and fingerprints are about."""
+    shutil.copytree(tiny_nafnet, tmp_path / "both")
+    get_peft_model(load_backbone(str(tiny_nafnet)), CoLoRAConfig(ranks=1)).save_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="move adapter_config.json and its weights to a folder of their own"):
+        load_backbone(str(tmp_path / "both"))
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "both" / name).rename(tmp_path / "adapter" / name)
+    bare = load_backbone(str(tmp_path / "both"))
+    assert colora_peft.load(tmp_path / "adapter", base=bare).get_base_model() is bare
 
 
 def test_a_function_in_the_current_directory_is_called(networks):
