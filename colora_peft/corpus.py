@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from .images import decode_stored, read_stored
 from .messages import some_sentences
 
+_PAUSES_S = (1.0, 4.0)  # between the tries to reach an address
 _SILENTLY_CHECKED = 100  # pictures; with more of them the check shows a bar
 
 
@@ -132,21 +134,39 @@ def read_cell(cell: dict[str, Any] | None, name: str) -> Tensor:
 
     Raises:
         ValueError: if it is missing, cannot be read or is damaged; it calls the picture by `name`.
+        ConnectionError: if the server of its address does not answer, or not with the file, three times.
     """
-    if cell is None:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError(f"The picture of {name} is missing; remove that row.")
     if cell["bytes"] is not None:
         return decode_stored(cell["bytes"], f"The picture of {name}")
     if "://" not in cell["path"]:
         return read_stored(cell["path"])
+    return decode_stored(_download(cell["path"], name), cell["path"])
+
+
+def _download(address: str, name: str) -> bytes:
+    """The file at an address.
+
+    Only what is certain to be so tomorrow is a bad picture, that another may replace: if it were also a server that is
+    busy, a run would not see the pictures again that it saw, and could not be resumed exactly.
+    """
     import fsspec  # comes with datasets
 
-    try:
-        with fsspec.open(cell["path"], "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise ValueError(f"{cell['path']} of {name} cannot be read ({error}); check that it is there.") from error
-    return decode_stored(data, cell["path"])
+    files, path = fsspec.url_to_fs(address)
+    for pause in (*_PAUSES_S, None):
+        try:
+            return files.cat_file(path)  # `open` of HTTP calls every failure FileNotFoundError
+        except FileNotFoundError as error:
+            raise ValueError(f"{address} of {name} is not there; remove that row.") from error
+        except Exception as error:  # of the libraries below fsspec; many are no OSError
+            if pause is None:
+                raise ConnectionError(
+                    f"{address} of {name} cannot be read ({str(error) or type(error).__name__}), tried "
+                    f"{len(_PAUSES_S) + 1} times; resume the run when it is back, or remove that row."
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def check_size(image: Tensor, resolution: int, name: str) -> None:

@@ -1,8 +1,10 @@
 """Clean pictures come back unharmed from folders and datasets, and every culprit is listed or replaced."""
 
 import shutil
+import time
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from PIL import Image
 from test_pairs import save
 from torch.utils.data import DataLoader
 
-from colora_peft.corpus import HubPictures, ImageFiles, check_pictures, first_usable
+from colora_peft.corpus import HubPictures, ImageFiles, check_pictures, first_usable, read_cell
 from colora_peft.images import as_float, list_images, read_image
 from colora_peft.patches import DegradedPatches, StepSampler, collate, random_patch, sample_generator
 from colora_peft.prod import RandomOrderDegradation
@@ -243,6 +245,70 @@ def test_nothing_usable_is_an_error_that_names_what_was_tried(tmp_path):
         patches(spoilt(tmp_path, count=3, bad=(0, 1, 2)))[0]
     with pytest.raises(ValueError, match="None of 0"):
         first_usable([], 1)
+
+
+# Addresses
+
+
+class Flaky(fsspec.AbstractFileSystem):
+    """Raises what `failures` holds, one after another, before it gives the file."""
+
+    protocol, cachable = "flaky", False
+    failures, content = [], b""
+
+    def cat_file(self, path, **_):
+        if Flaky.failures:
+            raise Flaky.failures.pop(0)
+        return Flaky.content
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A cell of an address, the pauses made in reading it, and the picture behind it."""
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    path, pauses = save(tmp_path / "a.png"), []
+    Flaky.content, Flaky.failures = path.read_bytes(), []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    return {"bytes": None, "path": "flaky://host/a.png"}, pauses, read_image(path)
+
+
+class OfTheClient(Exception):
+    """As the errors of aiohttp, no OSError."""
+
+
+@pytest.mark.parametrize("failures", [[], [TimeoutError()], [OfTheClient("503"), ConnectionResetError()]])
+def test_a_server_that_comes_back_gives_the_picture(server, failures):
+    cell, pauses, expected = server
+    Flaky.failures = [*failures]
+    assert torch.equal(as_float(read_cell(cell, "row 3")), expected)
+    assert pauses == [1, 4][: len(failures)]
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), OfTheClient("503"), PermissionError("no"), ValueError("no json")])
+def test_a_server_that_stays_away_stops_the_run_and_no_other_picture_is_taken(server, failure):
+    cell, pauses, expected = server
+    Flaky.failures = [failure] * 3
+    with pytest.raises(ConnectionError, match=r"a\.png of row 3 cannot be read .*, tried 3 times; resume the run"):
+        first_usable([("row 3", lambda: read_cell(cell, "row 3")), ("row 4", lambda: expected)], 1)
+    assert pauses == [1, 4]
+
+
+def test_what_is_gone_or_damaged_for_good_is_a_bad_picture(server):
+    cell, pauses, expected = server
+    Flaky.failures = [FileNotFoundError("404")]
+    other = ("row 4", lambda: expected)
+    _, name, reasons = first_usable([("row 3", lambda: read_cell(cell, "row 3")), other], 1)
+    assert name == "row 4" and "a.png of row 3 is not there" in reasons[0]
+    Flaky.content = b"<html>"
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
+        read_cell(cell, "row 3")
+    assert pauses == []
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}])
+def test_an_empty_cell_is_a_missing_picture(cell):
+    with pytest.raises(ValueError, match="picture of row 3 is missing"):
+        read_cell(cell, "row 3")
 
 
 # Fingerprints
