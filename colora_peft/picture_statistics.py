@@ -29,6 +29,11 @@ def is_global_pool(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether it or a part of it went through `torch.compile`, so that hooks may not run."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
 def averages_over_pixels(module: nn.Module) -> bool:
     """Whether its output is a mean over the pixels, the last two dimensions, of its inputs.
 
@@ -44,6 +49,7 @@ class PictureStatistics:
     def __init__(self, model: nn.Module) -> None:
         self._layers = [module for module in model.modules() if averages_over_pixels(module)]
         self._network_name = type(model).__name__
+        self._compiled = is_compiled(model)
         self._means: list[Tensor] = []  # in the order in which the layers run; a layer may run more than once
         self._sums: list[Tensor] = []
         self._pixels = 0
@@ -79,13 +85,15 @@ class PictureStatistics:
     def finish_pass(self) -> None:
         """Use from now on the means that were gathered since the last one.
 
+        Layers that did not run, such as a head that is left over, are left alone.
+
         Raises:
-            RuntimeError: if no layer was seen at work.
+            RuntimeError: if no layer of a compiled network was seen at work.
         """
-        if not self._sums:
+        if not self._sums and self._compiled:
             raise RuntimeError(
-                f"No pooling layer of {self._network_name} was seen at work, as in a compiled network: pass the one "
-                'that is not compiled, or pooling="tile".'
+                f"No pooling layer of {self._network_name} was seen at work, since it is compiled: pass the one that "
+                'is not, or pooling="tile".'
             )
         self._means = [total / self._pixels for total in self._sums]
         self._sums, self._pixels = [], 0
@@ -99,7 +107,7 @@ class PictureStatistics:
                 self._sums.append(total)
             else:
                 self._sums[number] += total
-        if self._means:
+        if number < len(self._means):
             mean = self._means[number]
         elif self._cores is not None:
             mean = self._sums[number] / self._pixels

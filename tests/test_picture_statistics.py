@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from colora_peft import restore_image
 from colora_peft.picture_statistics import PictureStatistics
 
 
@@ -82,8 +83,18 @@ def test_the_first_pass_uses_what_it_has_seen_so_far():
             statistics.finish_pass()
 
 
-def test_layers_that_are_never_seen_are_an_error():
-    statistics = PictureStatistics(Attention())
+@torch.no_grad()
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 3, 1), Attention()], ids=["pools nothing", "pools"])
+def test_a_layer_that_is_left_over_and_never_runs_is_left_alone(model):
+    x = torch.rand(3, 24, 40)
+    expected = restore_image(model, x, tile=24, overlap=8)
+    model.left_over = nn.AdaptiveAvgPool2d(1)
+    assert PictureStatistics(model).needed
+    assert torch.equal(restore_image(model, x, tile=24, overlap=8), expected)
+
+
+def test_layers_of_a_compiled_network_that_are_never_seen_are_an_error():
+    statistics = PictureStatistics(torch.compile(Attention()))
     assert statistics.needed and not PictureStatistics(nn.Conv2d(3, 3, 1)).needed
-    with pytest.raises(RuntimeError, match="Attention was seen at work"):
+    with pytest.raises(RuntimeError, match="was seen at work, since it is compiled"):
         statistics.finish_pass()
