@@ -63,8 +63,8 @@ def restore_image(
         pooling: What layers that average over all they see are given. "picture": the mean over the whole picture,
             which `statistics_passes` gather before; "tile": that of their tile alone; "local": windows of
             `pooling_window` (see `colora_peft.local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also
-            about modules that say so (see `colora_peft.picture_statistics`). Other layers, such as Restormer's
-            attention, see their tile alone.
+            about modules that say so (see `colora_peft.picture_statistics`), such as that of Restormer's attention.
+            Other layers see their tile alone.
         pooling_window: Side of the windows in pixels.
         statistics_passes: Passes over the picture before that which restores it, each as long; more come closer to the
             untiled picture (in examples/benchmark_tiles.py one photo of six is below 45 dB after one, none after two).
@@ -76,7 +76,7 @@ def restore_image(
     Raises:
         ValueError: `image` is not a float picture (3, H, W) in [0, 1], is empty or holds NaN; a setting is impossible;
             or the network changes the shape, or returns NaN or infinite values.
-        RuntimeError: No pooling layer of a network that has some can be watched, as in a compiled one.
+        RuntimeError: No pooling layer of a compiled network that has some can be watched.
         TypeError: The network returns no pictures.
     """
     _check_picture(image)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from colora_peft.models.restormer.attention_restormer import ChannelAttention, similarity
+from colora_peft.models.restormer.attention_restormer import ChannelAttention, PixelMeans, cosines
 
 
 def attention_layer(channels=8, heads=2, bias=False):
@@ -59,21 +59,32 @@ def test_a_layer_that_adds_a_bias_in_place_of_the_last_convolution_counts():
     torch.testing.assert_close(layer(x), straightforward(layer, x), rtol=0, atol=1e-6)
 
 
+def similarity(queries, keys):
+    return cosines(PixelMeans()(queries, keys))
+
+
 def test_channels_of_zeros_have_no_similarity_and_finite_gradients():
-    queries, keys = torch.randn(2, 30, 4), torch.randn(2, 30, 4)
-    queries[:, :, 1] = 0
+    queries, keys = torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6)
+    queries[:, 1] = 0
     queries.requires_grad_()
-    cosines = similarity([queries], [keys])
-    assert (cosines[:, 0, 1] == 0).all() and cosines.abs().max() <= 1 + 1e-6
-    cosines.square().sum().backward()
+    found = similarity(queries, keys)
+    assert (found[:, 0, 1] == 0).all() and found.abs().max() <= 1 + 1e-6
+    found.square().sum().backward()
     assert queries.grad.isfinite().all()
 
 
+def test_means_of_parts_of_the_picture_average_to_those_of_the_whole():
+    parts = torch.randn(4, 2, 3, 6, 8)  # queries and keys of two heads
+    whole, left, right = (PixelMeans()(*part) for part in (parts, parts[..., :2], parts[..., 2:]))
+    assert whole.shape == (2, 2, 3, 5)
+    torch.testing.assert_close((left + 3 * right) / 4, whole)
+
+
 def test_float16_sums_over_many_pixels_do_not_overflow():
-    queries, keys = torch.rand(1, 100_000, 4) + 1, torch.rand(1, 100_000, 4) + 1
-    assert (queries.transpose(1, 2) @ keys).min() > torch.finfo(torch.float16).max
-    expected = similarity([queries], [keys])
-    torch.testing.assert_close(similarity([queries.half()], [keys.half()]), expected, rtol=0, atol=3e-3)
+    queries, keys = torch.rand(1, 4, 250, 400) + 1, torch.rand(1, 4, 250, 400) + 1
+    assert torch.einsum("bihw,bjhw->bij", queries, keys).min() > torch.finfo(torch.float16).max
+    expected = similarity(queries, keys)
+    torch.testing.assert_close(similarity(queries.half(), keys.half()), expected, rtol=0, atol=3e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

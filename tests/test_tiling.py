@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from tiny_networks import tiny_nafnet
+from tiny_networks import tiny_nafnet, tiny_restormer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from colora_peft import CoLoRAConfig, restore_image
 from colora_peft.reconstruction import reconstruct
@@ -118,6 +119,18 @@ def test_statistics_bring_the_tiles_of_nafnet_near_the_whole():
     assert with_statistics < plain / 3
 
 
+def test_statistics_bring_the_tiles_of_restormer_near_the_whole():
+    """Its attention takes means of products over all pixels."""
+    model, image = tiny_restormer(), picture(64, 112)
+    whole = restore_image(model, image, tile=None)
+    plain, with_statistics = (
+        (restore_image(model, image, tile=64, overlap=32, pooling=pooling) - whole).square().mean().sqrt().item()
+        for pooling in ("tile", "picture")
+    )
+    assert with_statistics < plain / 3
+    assert torch.equal(restore_image(model, image, tile=112), whole)  # one tile
+
+
 @pytest.mark.parametrize("pooling", ["tile", "picture"])
 def test_self_ensemble_turns_with_the_picture(pooling):
     # One pooling layer: the order of the tiles, which turns with the picture, makes no difference to one pass.
@@ -130,17 +143,18 @@ def test_self_ensemble_turns_with_the_picture(pooling):
 
 
 class Sizes(TorchDispatchMode):
-    """Elements of the storage of every tensor that an operation returns."""
+    """Elements of the storage of every tensor that an operation makes."""
 
     def __init__(self):
         super().__init__()
-        self.storages = {}
+        self.storages = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        for each in output if isinstance(output, (list, tuple)) else [output]:
-            if isinstance(each, torch.Tensor):
-                self.storages[each.untyped_storage()._cdata] = each.untyped_storage().nbytes() // 4
+        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)}
+        for each in tree_leaves(output):
+            if torch.is_tensor(each) and each.untyped_storage()._cdata not in given:
+                self.storages.append(each.untyped_storage().nbytes() // 4)
         return output
 
 
@@ -149,7 +163,7 @@ def test_memory_is_bounded_by_the_tile(settings):
     model, image = Toned(), picture(40, 200)
     with Sizes() as sizes:
         restore_image(model, image, tile=32, overlap=8, batch_size=2, statistics_passes=1, **settings)
-    largest = sorted(sizes.storages.values())[-2:]
+    largest = sorted(sizes.storages)[-2:]
     # Besides the result nothing is larger than two tiles, or the probe of 64 x 64 that shows the layers' resolution.
     assert largest[1] == image.numel() and largest[0] <= 2 * 3 * 32 * 64
 

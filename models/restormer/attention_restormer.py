@@ -8,17 +8,19 @@ where W is the last 1 x 1 convolution. Two identities, ours, spare all copies of
 (q k^T)_ij = (Q K^T)_ij / (|Q_i| |K_j|), so that normalised queries and keys are never made; and W (A V) = (W A) V, so
 that W acts on the small matrix of attention A, not on the attended pixels, which are never made either. What is kept
 for the backward pass is Q, K, V as the convolution before leaves them, and matrices of C x C.
+
+All that the attention takes from the whole picture are means over its pixels, of the products Q_i K_j and of the
+squares of Q_i and K_j: `PixelMeans` makes them, so that tiles of a picture can be given the means of all
+(`colora_peft.picture_statistics`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-12
-"""The least length that queries and keys are divided by."""
+EPSILON = 1e-24
+"""The least mean square that queries and keys are divided by the root of."""
 
 
 class ChannelAttention(nn.Module):
@@ -32,14 +34,16 @@ class ChannelAttention(nn.Module):
         self.qkv_dwconv = nn.Conv2d(
             3 * channels, 3 * channels, kernel_size=3, padding=1, groups=3 * channels, bias=bias
         )
+        self.pixel_means = PixelMeans()
         self.project_out = nn.Conv2d(channels, channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         channels, height, width = x.shape[1:]
-        qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1).flatten(1, 2)
-        # One split of all: its gradient is put together once.
-        *parts, values = qkv.split([channels // self.heads] * (2 * self.heads) + [channels], dim=2)
-        attention = similarity(parts[: self.heads], parts[self.heads :]) * self.temperature
+        qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)
+        # One split of all: its gradient is put together once, with channels last as the convolution wants it.
+        *parts, values = qkv.split([channels // self.heads] * (2 * self.heads) + [channels], dim=3)
+        values = values.flatten(1, 2)
+        attention = cosines(self.pixel_means(*[part.permute(0, 3, 1, 2) for part in parts])) * self.temperature
         attention = attention.softmax(dim=-1).to(values.dtype)
         # The smaller image goes through the convolution. A traced graph must not depend on the size.
         if torch.compiler.is_compiling() or height * width > channels:
@@ -64,18 +68,37 @@ class ChannelAttention(nn.Module):
         return torch.baddbmm(bias.transpose(1, 2), values.to(matrix.dtype), matrix.transpose(1, 2))
 
 
-def similarity(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-    """Cosines (B, heads, c, c) between the channels of `queries` and `keys`, a tensor (B, N, c) for each head.
+class PixelMeans(nn.Module):
+    """What cosines between channels are made of, as means over the pixels. Without parameters."""
 
-    In float32 at least. Channels without any length have the cosine 0.
-    """
-    dtype = torch.promote_types(queries[0].dtype, torch.float32)
-    if queries[0].dtype == torch.float16:
-        # Sums over all pixels may exceed its largest number; the cosine does not depend on the scale.
-        queries = [query * query.shape[1] ** -0.5 for query in queries]
-    products = torch.stack([torch.bmm(q.transpose(1, 2), k) for q, k in zip(queries, keys, strict=True)], dim=1)
-    lengths = [
-        torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts], dim=1).clamp_min(EPSILON)
-        for parts in (queries, keys)
-    ]
-    return products.to(dtype) / lengths[0].unsqueeze(3) / lengths[1].unsqueeze(2)
+    averages_over_pixels = True
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Of queries and then keys, (B, c, H, W) for each head, to (B, heads, c, c + 2), in float32 at least.
+
+        The mean products of queries (rows) and keys (columns); then a column of the mean squares of the queries, and
+        one of the keys.
+        """
+        parts = tuple(pixels_by_channels(part) for part in parts)
+        heads, pixels, dtype = len(parts) // 2, parts[0].shape[1], parts[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        squares = torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts], dim=1).square()
+        queries, keys = parts[:heads], parts[heads:]
+        if dtype == torch.float16:
+            # Sums over all pixels may exceed its largest number.
+            queries = [query * pixels**-0.5 for query in queries]
+        products = torch.stack([torch.bmm(q.transpose(1, 2), k) for q, k in zip(queries, keys, strict=True)], dim=1)
+        products = products.to(wide) * (pixels**-0.5 if dtype == torch.float16 else 1 / pixels)
+        of_queries, of_keys = (squares / pixels).unsqueeze(3).split(heads, dim=1)
+        return torch.cat([products, of_queries, of_keys], dim=3)
+
+
+def cosines(means: Tensor) -> Tensor:
+    """(B, heads, c, c) between queries and keys, of `PixelMeans`; 0 for channels without any length."""
+    products, lengths = means[..., :-2], means[..., -2:].clamp_min(EPSILON).sqrt()
+    return products / lengths[..., :1] / lengths[..., 1:].transpose(2, 3)
+
+
+def pixels_by_channels(features: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, H W, C); a view where they lie in memory as channels_last."""
+    return features.permute(0, 2, 3, 1).flatten(1, 2)
