@@ -78,10 +78,35 @@ def test_the_file_restores_pictures_of_sizes_that_nobody_checked(form, tmp_path)
     assert_file_restores_as(path, model, OTHER_SIZES)
     assert all(check.max_difference <= 1e-4 for check in checks)
     assert {check.batch for check in checks} == {1, 2, 3}
+    assert min(check.height for check in checks) == 3
     assert any(check.height % 2 and check.width % 2 for check in checks)
     found = metadata_of(path)
-    assert found["task"] == "rain" and found["size"] == "any" and found["precision"] == "float32"
+    assert found["task"] == "rain" and found["precision"] == "float32"
+    assert found["size"] == "any of at least 3 pixels a side"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+class Mirrors(Pads):
+    """Pads by reflection, and otherwise where pictures are too small for that: a trace holds one of both."""
+
+    def forward(self, x):
+        if min(x.shape[-2:]) >= 8:
+            return super().forward(F.pad(x, (0, 7, 0, 7), mode="reflect"))[..., :-7, :-7]
+        return super().forward(F.pad(x, (0, 7, 0, 7), mode="replicate"))[..., :-7, :-7]
+
+
+class Large(Pads):
+    def forward(self, x):
+        assert min(x.shape[-2:]) >= 8
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [Mirrors, Large])
+def test_a_file_that_is_not_right_for_small_pictures_says_so(make, tmp_path):
+    path = tmp_path / "network.pt2"
+    checks = export_network(network(make), path, ExportSettings("torch_export"))
+    assert metadata_of(path)["size"] == "any of at least 64 pixels a side"
+    assert min(check.height for check in checks) == 64
 
 
 @pytest.mark.slow
