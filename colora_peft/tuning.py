@@ -17,11 +17,10 @@ from .targets import resolve_ranks
 Method = Literal["colora", "lora", "full", "decoder", "bias"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-# Peak learning rates: the best of grids on training pairs. colora: of underwater, noise and rain (the middle of three
-# at 7%, examples/study_contributions.py, benchmark_results/contributions). lora: between what was best there at rank 1
-# (1e-3 and 2e-3) and at rank 5 on underwater (8e-3). The others: of underwater (examples/search_learning_rates.py,
-# benchmark_results/learning_rates.md).
-LEARNING_RATES: Mapping[str, float] = {"colora": 2e-3, "lora": 4e-3, "full": 3e-3, "decoder": 3e-3, "bias": 1e-2}
+# Peak learning rates: the best of grids on training pairs. colora and lora: of underwater, noise and rain (the middle
+# of three at 7%, examples/study_contributions.py, benchmark_results/contributions); the others: of underwater
+# (examples/search_learning_rates.py, benchmark_results/learning_rates.md).
+LEARNING_RATES: Mapping[str, float] = {"colora": 2e-3, "lora": 2e-3, "full": 3e-3, "decoder": 3e-3, "bias": 1e-2}
 
 # nn.MultiheadAttention calls one of its biases by the second name.
 _BIASES = ("bias", "in_proj_bias")
