@@ -65,7 +65,7 @@ class PageArguments:
         default=None, metadata={"help": "Address to listen on; 0.0.0.0 lets others in. Default: this machine alone."}
     )
     server_port: int | None = field(default=None, metadata={"help": "Default: the first free one from 7860."})
-    max_megapixels: int = field(default=25, metadata={"help": "Larger photos are refused."})
+    max_megapixels: int = field(default=16, metadata={"help": "Larger photos are refused."})
     max_upload_mb: int = field(default=50, metadata={"help": "Larger files are refused."})
     max_waiting: int = field(default=8, metadata={"help": "Jobs that wait while one runs; more are refused."})
 

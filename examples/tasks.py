@@ -34,7 +34,7 @@ from colora_peft.checkpoint import list_checkpoints
 from colora_peft.evaluation import evaluate
 from colora_peft.figures import save_before_after
 from colora_peft.files import relative_path, write_text
-from colora_peft.pairs import PairedImageFolder
+from colora_peft.pairs import PairedImageFolder, PairSource, draw_pairs
 from colora_peft.reconstruction import reconstruct
 from colora_peft.train_arguments import check_at_least
 from colora_peft.training import TrainingDiverged
@@ -74,6 +74,9 @@ class TasksArguments:
     blend_weights: list[float] = field(
         default_factory=lambda: [0.5, 0.5], metadata={"help": "How much of each of the two."}
     )
+    blend_samples: int | None = field(
+        default=None, metadata={"help": "Measure on this many test pairs of each, drawn by the seed. Default: all."}
+    )
     picture: str | None = field(
         default=None,
         metadata={"help": "File for a picture of the shipped example photos, each restored by its adapter."},
@@ -87,6 +90,8 @@ class TasksArguments:
 
     def __post_init__(self) -> None:
         check_at_least(self, "max_train_steps", 1)
+        if self.blend_samples is not None:
+            check_at_least(self, "blend_samples", 1)
         if self.output_dir is None:
             self.output_dir = relative_path(SHIPPED) if self.data_dir is None else "outputs/tasks"
         if self.tasks is None:
@@ -219,17 +224,25 @@ def switch_once(switch: AdapterSwitch, name: str, picture: torch.Tensor) -> Time
 
 def blending(args: TasksArguments, switch: AdapterSwitch) -> str:
     """PSNR of both tasks under the bare network, each adapter, and their weighted sum."""
-    tests = {task: PairedImageFolder(Path(args.data_dir) / task / "test") for task in args.blend}
+    tests = {task: test_pairs(args, task) for task in args.blend}
     switch.blend(args.blend, args.blend_weights, BLEND)
     rows = []
     for name in (NO_ADAPTER, *args.blend, BLEND):
         with switch.at_work(name) as model:
             rows.append([name, *(f"{psnr_of(model, pairs, switch):.2f}" for pairs in tests.values())])
     sum_of = " + ".join(f"{weight:g} {task}" for weight, task in zip(args.blend_weights, args.blend, strict=True))
-    return f"PSNR (dB) on the test pairs; {BLEND} is {sum_of}.\n\n{table(['adapter', *tests], rows)}"
+    counts = " and ".join(str(len(pairs)) for pairs in tests.values())
+    return f"PSNR (dB) on {counts} test pairs; {BLEND} is {sum_of}.\n\n{table(['adapter', *tests], rows)}"
 
 
-def psnr_of(model: nn.Module, pairs: PairedImageFolder, switch: AdapterSwitch) -> float:
+def test_pairs(args: TasksArguments, task: str) -> PairSource:
+    pairs = PairedImageFolder(Path(args.data_dir) / task / "test")
+    if args.blend_samples is None or args.blend_samples >= len(pairs):
+        return pairs
+    return draw_pairs(pairs, args.blend_samples, args.seed)[0]
+
+
+def psnr_of(model: nn.Module, pairs: PairSource, switch: AdapterSwitch) -> float:
     return evaluate(model, pairs, switch.device, "measuring")["psnr"]
 
 

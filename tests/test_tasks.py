@@ -102,6 +102,12 @@ def test_a_task_that_was_stopped_goes_on_from_its_checkpoint(trained, tmp_path, 
     assert fresh.finetune_arguments("haze").resume_from_checkpoint is None
 
 
+def test_a_blend_is_measured_on_as_many_pairs_as_asked_for(trained):
+    for asked_for, count in ((None, 4), (3, 3), (9, 4)):
+        args = tasks.TasksArguments(**{**trained[0], "blend_samples": asked_for})
+        assert len(tasks.test_pairs(args, "haze")) == count
+
+
 def test_without_data_the_adapters_that_are_there_are_listed(trained, capsys):
     arguments, _, output_dir = trained
     args = tasks.TasksArguments(model_name_or_path=arguments["model_name_or_path"], output_dir=str(output_dir))
@@ -130,6 +136,7 @@ def test_the_picture_shows_the_examples_of_the_adapters_that_are_there(tiny_nafn
         ({"blend": ["haze", "snow"]}, "name two of --tasks"),
         ({"blend": ["haze"]}, "name two of --tasks"),
         ({"blend_weights": [1.0]}, "give two numbers"),
+        ({"blend_samples": 0}, "must be at least 1"),
         ({"max_train_steps": 0}, "must be at least 1"),
     ],
 )
