@@ -1,12 +1,13 @@
 """examples/photo_restorer.py: a file in, a restored file of its kind out; what is refused leaves all as it was."""
 
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_example
+from conftest import EXAMPLES, load_example
 from PIL import Image
 from test_adapter_switch import adapters as adapters  # a fixture
 
@@ -125,3 +126,15 @@ def test_an_adapter_that_cannot_be_loaded_leaves_all_as_it_was(restorer, photo, 
     restorer._results.clear()
     assert restorer.adapters == ["haze", "rain"]
     assert np.array_equal(pixels(restorer.restore_file(photo, "haze", 1.0).result), before)
+
+
+def test_a_shipped_photo_takes_less_than_five_seconds_of_one_processor():
+    """From file to file, as the page does it."""
+    network = switching.AdapterSwitch(
+        EXAMPLES / "checkpoints" / "nafnet-small-prod", switching.adapters_in(EXAMPLES / "adapters")
+    )
+    restorer = module.PhotoRestorer(network, max_pixels=10**7)
+    for photo in sorted((EXAMPLES / "data" / "underwater" / "test" / "input").iterdir())[:2]:
+        start = time.process_time()
+        restorer.restore_file(photo, "underwater", 1.0)
+        assert time.process_time() - start < 5
