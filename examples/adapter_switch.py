@@ -58,6 +58,7 @@ class AdapterSwitch:
         self.device = device or torch.device("cpu")
         self.model: nn.Module = load_backbone(str(network)).to(self.device, memory_format=torch.channels_last)
         self.names: list[str] = []
+        self._strengths: dict[str, float] = {}
         for name, path in adapters.items():
             self.add(name, path)
 
@@ -79,6 +80,7 @@ class AdapterSwitch:
         self._check(name)
         self.model.delete_adapter(name)
         self.names.remove(name)
+        self._strengths.pop(name, None)
 
     def blend(self, names: Sequence[str], weights: Sequence[float], name: str) -> None:
         """Add the weighted sum of adapters, exactly, as an adapter of its own.
@@ -98,10 +100,13 @@ class AdapterSwitch:
         self._check(name)
         if not 0 <= strength <= MAX_STRENGTH:
             raise ValueError(f"The strength is {strength}; it must be between 0 and {MAX_STRENGTH}.")
-        self.model.set_adapter(name, inference_mode=True)
-        for layer in self.model.modules():
-            if isinstance(layer, CoLoRALayer):
-                layer.set_scale(name, strength)
+        if self.model.active_adapters != [name]:
+            self.model.set_adapter(name, inference_mode=True)
+        if self._strengths.get(name, 1.0) != strength:  # to walk over all layers takes as long as the switch
+            for layer in self.model.modules():
+                if isinstance(layer, CoLoRALayer):
+                    layer.set_scale(name, strength)
+            self._strengths[name] = strength
 
     @contextmanager
     def at_work(self, name: str, strength: float = 1.0) -> Iterator[nn.Module]:
