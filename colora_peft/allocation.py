@@ -6,9 +6,9 @@ A layer i of shape (d, k) with contribution C_i is to train the share
 
 of its d * k weights, alpha being as large as `parameter_budget` of all targeted weights allows. That ranks follow
 contribution, and a ratio of learnable parameters of each layer, are the paper's (arXiv 2408.01099); the power law,
-`beta` and `delta_min` are our choice, because the formula is not in our sources: one exponent that goes from uniform
-LoRA (beta = 0) to shares proportional to contribution (beta = 1). Uniform means as far as whole ranks allow: of a thin
-layer (depthwise, first or last) one rank may be more than the common share, and then it gets rank 0.
+`beta` and `delta_min` are our choice, because the formula is not in our sources: one exponent that goes from the
+same share everywhere (beta = 0) to shares proportional to contribution (beta = 1). As far as whole ranks allow: of a
+thin layer (depthwise, first or last) one rank may be more than the common share, and then it gets rank 0.
 
 Ranks are whole, so a layer climbs levels: rank 1, 2, ..., the last rank whose factors cost less than the weight
 itself, then dense (written as rank min(d, k)). It reaches a level of share s when alpha = s / C_i ** beta. Sorting the

@@ -70,10 +70,6 @@ class ImageFiles:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
-    def check(self, resolution: int) -> None:
-        """Decode every file once, before a run begins. Fills the cache. Raises as `check_pictures`."""
-        check_pictures(self, resolution)
-
 
 def _size(path: Path) -> int:
     try:

@@ -11,7 +11,6 @@ import copy
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .files import PARTIAL
+from .files import write_bytes
 from .reconstruction import output_pictures, pad_to_multiple, reconstruct, size_multiple
 
 __all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "SizeCheck", "export_network"]
@@ -137,7 +136,8 @@ def export_network(network: nn.Module, path: str | Path, settings: ExportSetting
     data = _onnx_bytes(program, settings, metadata) if settings.format == "onnx" else _pt2_bytes(program, metadata)
     run = _onnx_runner(data) if settings.format == "onnx" else _pt2_runner(data)
     checks = [_check(run, picture, wanted, settings) for picture, wanted in zip(pictures, expected, strict=True)]
-    _write(Path(path), data)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
     return checks
 
 
@@ -196,8 +196,8 @@ def _restores_small(program: ExportedProgram, expected: Tensor, settings: Export
 
 
 def _check_size_can_be_open(network: nn.Module) -> None:
-    """Refuse what torch.export does not come to an end with: of a Swin2SR of one stage it had traced nothing after 40
-    seconds on one core, since the masks of its windows are built in loops over the size.
+    """Refuse what torch.export does not come to an end with in a useful time: Swin2SR builds the masks of its windows
+    in loops over the size.
 
     Raises:
         ExportError: It is such a network.
@@ -348,13 +348,3 @@ def _metadata(settings: ExportSettings, smallest_side: int) -> dict[str, str]:
         "torch": torch.__version__,
         **settings.metadata,
     }
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -41,7 +41,7 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
     Args:
         model: The network, bare or with adapters, not compiled.
         window: Side in pixels of the picture, rounded up to the network's size multiple; each layer takes as much of
-            its feature map. The paper takes 1.5 times the side of the training patches.
+            its feature map.
 
     Raises:
         ValueError: The window is not positive; the network runs no such layer, or one at several resolutions; what it

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from colora_peft import CoLoRALayer, load
+from colora_peft.adapter_set import NO_ADAPTER
 from colora_peft.backbones import load_backbone
-
-NO_ADAPTER = "none"
-"""The bare network, where an adapter is named."""
 
 MAX_STRENGTH = 1.5
 

@@ -68,8 +68,8 @@ class RestoreArguments:
         default=None,
         metadata={"help": "Folder of clean pictures of the same names (any suffix): PSNR and SSIM, in RGB after "
                   "rounding to 8 bits, of the files as they are written, so with JPEG's losses. Borders are extended "
-                  "and tiles laid as restore_image does, so that on pictures that the network must pad the second "
-                  "decimal may differ from the figures of finetune.py."},
+                  "and tiles laid as restore_image does, so that on pictures that the network must pad the figures "
+                  "may differ a little from those of finetune.py."},
     )  # fmt: skip
     compare: bool = field(
         default=False,

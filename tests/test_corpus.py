@@ -77,7 +77,7 @@ def test_check_lists_every_culprit_by_name(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("not a picture")
     paths += [tmp_path / "text.png", tmp_path / "gone.png"]
     with pytest.raises(ValueError, match="^Of 5 pictures 4 cannot be used") as error:
-        ImageFiles(paths).check(16)
+        check_pictures(ImageFiles(paths), 16)
     for culprit in (
         "flat.png is 40x15 pixels, smaller than the patch of 16; lower --resolution",
         "thin.png is 9x40 pixels",
@@ -86,11 +86,11 @@ def test_check_lists_every_culprit_by_name(tmp_path, monkeypatch):
     ):
         assert culprit in str(error.value)
     assert "good.png" not in str(error.value)
-    ImageFiles(paths[:1]).check(16)
+    check_pictures(ImageFiles(paths[:1]), 16)
     # Pillow's guard against bombs is no OSError.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"good\.png cannot be read as a picture \(.*bomb"):
-        ImageFiles(paths[:1]).check(16)
+        check_pictures(ImageFiles(paths[:1]), 16)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -101,28 +101,28 @@ def test_check_finds_half_a_file_whose_header_is_whole(tmp_path, suffix):
     if suffix == "jpg":
         assert Image.open(half).size == (64, 64)
     with pytest.raises(ValueError, match=rf"^Of 2 pictures 1 cannot be used.*half\.{suffix} cannot be read") as error:
-        ImageFiles([good, half]).check(16)
+        check_pictures(ImageFiles([good, half]), 16)
     assert "good" not in str(error.value)
 
 
 def test_check_fills_the_cache(tmp_path):
     path = save(tmp_path / "a.png")
     files, expected = ImageFiles([path]), read_image(path)
-    files.check(10)
+    check_pictures(files, 10)
     path.unlink()
     assert torch.equal(as_float(files[0]), expected)
 
 
 @pytest.mark.parametrize(("count", "shown"), [(100, False), (101, True)])
 def test_check_shows_a_bar_when_it_takes_long(tmp_path, capsys, count, shown):
-    ImageFiles([save(tmp_path / "a.png")] * count).check(10)
+    check_pictures(ImageFiles([save(tmp_path / "a.png")] * count), 10)
     assert ("checking pictures" in capsys.readouterr().err) == shown
 
 
 def test_long_lists_of_culprits_are_cut_and_counted(tmp_path):
     paths = [tmp_path / f"{index:02}.png" for index in range(30)]
     with pytest.raises(ValueError, match=r"^Of 30 pictures 30 .*19\.png cannot be read.*\. There are 10 more\.$"):
-        ImageFiles(paths).check(1)
+        check_pictures(ImageFiles(paths), 1)
 
 
 # Every kind of file
