@@ -85,7 +85,8 @@ def trained_parameters(model: nn.Module) -> dict[str, float]:
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = sum(layer.weight.numel() for layer in adaptable_layers(network).values())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    everything = sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_added(name))
+    prefix = model.base_model.prefix if isinstance(model, PeftModel) else None
+    everything = sum(p.numel() for name, p in model.named_parameters() if not prefix or not _is_added(name, prefix))
     return {
         "trainable_parameters": trained,
         "trainable_ratio": trained / weights,
@@ -93,6 +94,6 @@ def trained_parameters(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _is_added(name: str) -> bool:
+def _is_added(name: str, prefix: str) -> bool:
     """Whether a parameter is not one of the bare network: an adapter's, or PEFT's copy of a module it trains whole."""
-    return any(part.startswith("colora_") or part == "modules_to_save" for part in name.split("."))
+    return any(part.startswith(prefix) or part == "modules_to_save" for part in name.split("."))

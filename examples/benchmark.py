@@ -23,10 +23,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from benchmark_plots import save_best_median_worst
 from benchmark_report import PICTURES_FOLDER, write_report
-from benchmark_variants import BUDGET, NONE, BenchmarkArguments, Variant, plan
+from benchmark_variants import BUDGET, NONE, PEFT_LORA, BenchmarkArguments, Variant, plan
 from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate
 from peak_memory import peak_memory_bytes, reset_peak_memory
 from peft import PeftModel
+from peft_lora import add_peft_lora
 from restoration_task import measure_contributions
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
@@ -82,7 +83,10 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
             scores = measure_contributions(network, drawn.patches, run, accelerator)
             config.contributions, found = scores.scores, {"seconds_contributions": scores.seconds}
         set_seed(seed)
-        model = prepare_for_tuning(network, variant.method, config)
+        if variant.method == PEFT_LORA:
+            model = add_peft_lora(network, config.parameter_budget)
+        else:
+            model = prepare_for_tuning(network, variant.method, config)
         also = None
         if seed != args.tuning_seed:
             also = partial(

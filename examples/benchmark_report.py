@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmark_plots import plot_over_pairs, plot_radar
+from benchmark_variants import PEFT_LORA
 from grid_cells import Cell
 from grid_report import Key, Results, Settings, difference, over_tasks, results_of, spread
 from tuned_grid import CELLS_FILE, SETTINGS_FILE
@@ -68,6 +69,7 @@ def differences_table(results: Results, tasks: list[str], pairs: int) -> str:
     for budget in sorted(values_in(results, "parameter_budget"), reverse=True):
         colora = (first, "colora", budget)
         claims[f"CoLoRA {budget:g} less LoRA, the same budget"] = colora, (first, "lora", budget)
+        claims[f"CoLoRA {budget:g} less PEFT's LoRA, the same budget"] = colora, (first, PEFT_LORA, budget)
         claims[f"CoLoRA {budget:g} less full tuning"] = colora, (first, "full", None)
     lines = [f"| dB, {pairs} pairs | {' | '.join(tasks)} | mean |", "|---" * (len(tasks) + 2) + "|"]
     for name, (one, other) in claims.items():

@@ -14,6 +14,9 @@ from colora_peft.train_arguments import check_at_least
 
 NONE = "none"
 """A network: new weights instead of pre-trained ones."""
+PEFT_LORA = "peft_lora"
+"""A method: LoRA as PEFT itself has it, in the layers that it takes; "lora" is ours, in all."""
+BUDGETED = ("lora", PEFT_LORA, "colora")
 BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
 
@@ -46,10 +49,11 @@ class BenchmarkArguments:
     )
     train_pairs: list[int] = field(default_factory=lambda: [16], metadata={"help": "Numbers of pairs to train on."})
     methods: list[str] = field(
-        default_factory=lambda: ["full", "decoder", "bias", "lora", "colora"], metadata={"help": "For `tuning`."}
+        default_factory=lambda: ["full", "decoder", "bias", *BUDGETED], metadata={"help": "For `tuning`."}
     )
     budgets: list[float] = field(
-        default_factory=lambda: [BUDGET, 0.02], metadata={"help": "Of lora and colora; rates are chosen at each."}
+        default_factory=lambda: [BUDGET, 0.02],
+        metadata={"help": f"Of {', '.join(BUDGETED)}; rates are chosen at each."},
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [2.5e-4, 1e-3, 4e-3, 1.6e-2], metadata={"help": "Tried with the tuning seed."}
@@ -139,5 +143,5 @@ def variants_of(comparison: str, task: str, pairs: int, args: BenchmarkArguments
     networks = list(args.network_paths())
     if comparison == "pretraining":
         return [Variant(task, pairs, network, "full") for network in networks]
-    budgets = {method: args.budgets if method in ("lora", "colora") else [None] for method in args.methods}
+    budgets = {method: args.budgets if method in BUDGETED else [None] for method in args.methods}
     return [Variant(task, pairs, networks[0], method, budget) for method in args.methods for budget in budgets[method]]

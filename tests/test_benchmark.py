@@ -29,10 +29,10 @@ def arguments(data_dir, **settings):
 def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(data_dir):
     args = arguments(data_dir, networks=["prod=x", "single=y", "none"], train_pairs=[3, 4], budgets=[0.07, 0.02])
     planned = benchmark_variants.plan(args)
-    assert len(planned) == len(set(planned)) == 2 * 2 * (3 + 2 + 2 * 2)
+    assert len(planned) == len(set(planned)) == 2 * 2 * (3 + 2 + 3 * 2)
     assert {v.network for v in planned if v.method != "full"} == {"prod"}
     assert {v.network for v in planned if v.method == "full"} == {"prod", "single", "none"}
-    assert {v.parameter_budget for v in planned if v.method in ("lora", "colora")} == {0.07, 0.02}
+    assert {v.parameter_budget for v in planned if v.method in ("lora", "peft_lora", "colora")} == {0.07, 0.02}
     assert all(v.tuned_as(args) == v._replace(train_pairs=16) for v in planned)
 
 
@@ -122,16 +122,16 @@ def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "cells.json").read_text())
-    assert len(cells) == 2 * (5 + 1) * 3  # tasks, ways and networks, seeds with the one to tune
+    assert len(cells) == 2 * (6 + 1) * 3  # tasks, ways and networks, seeds with the one to tune
     for task in ("a", "b"):  # switched off, an adapter leaves the network what it was, whatever was trained
-        kept = {c["psnr_old_task"] for c in cells if (c["task"], c["method"]) in ((task, "lora"), (task, "colora"))
-                and c["seed"] != 100}  # fmt: skip
+        switched_off = [(task, method) for method in ("lora", "peft_lora", "colora")]
+        kept = {c["psnr_old_task"] for c in cells if (c["task"], c["method"]) in switched_off and c["seed"] != 100}
         tuned = {c["psnr_old_task"] for c in cells if (c["task"], c["method"]) == (task, "full") and c["seed"] != 100}
         assert len(kept) == 1 and len(tuned) == 4 and not kept & tuned
     report = (tmp_path / "README.md").read_text()
-    for row in ("none + full", "prod + bias", "prod + lora 0.3", "CoLoRA 0.3 less LoRA"):
+    for row in ("none + full", "prod + bias", "prod + lora 0.3", "prod + peft_lora 0.3", "CoLoRA 0.3 less LoRA"):
         assert row in report
-    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2 * (5 + 1)
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2 * (6 + 1)
     again = subprocess.run([*command, "--report_only", "True"], capture_output=True, text=True)
     assert again.returncode == 0 and json.loads((tmp_path / "cells.json").read_text()) == cells
     changed = [*command, "--networks", f"prod={EXAMPLES / 'checkpoints' / 'nafnet-small-prod'}", "--tasks", "a",
