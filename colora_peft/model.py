@@ -6,7 +6,7 @@ Which layer gets which rank is decided in `colora_peft.targets`, before the firs
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -25,6 +25,15 @@ from .offloading import check_nothing_offloaded, is_offloaded
 from .targets import check_not_offloaded, matches, resolve_ranks
 
 
+class OwnWeights(NamedTuple):
+    """The adapter weights that a network has."""
+
+    by_adapter: dict[str | None, dict[str, Tensor]]
+    """Under the names that state dicts have for them."""
+    second_names: set[str]
+    """The other names of weights that have several, because a block is registered twice."""
+
+
 class CoLoRAModel(BaseTuner):
     """A network whose targeted layers carry CoLoRA adapters; made by `peft.get_peft_model`."""
 
@@ -32,8 +41,8 @@ class CoLoRAModel(BaseTuner):
     tuner_layer_cls = CoLoRALayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    _loading: str | None = None
-    """The adapter whose weights PEFT is about to load."""
+    _loading: tuple[str, OwnWeights] | None = None
+    """The adapter whose weights PEFT is about to load, and what they are loaded into."""
 
     _fingerprint: str | None = None
     """Of the base, taken before anything of it was trained or merged."""
@@ -214,26 +223,25 @@ class CoLoRAModel(BaseTuner):
         if isinstance(tuner, CoLoRAModel):
             tuner.check_unmerged(adapter_name)
             # PEFT does not find the place of weights inside of wrappers for checkpointing.
-            own = {f"base_model.model.{name}" for name in tuner._own_weights()[0].get(adapter_name, {})}
-            remapped = {f"{key}.{adapter_name}" if key in own else key: tensor for key, tensor in remapped.items()}
-            tuner._check_fit(remapped, "base_model.model.", adapter_name, shapes=False)
-            tuner._loading = adapter_name
+            own = tuner._own_weights()
+            places = {f"base_model.model.{name}" for name in own.by_adapter.get(adapter_name, {})}
+            remapped = {f"{key}.{adapter_name}" if key in places else key: tensor for key, tensor in remapped.items()}
+            tuner._check_fit(remapped, "base_model.model.", adapter_name, own, shapes=False)
+            tuner._loading = adapter_name, own
         return remapped
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # Before the first weight is copied. PEFT has left out by now what ignore_mismatched_sizes lets it ignore.
         loading, self._loading = self._loading, None
         if loading is not None:
-            self._check_fit(state_dict, f"{prefix}model.", loading, names=False)
+            self._check_fit(state_dict, f"{prefix}model.", *loading, names=False)
         elif not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
             for adapter in weights_by_adapter(state_dict, f"{prefix}model.", self.prefix):
                 if adapter in self.peft_config:
-                    self._check_fit(state_dict, f"{prefix}model.", adapter)
+                    self._check_fit(state_dict, f"{prefix}model.", adapter, self._own_weights())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _own_weights(self) -> tuple[dict[str | None, dict[str, Tensor]], set[str]]:
-        """Adapter weights of the network by adapter, under the names that state dicts have for them; and the other
-        names of weights that have several, because a block is registered twice."""
+    def _own_weights(self) -> OwnWeights:
         first_names, named, second_names = {}, {}, set()
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if self.prefix not in name:
@@ -243,7 +251,7 @@ class CoLoRAModel(BaseTuner):
                 named[name] = parameter
             else:
                 second_names.add(name.rpartition(".")[0])
-        return weights_by_adapter(named, "", self.prefix), second_names
+        return OwnWeights(weights_by_adapter(named, "", self.prefix), second_names)
 
     def check_unmerged(self, adapter: str) -> None:
         """Check that unmerging will not subtract other weights than were added.
@@ -259,7 +267,13 @@ class CoLoRAModel(BaseTuner):
         return any("_fsdp_wrapped_module" in name for name, _ in self.model.named_modules())
 
     def _check_fit(
-        self, state_dict: dict[str, Tensor], prefix: str, adapter: str, names: bool = True, shapes: bool = True
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        adapter: str,
+        own: OwnWeights,
+        names: bool = True,
+        shapes: bool = True,
     ) -> None:
         """Check that `state_dict` holds all weights of `adapter` and none without a place (names), and their shapes.
 
@@ -269,10 +283,9 @@ class CoLoRAModel(BaseTuner):
         if self._is_sharded():
             return
         loaded = weights_by_adapter(state_dict, prefix, self.prefix)
-        own, second_names = self._own_weights()
-        expected = own.get(adapter, {})
+        expected = own.by_adapter.get(adapter, {})
         # Some versions of PEFT save what has two names under both.
-        found = {name: t for name, t in loaded.get(adapter, {}).items() if name not in second_names}
+        found = {name: t for name, t in loaded.get(adapter, {}).items() if name not in own.second_names}
         found |= loaded.get(None, {})
         if not names:
             expected = {name: tensor for name, tensor in expected.items() if name in found}
