@@ -182,6 +182,11 @@ class DeltaStore(nn.Module, BaseTunerLayer):
             return self.scaling[adapter] * self.colora_dense[adapter]
         return (self.scaling[adapter] * self.colora_B[adapter]) @ self.colora_A[adapter]
 
+    def weights_of(self, adapter: str) -> list[nn.Parameter]:
+        """The parameters of `adapter` in this layer; none if it has no such adapter."""
+        stores = (getattr(self, attribute) for attribute in self.adapter_layer_names)
+        return [store[adapter] for store in stores if adapter in store]
+
     def is_empty(self, adapter: str) -> bool:
         """Whether the delta of `adapter` is zero because its B, or its dense delta, is, or has no values yet."""
         up = self.colora_dense[adapter] if adapter in self.colora_dense else self.colora_B[adapter]

@@ -83,8 +83,9 @@ class CoLoRAModel(BaseTuner):
         return self._fingerprint
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if not any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.model.parameters()):
-            return  # nothing that would be cast; to look for it layer by layer takes much longer
+        layers = (layer for layer in self.model.modules() if isinstance(layer, CoLoRALayer))
+        if all(weight.dtype.itemsize >= 4 for layer in layers for weight in layer.weights_of(adapter_name)):
+            return  # nothing that would be cast; PEFT's search for it takes much longer
         # PEFT puts the cast parameters in place of the old ones, and new parameters require gradients.
         before = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
