@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .files import write_bytes
-from .reconstruction import output_pictures, pad_to_multiple, reconstruct, size_multiple
+from .padding import pad_to_multiple
+from .reconstruction import output_pictures, reconstruct, size_multiple
 
 __all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "SizeCheck", "export_network"]
 

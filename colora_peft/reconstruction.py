@@ -7,7 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["output_pictures", "pad_to_multiple", "reconstruct", "restoration_loss", "size_multiple"]
+from .padding import pad_to_multiple
+
+__all__ = ["output_pictures", "reconstruct", "restoration_loss", "size_multiple"]
 
 
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -58,19 +60,6 @@ def size_multiple(model: nn.Module) -> int:
         return multiple
     config = getattr(network, "config", None)
     return config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
-
-
-def pad_to_multiple(pictures: Tensor, multiple: int) -> Tensor:
-    """Pictures (B, C, H, W) continued below and to the right until H and W are multiples of `multiple`.
-
-    They are mirrored; where a side is too short for that, its last row or column is repeated.
-    """
-    if multiple == 1:
-        return pictures
-    height, width = pictures.shape[-2:]
-    below, right = -height % multiple, -width % multiple
-    mode = "reflect" if multiple <= min(height, width) else "replicate"
-    return F.pad(pictures, (0, right, 0, below), mode=mode)
 
 
 def _hint(reconstruction: Tensor, pictures: Tensor) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TileAxis", "lay_tiles", "reflected_indices"]
+__all__ = ["TileAxis", "lay_tiles"]
 
 DISCARDED_SHARE = 0.25
 """Of an overlap: the outermost pixels of a tile, which its cut edge has spoilt most, get no weight (our choice)."""
@@ -102,15 +102,3 @@ def _cores(starts: tuple[int, ...], length: int, multiple: int) -> tuple[tuple[i
         cuts.append((left + length + right) // 2 // multiple * multiple)
     cuts.append(starts[-1] + length)
     return tuple((cuts[i] - start, cuts[i + 1] - start) for i, start in enumerate(starts))
-
-
-def reflected_indices(start: int, end: int, size: int) -> Tensor:
-    """(end - start,) int64: pixels [start, end) of an axis of `size` that is reflected at its ends without end.
-
-    As torch's "reflect" padding, which only reaches size - 1 pixels far; an axis of one pixel is repeated.
-    """
-    if size == 1:
-        return torch.zeros(end - start, dtype=torch.int64)
-    period = 2 * (size - 1)
-    folded = torch.arange(start, end) % period
-    return torch.where(folded < size, folded, period - folded)

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 
 from .evaluation import evaluation_mode
 from .local_pooling import local_pooling, pools_locally, size_multiple_of
+from .padding import reflected_indices
 from .picture_statistics import PictureStatistics, Rectangle
 from .reconstruction import reconstruct
 from .self_ensemble import EIGHT, Transform
-from .tile_grid import TileAxis, check_tile, lay_tiles, reflected_indices
+from .tile_grid import TileAxis, check_tile, lay_tiles
 
 __all__ = ["Pooling", "restore_image"]
 

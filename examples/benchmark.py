@@ -135,8 +135,8 @@ def look_further(
 
 def main(args: BenchmarkArguments) -> None:
     folder = Path(args.output_dir)
-    check_same_settings(folder, shared_settings(args))
     if not args.report_only:
+        check_same_settings(folder, shared_settings(args))
         accelerator = Accelerator()
         use_all_cores(accelerator)
         # By task: what is compared then runs on one machine.

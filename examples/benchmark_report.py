@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmark_plots import plot_over_pairs, plot_radar
-from benchmark_variants import PEFT_LORA
+from benchmark_variants import NONE, PEFT_LORA
 from grid_cells import Cell
 from grid_report import Key, Results, Settings, difference, over_tasks, results_of, spread
 from tuned_grid import CELLS_FILE, SETTINGS_FILE
@@ -26,9 +26,10 @@ the adapter switched off, so that the network is what it was; a network that was
 
 
 def values_in(results: Results, name: str) -> list[object]:
-    """The different values of a setting, in order of first appearance."""
+    """The different values of a setting, in order of first appearance; new weights (NONE) last."""
     index = SETTINGS.names.index(name)
-    return [value for value in dict.fromkeys(key[index] for key in results) if value is not None]
+    found = [value for value in dict.fromkeys(key[index] for key in results) if value is not None]
+    return sorted(found, key=lambda value: value == NONE)
 
 
 def label(network: str, method: str, budget: float | None) -> str:
@@ -39,7 +40,7 @@ def label(network: str, method: str, budget: float | None) -> str:
 def rows_of(results: Results) -> dict[str, Callable[[str, int], Key]]:
     """What is compared, by its label: the key of a task and a number of pairs."""
     rows = {}
-    for _, _, network, method, budget in results:
+    for _, _, network, method, budget in sorted(results, key=lambda key: key[2] == NONE):
         rows[label(network, method, budget)] = lambda task, pairs, rest=(network, method, budget): (task, pairs, *rest)
     return rows
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_transformers import tiny_swin2sr
 from torch import nn
 
-from colora_peft.reconstruction import pad_to_multiple, reconstruct, size_multiple
+from colora_peft.reconstruction import reconstruct, size_multiple
 
 
 class Halves(nn.Module):
@@ -22,18 +22,6 @@ class Halves(nn.Module):
 
 def pictures(*size):
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("size", [(8, 8), (7, 6), (1, 5), (9, 16)])
-@pytest.mark.parametrize("multiple", [1, 2, 8])
-def test_padding_keeps_the_picture_and_adds_what_is_in_it(size, multiple):
-    x = pictures(*size)
-    padded = pad_to_multiple(x, multiple)
-    height, width = padded.shape[-2:]
-    assert height % multiple == width % multiple == 0
-    assert size[0] <= height < size[0] + multiple and size[1] <= width < size[1] + multiple
-    assert torch.equal(padded[..., : size[0], : size[1]], x)
-    assert set(padded.flatten().tolist()) == set(x.flatten().tolist())
 
 
 def test_a_network_of_even_sizes_restores_odd_ones_as_the_even_ones_around_them():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from colora_peft.tile_grid import lay_tiles, reflected_indices
+from colora_peft.tile_grid import lay_tiles
 
 GRIDS = [
     (size, tile, overlap, multiple)
@@ -54,10 +53,3 @@ def test_a_picture_no_larger_than_the_tile_is_one_tile(tile):
 def test_impossible_tiles_are_refused(tile, overlap, message):
     with pytest.raises(ValueError, match=message):
         lay_tiles(1000, tile, overlap, 16)
-
-
-def test_reflection_is_torchs_as_far_as_that_reaches_and_goes_on():
-    line = torch.rand(1, 1, 7)
-    assert torch.equal(line[..., reflected_indices(0, 13, 7)], F.pad(line, (0, 6), mode="reflect"))
-    assert reflected_indices(0, 10, 3).tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0, 1]
-    assert reflected_indices(2, 5, 1).tolist() == [0, 0, 0]
