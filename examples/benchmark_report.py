@@ -58,6 +58,20 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
     return "\n".join(lines)
 
 
+def ssim_table(cells: list[Cell], tasks: list[str], pairs: int) -> str:
+    """Markdown: test SSIM of each row and task, mean over the seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in sorted((c for c in cells if c["train_pairs"] == pairs), key=lambda cell: cell["network"] == NONE):
+        name = label(cell["network"], cell["method"], cell.get("parameter_budget"))
+        found.setdefault(name, {}).setdefault(cell["task"], []).append(cell["ssim"])
+    lines = [f"| SSIM, {pairs} pairs | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    inputs = {cell["task"]: f"{cell['ssim_input']:.3f}" for cell in cells}
+    lines.append(f"| input | {' | '.join(inputs.get(task, '') for task in tasks)} |")
+    for name, own in found.items():
+        lines.append(f"| {name} | {' | '.join(f'{mean(own[t]):.3f}' if t in own else '' for t in tasks)} |")
+    return "\n".join(lines)
+
+
 def differences_table(results: Results, tasks: list[str], pairs: int) -> str:
     """Markdown: the paper's claims, as differences that are paired by seed."""
     first = values_in(results, "network")[0]
@@ -157,7 +171,7 @@ def write_report(folder: Path) -> str:
     for pairs in counts:
         text += f"## {pairs} pairs\n\n{quality_table(results, inputs, tasks, pairs)}\n\n"
         text += "Differences, paired by seed, with their standard error:\n\n"
-        text += f"{differences_table(results, tasks, pairs)}\n\n"
+        text += f"{differences_table(results, tasks, pairs)}\n\n{ssim_table(tested, tasks, pairs)}\n\n"
         if plot_radar(results, rows, tasks, pairs, folder / f"radar-{pairs}.png"):
             text += f"![each task from the worst to the best](radar-{pairs}.png)\n\n"
     if len(counts) > 1:

@@ -66,8 +66,8 @@ def test_a_task_without_a_test_split_is_named(tmp_path):
 
 def cell(seed, psnr, network="prod", method="full", **settings):
     return {"task": "a", "train_pairs": 16, "network": network, "method": method, "learning_rate": 1e-3, "seed": seed,
-            "psnr": psnr, "psnr_input": 10.0, "seconds": 2.0, "trainable_parameters": 7, "trainable_ratio": 0.5,
-            "hardware": "a laptop", **settings}  # fmt: skip
+            "psnr": psnr, "psnr_input": 10.0, "ssim": psnr / 100, "ssim_input": 0.1, "seconds": 2.0,
+            "trainable_parameters": 7, "trainable_ratio": 0.5, "hardware": "a laptop", **settings}  # fmt: skip
 
 
 def test_report_has_the_claims_and_says_what_failed(tmp_path):
@@ -83,6 +83,7 @@ def test_report_has_the_claims_and_says_what_failed(tmp_path):
     assert (tmp_path / "README.md").read_text() == text
     assert "| prod less single, both tuned in full | +1.00 ± 0.00 (2) |" in text
     assert "| CoLoRA 0.07 less full tuning | +0.50 ± 0.00 (2) |" in text
+    assert "| input | 0.100 |\n| prod + full | 0.205 |\n| single + full | 0.195 |" in text
     assert "Cells that failed: ('a', 16, 'none', 'full', None), 0.008, seed 0" in text
 
 
