@@ -95,7 +95,7 @@ def differences_table(results: Results, tasks: list[str], pairs: int) -> str:
 
 
 def cost_table(cells: list[Cell]) -> str:
-    """Markdown: what each way of tuning trains and takes; means over all cells that were run in that way.
+    """Markdown: what each way of tuning trains and takes; means over all its cells of the tasks that all ways have.
 
     On a CPU the peak is that of the process, with all that it had loaded before.
     """
@@ -104,6 +104,10 @@ def cost_table(cells: list[Cell]) -> str:
         if "psnr" in cell:
             name = label(cell["network"], cell["method"], cell.get("parameter_budget"))
             groups.setdefault(name, []).append(cell)
+    # Another mean of tasks would be another task: what is forgotten is measured on each task's own pictures.
+    shared = set.intersection(*({cell["task"] for cell in own} for own in groups.values()))
+    if shared:
+        groups = {name: [cell for cell in own if cell["task"] in shared] for name, own in groups.items()}
     columns = {
         "trained parameters": lambda own: f"{mean(cell['trainable_parameters'] for cell in own):,.0f}",
         "of the adaptable weights": lambda own: f"{mean(cell['trainable_ratio'] for cell in own):.2%}",

@@ -87,6 +87,13 @@ def test_report_has_the_claims_and_says_what_failed(tmp_path):
     assert "Cells that failed: ('a', 16, 'none', 'full', None), 0.008, seed 0" in text
 
 
+def test_costs_are_means_over_the_tasks_that_all_ways_have():
+    cells = [cell(0, 20.0, psnr_old_task=24.0), cell(0, 20.0, method="bias", psnr_old_task=26.0)]
+    cells.append({**cell(0, 20.0, psnr_old_task=30.0), "task": "b"})
+    table = benchmark_report.cost_table(cells)
+    assert "| prod + full | 7 | 50.00% | 2 | 0.0 |  | 24.00 |" in table and "| 26.00 |" in table
+
+
 def test_a_name_that_stands_for_two_networks_is_refused(tmp_path):
     cells = [cell(0, 20.0, weights="a"), cell(1, 20.0, weights="b")]
     (tmp_path / "cells.json").write_text(json.dumps(cells))
