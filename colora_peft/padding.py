@@ -1,4 +1,7 @@
-"""Pictures continued beyond their edges by reflection, however far: the only way that this package pads."""
+"""Pictures continued beyond their edges by reflection, however far.
+
+(Restormer, which imports nothing from here, reflects by itself.)
+"""
 
 from __future__ import annotations
 

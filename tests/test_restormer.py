@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageToImage
 
 from colora_peft.export import ExportSettings, export_network
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
-from colora_peft.models.restormer.modeling_restormer import GatedGelu, LayerNorm, RestormerBlock
-from colora_peft.padding import pad_to_multiple
+from colora_peft.models.restormer.modeling_restormer import GatedGelu, LayerNorm, RestormerBlock, pad_by_reflection
 
 VARIANTS = {
     "norms with bias": {},
@@ -163,13 +162,25 @@ def test_the_norm_without_bias_keeps_the_mean():
     assert LayerNorm(5, bias=True)(x).mean(1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (5, 16), (20, 9)])
+def test_padding_is_by_reflection_and_goes_back_and_forth_where_the_picture_ends(height, width):
+    x = torch.rand(1, 2, height, width)
+    padded, expected = pad_by_reflection(x, 8), x
+    for dim, size in ((2, height), (3, width)):
+        mirrored = [*range(size), *range(size - 2, 0, -1)] * 8
+        expected = expected.index_select(dim, torch.tensor(mirrored[: math.ceil(size / 8) * 8]))
+    assert torch.equal(padded, expected)
+    if height > 4 and width > 4:
+        assert torch.equal(padded, F.pad(x, (0, -width % 8, 0, -height % 8), mode="reflect"))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 7), (16, 9)])
 def test_any_size_equals_the_padded_multiple(height, width):
     model, x = tiny_restormer(), torch.rand(1, 3, height, width)
     restored = model(x).reconstruction
     assert restored.shape == x.shape
-    whole = model(pad_to_multiple(x, model.config.size_multiple)).reconstruction
+    whole = model(pad_by_reflection(x, model.config.size_multiple)).reconstruction
     torch.testing.assert_close(restored, whole[..., :height, :width], rtol=0, atol=1e-6)
 
 

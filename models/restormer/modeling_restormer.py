@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageSuperResolutionOutput
 
-from colora_peft.padding import pad_to_multiple
-
 from .attention_restormer import ChannelAttention
 from .configuration_restormer import RestormerConfig
 
@@ -125,6 +123,23 @@ class Resampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+def pad_by_reflection(pictures: Tensor, multiple: int) -> Tensor:
+    """Pad (B, C, H, W) below and to the right up to a multiple, by mirroring about the last row and column.
+
+    Pictures smaller than their padding are mirrored back and forth, where `F.pad` would refuse.
+    """
+    height, width = pictures.shape[-2:]
+    if min(height, width) >= multiple:
+        return F.pad(pictures, (0, -width % multiple, 0, -height % multiple), mode="reflect")
+    for dim in (2, 3):
+        size = pictures.shape[dim]
+        last = size - 1
+        # Back and forth is 0 1 ... last ... 1 | 0 1 ...: a period of 2 * last pixels, of one pixel 0 0 0 ...
+        index = torch.arange(size + -size % multiple, device=pictures.device) % max(2 * last, 1)
+        pictures = pictures.index_select(dim, last - (last - index).abs())
+    return pictures
 
 
 class RestormerPreTrainedModel(PreTrainedModel):
@@ -235,7 +250,7 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
     def _restore(self, pictures: Tensor) -> Tensor:
         height, width = pictures.shape[-2:]
         # By reflection, as in the official evaluation: its published weights were tested that way.
-        padded = pad_to_multiple(pictures, self.config.size_multiple)
+        padded = pad_by_reflection(pictures, self.config.size_multiple)
         first = self.patch_embed(padded)
         skip1 = self.encoder_level1(first)
         skip2 = self.encoder_level2(self.down1_2(skip1))
