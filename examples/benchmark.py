@@ -6,7 +6,7 @@ Every cell is a run of the engine of finetune.py: the same steps, batches and pa
 each method, network and task is the best of --learning_rates on pairs held out of the training folder, with a seed of
 its own; the test folder is touched by the other seeds alone, at that rate. Pictures are evaluated on their centres
 (--evaluated_size). Cells are kept and not run again: the benchmark grows over many calls, and several processes may
-share the work (--part 0/2 and 1/2). Each call ends by writing the report of all cells that it knows.
+share the work (--part 0/2 and 1/2), on one GPU, too. Each call ends by writing the report of all cells that it knows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from benchmark_plots import save_best_median_worst
-from benchmark_report import PICTURES_FOLDER, write_report
+from benchmark_report import PICTURES_FOLDER, check_names, write_report
 from benchmark_variants import BUDGET, NONE, PEFT_LORA, BenchmarkArguments, Variant, plan
 from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate
-from peak_memory import peak_memory_bytes, reset_peak_memory
 from peft import PeftModel
 from peft_lora import add_peft_lora
 from restoration_task import measure_contributions
@@ -35,10 +34,11 @@ from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
 
 from colora_peft import CoLoRAConfig, base_fingerprint
 from colora_peft.backbones import load_backbone, register_backbones
+from colora_peft.config import METHOD_VERSION
 from colora_peft.corpus import ImageFiles
 from colora_peft.evaluation import evaluate
 from colora_peft.images import list_images
-from colora_peft.pairs import PairedImageFolder, PairSource
+from colora_peft.pairs import PairedImageFolder, PairSource, check_pairs
 from colora_peft.patches import DegradedPictures
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.scaling import adapter_scaling
@@ -46,7 +46,7 @@ from colora_peft.training import use_all_cores
 from colora_peft.tuning import prepare_for_tuning
 
 
-def shared_settings(args: BenchmarkArguments) -> Cell:
+def shared_settings(args: BenchmarkArguments, accelerator: Accelerator) -> Cell:
     """What all cells of a benchmark have in common."""
     names = ("max_train_steps", "resolution", "per_device_train_batch_size", "evaluated_size", "validation_pairs")
     run = run_arguments(args, "", args.learning_rates[0], args.seeds[0])
@@ -56,6 +56,8 @@ def shared_settings(args: BenchmarkArguments) -> Cell:
         "probe_batches": run.probe_batches,
         "beta": CoLoRAConfig.beta,
         "colora_alpha": CoLoRAConfig.colora_alpha,
+        "method_version": METHOD_VERSION,
+        "mixed_precision": accelerator.mixed_precision,
         "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
     }
 
@@ -73,7 +75,6 @@ def load_network(args: BenchmarkArguments, name: str, accelerator: Accelerator) 
 def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
     """Train once; quality on the test folder, or for the tuning seed on pairs held out of the training folder."""
     drawn = draw(args, args.train_dir(variant.task), variant.train_pairs, seed)
-    reset_peak_memory(accelerator.device)
     set_seed(seed)
     network = load_network(args, variant.network, accelerator)
     config, found = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET), {}
@@ -93,7 +94,7 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
                 look_further, args, variant, drawn.evaluated if seed == args.seeds[0] else None, accelerator
             )
         found |= train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator, also)
-    return {**found, "peak_memory_bytes": peak_memory_bytes(accelerator.device)}
+    return found
 
 
 @cache
@@ -133,18 +134,45 @@ def look_further(
         return {"psnr_old_task": evaluate(model, pairs, accelerator.device, "")["psnr"]}
 
 
+def run_missing(args: BenchmarkArguments, folder: Path) -> None:
+    """Run the cells of the plan that the folder lacks, after a look at all that could be wrong with the data.
+
+    Raises:
+        ValueError: Several processes were launched, or the folder has cells of other settings, weights or pairs.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            "The benchmark runs a cell in one process: start several with --part instead of launching them."
+        )
+    use_all_cores(accelerator)
+    check_same_settings(folder, shared_settings(args, accelerator))
+    variants, file = plan(args), CellFile(folder / CELLS_FILE)
+    check_names([*file.cells, *({**variant.settings(), **identity(args, variant)} for variant in variants)])
+    check_data(args)
+    groups = own_part(list(dict.fromkeys(variant.tuned_as(args) for variant in variants)), args.part)
+    tuned_as, known = (lambda variant: variant.tuned_as(args)), partial(identity, args)
+    grid = TunedGrid(args, file, tuned_as, partial(run_cell, args, accelerator=accelerator), known, args.retry_failed)
+    grid.run([variant for variant in variants if variant.tuned_as(args) in groups])
+
+
+def check_data(args: BenchmarkArguments) -> None:
+    """Read every pair once, so that none is found to be bad hours later.
+
+    Raises:
+        ValueError: A picture is unreadable, too small or of another size than its target; names it.
+    """
+    for task in args.tasks:
+        for split in ("train", "test"):
+            check_pairs(
+                PairedImageFolder(Path(args.data_dir) / task / split), args.resolution, "a patch (--resolution)"
+            )
+
+
 def main(args: BenchmarkArguments) -> None:
     folder = Path(args.output_dir)
     if not args.report_only:
-        check_same_settings(folder, shared_settings(args))
-        accelerator = Accelerator()
-        use_all_cores(accelerator)
-        # By task: what is compared then runs on one machine.
-        tasks = own_part(args.tasks, args.part)
-        variants = [variant for variant in plan(args) if variant.task in tasks]
-        run = partial(run_cell, args, accelerator=accelerator)
-        tuned_as, known = (lambda variant: variant.tuned_as(args)), partial(identity, args)
-        TunedGrid(args, CellFile(folder / CELLS_FILE), tuned_as, run, known).run(variants)
+        run_missing(args, folder)
     print(write_report(folder))
 
 

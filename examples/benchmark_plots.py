@@ -19,19 +19,24 @@ from colora_peft.pairs import PairSource
 Rows = dict[str, Callable[[str, int], Key]]
 
 
-def plot_over_pairs(results: Results, rows: Rows, tasks: list[str], counts: list[int], path: Path) -> None:
-    """The paper's curves: mean test PSNR over the tasks that a row has for every number of pairs it was run with."""
+def plot_over_pairs(results: Results, rows: Rows, counts: list[int], path: Path) -> bool:
+    """The paper's curves: mean test PSNR over the tasks that all of them have; whether there is any.
+
+    A curve is what was run with at least two numbers of pairs. Tasks count that every curve has at each of its points.
+    """
+    points = {name: [count for count in counts if _tasks_at(results, key_of, count)] for name, key_of in rows.items()}
+    curves = {name: own for name, own in points.items() if len(own) > 1}
+    shared = [_tasks_at(results, rows[name], count) for name, own in curves.items() for count in own]
+    tasks = sorted(set.intersection(*shared)) if shared else []
+    if not tasks:
+        return False
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name, key_of in rows.items():
-        points = []
-        for count in counts:
-            found = [results.get(key_of(task, count)) for task in tasks]
-            if all(found):
-                error = math.hypot(*(_standard_error(list(result.psnr.values())) for result in found)) / len(found)
-                points.append((count, mean(mean(result.psnr.values()) for result in found), error))
-        if points:
-            axes.errorbar(*zip(*points, strict=True), marker="o", capsize=3, label=name)
+    for name, own in curves.items():
+        found = [[list(results[rows[name](task, count)].psnr.values()) for task in tasks] for count in own]
+        means = [mean(map(mean, values)) for values in found]
+        errors = [math.hypot(*map(_standard_error, values)) / len(tasks) for values in found]
+        axes.errorbar(own, means, errors, marker="o", capsize=3, label=name, **_style(name))
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
@@ -40,6 +45,16 @@ def plot_over_pairs(results: Results, rows: Rows, tasks: list[str], counts: list
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+    return True
+
+
+def _tasks_at(results: Results, key_of: Callable[[str, int], Key], count: int) -> set[str]:
+    return {key[0] for key in results if key == key_of(key[0], count)}
+
+
+def _style(name: str) -> dict[str, str]:
+    """More rows than Matplotlib has colours are told apart by the line: adapters solid, the others dashed."""
+    return {"linestyle": "-" if "lora" in name else "--"}
 
 
 def _standard_error(values: list[float]) -> float:
@@ -65,7 +80,7 @@ def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path:
             0.2 + 0.8 * (value - low) / ((high - low) or 1.0)
             for value, low, high in zip(values, lowest, highest, strict=True)
         ]
-        axes.plot([*angles, angles[0]], [*scaled, scaled[0]], marker="o", markersize=3, label=name)
+        axes.plot([*angles, angles[0]], [*scaled, scaled[0]], marker="o", markersize=3, label=name, **_style(name))
     labels = [f"{task}\n{low:.2f} to {high:.2f} dB" for task, low, high in zip(tasks, lowest, highest, strict=True)]
     axes.set_xticks(angles, labels)
     axes.tick_params(axis="x", pad=10)

@@ -11,6 +11,7 @@ from grid_cells import RESULTS, Cell
 
 from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.train_arguments import check_at_least
+from colora_peft.tuning import METHODS
 
 NONE = "none"
 """A network: new weights instead of pre-trained ones."""
@@ -20,7 +21,8 @@ BUDGETED = ("lora", PEFT_LORA, "colora")
 BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
 
-# For a few hours of two cores, and for one large GPU (not run there yet).
+# Length and size of each run: 25 s on one core, and for one large GPU (not run there yet). With all tasks, methods and
+# rates the default plan has 280 runs: choose with --tasks, --methods and --budgets, the rest can be added later.
 PRESETS: dict[str, dict[str, object]] = {
     "cpu": {"max_train_steps": 200, "resolution": 64, "per_device_train_batch_size": 4, "evaluated_size": 256},
     "gpu": {"max_train_steps": 1000, "resolution": 128, "per_device_train_batch_size": 8, "evaluated_size": 2048},
@@ -31,7 +33,9 @@ PRESETS: dict[str, dict[str, object]] = {
 class BenchmarkArguments:
     """Flags of the benchmark."""
 
-    data_dir: str = field(metadata={"help": "Folder that holds TASK/train and TASK/test, each with input/, target/."})
+    data_dir: str = field(
+        default="data", metadata={"help": "Folder that holds TASK/train and TASK/test, each with input/ and target/."}
+    )
     tasks: list[str] = field(
         default_factory=lambda: ["underwater", "noise", "rain", "reflection", "blur"], metadata={"help": "Of them."}
     )
@@ -68,7 +72,8 @@ class BenchmarkArguments:
     evaluated_size: int | None = field(
         default=None, metadata={"help": "Side of the centres that PSNR and SSIM are measured on."}
     )
-    part: str = field(default="0/1", metadata={"help": "Run this part of the tasks only, as in 0/2 and 1/2."})
+    part: str = field(default="0/1", metadata={"help": "Run this part of the plan only, as in 0/2 and 1/2."})
+    retry_failed: bool = field(default=False, metadata={"help": "Run the cells that failed once more."})
     report_only: bool = field(default=False, metadata={"help": "Run nothing, write the report of what is there."})
     output_dir: str = field(default=str(RESULTS / "benchmark"), metadata={"help": "For cells and report."})
 
@@ -80,14 +85,21 @@ class BenchmarkArguments:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
-        for comparison in self.comparisons:
-            if comparison not in COMPARISONS:
-                raise ValueError(f"There is no comparison {comparison!r}: choose of {', '.join(COMPARISONS)}.")
+        for name, known in (("comparisons", COMPARISONS), ("methods", (*METHODS, PEFT_LORA))):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"--{name} has {value!r}: choose of {', '.join(known)}.")
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise ValueError(f"--budgets has {budget:g}, which is no share of the weights: above 0, at most 1.")
+        for name in ("validation_pairs", "max_train_steps", "resolution", "per_device_train_batch_size", "tuned_at"):
+            check_at_least(self, name, 1)
         check_at_least(self, "evaluated_size", SSIM_WINDOW_PX)
         if self.tuning_seed in self.seeds:
             raise ValueError(f"--tuning_seed {self.tuning_seed} is one of --seeds: choose another.")
         self.network_paths()
-        self.check_folders()
+        if not self.report_only:
+            self.check_folders()
 
     def check_folders(self) -> None:
         """Raises: FileNotFoundError, if a task lacks its training or its test folder."""

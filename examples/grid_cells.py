@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -49,16 +50,20 @@ class CellFile:
             self.cells = json.loads(self.path.read_text(encoding="utf-8"))
 
     def find(self, settings: Cell) -> Cell | None:
-        """The cell that was run with these settings; a setting of None is one that the cell does not have."""
+        """The cell that was run with these settings; a setting of None is one that the cell does not have.
+
+        What other processes have added by now counts.
+        """
+        self._read()
         wanted = settings.items()
         return next((cell for cell in self.cells if all(cell.get(name) == value for name, value in wanted)), None)
 
-    def add(self, cell: Cell) -> None:
-        """Add `cell` to what the file holds by now."""
+    def add(self, cell: Cell, in_place_of: Cell | None = None) -> None:
+        """Add `cell` to what the file holds by now, and take out the other."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
             self._read()
-            self.cells.append(cell)
+            self.cells = [other for other in self.cells if other != in_place_of] + [cell]
             write_json(self.path, self.cells)
 
 
@@ -174,24 +179,34 @@ def train_and_validate(
     accelerator: Accelerator,
     also: Callable[[nn.Module], Cell] | None = None,
 ) -> Cell:
-    """Train once: quality on the pairs to validate on, sizes, seconds and hardware, or that the run has `failed`.
+    """Train once: quality on the pairs to validate on, sizes, seconds, hardware and versions, or that the run has
+    `failed`; on a GPU the peak memory of training (on a CPU it would be that of all that the process ran before).
 
-    `also` measures more of the trained network.
+    `also` measures more of the trained network; if it cannot, that is `also_failed`, and the rest stays.
     """
-    sizes = trained_parameters(model)
+    found: Cell = {**trained_parameters(model), "hardware": hardware_name(accelerator.device), **versions()}
+    on_gpu = accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     try:
-        model, seconds = train(model, patches, run, accelerator)
-        quality = evaluate(model, validation, accelerator.device, "validation")
-        more = {} if also is None else also(model)
+        model, found["seconds"] = train(model, patches, run, accelerator)
+        if on_gpu:
+            found["training_memory_bytes"] = torch.cuda.max_memory_allocated(accelerator.device)
+        found |= evaluate(model, validation, accelerator.device, "validation")
+        if also is not None:
+            found |= also(model)
     except TrainingDiverged as error:
-        return {**sizes, "failed": str(error)}
+        found["failed"] = str(error)
+    except (ValueError, OSError) as error:
+        if "psnr" not in found:
+            raise
+        found["also_failed"] = str(error)
     finally:
         accelerator.free_memory()
-    return {
-        **quality,
-        **more,
-        **sizes,
-        "seconds": seconds,
-        "hardware": hardware_name(accelerator.device),
-        "torch": torch.__version__,
-    }
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what comes of a run."""
+    names = ("torch", "peft", "transformers", "accelerate", "colora-peft")
+    return {name: importlib.metadata.version(name) for name in names}

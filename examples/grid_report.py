@@ -43,7 +43,7 @@ class Result(NamedTuple):
     psnr: dict[int, float]
     """Test PSNR (dB) by seed."""
     failed: int
-    """Seeds that have none, because the training diverged."""
+    """Seeds that have none, because the run failed."""
     seconds: float
     """Of training, mean over the seeds."""
 
@@ -81,7 +81,7 @@ def spread(result: Result) -> str:
     """Mean and standard deviation over the seeds, their number, and the learning rate."""
     values = list(result.psnr.values())
     text = f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-    failed = f", {result.failed} diverged" if result.failed else ""
+    failed = f", {result.failed} failed" if result.failed else ""
     return f"{text} ({len(values)}{failed}) at {result.learning_rate:g}{' (edge)' if result.at_edge else ''}"
 
 

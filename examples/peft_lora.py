@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -15,20 +16,23 @@ LORA_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 def add_peft_lora(model: nn.Module, parameter_budget: float) -> PeftModel:
     """Adapters of PEFT's LoRA of the highest rank that the budget pays for, with PEFT's defaults for the rest.
 
-    In every layer but those with groups, which it adapts only at ranks that the groups divide: in depthwise
-    convolutions that is more than they weigh.
+    In linear layers and convolutions, but for those with groups, which it adapts only at ranks that the groups divide:
+    in depthwise convolutions that is more than they weigh. Transposed convolutions it does not adapt. Thin layers get
+    factors as well where these hold more numbers than the weight.
 
     Args:
         model: The pre-trained network.
         parameter_budget: Share of the weights of all layers that CoLoRA can adapt, those with groups included.
 
     Raises:
-        ValueError: The budget does not pay for rank 1.
+        ValueError: The budget does not pay for rank 1, or there is no such layer.
     """
     layers = adaptable_layers(model)
     taken = [name for name, layer in layers.items() if isinstance(layer, LORA_LAYERS) and _groups(layer) == 1]
-    allowed = parameter_budget * sum(layer.weight.numel() for layer in layers.values())
-    rank = int(allowed / sum(sum(weight_matrix_shape(layers[name])) for name in taken))
+    if not taken:
+        raise ValueError(f"{type(model).__name__} has no layer that PEFT's LoRA adapts.")
+    allowed = Fraction(str(parameter_budget)) * sum(layer.weight.numel() for layer in layers.values())
+    rank = allowed // sum(sum(weight_matrix_shape(layers[name])) for name in taken)
     if rank < 1:
         raise ValueError(f"A budget of {parameter_budget:g} does not pay for rank 1 of PEFT's LoRA in every layer.")
     # A pattern, because PEFT takes a name in a list for the end of longer ones as well.

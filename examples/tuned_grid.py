@@ -15,10 +15,12 @@ from typing import NamedTuple, Protocol, TypeVar
 from grid_cells import Cell, CellFile, PairCentres, split_pairs
 
 from colora_peft.files import write_json
-from colora_peft.pairs import PairedImageFolder, PairSource
+from colora_peft.pairs import PairedImageFolder, PairSource, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.training import TrainingDiverged
 
+MIN_TUNING_PAIRS = 4
+"""A learning rate that was chosen on fewer says nothing."""
 CELLS_FILE, SETTINGS_FILE = "cells.json", "settings.json"
 
 
@@ -68,12 +70,18 @@ def draw(args: DrawArguments, train_dir: str, train_pairs: int, seed: int) -> Dr
         ValueError: The folder holds too few pairs.
         FileNotFoundError: There is no folder TASK/test beside it.
     """
-    test, count = PairedImageFolder(Path(train_dir).parent / "test"), len(PairedImageFolder(train_dir))
-    if train_pairs >= count:
-        raise ValueError(f"{train_dir} holds {count} pairs, too few to train on {train_pairs} and tune on others.")
-    is_tuning = seed == args.tuning_seed
+    pairs, test = PairedImageFolder(train_dir), PairedImageFolder(Path(train_dir).parent / "test")
+    is_tuning, count = seed == args.tuning_seed, len(pairs)
+    if train_pairs > count or (is_tuning and args.validation_pairs + MIN_TUNING_PAIRS > count):
+        raise ValueError(
+            f"{train_dir} holds {count} pairs, too few to train on {train_pairs}"
+            + (f" and to hold {args.validation_pairs} out for the rates (--validation_pairs)." if is_tuning else ".")
+        )
     held_out = args.validation_pairs if is_tuning else min(args.validation_pairs, count - train_pairs)
-    chosen, validation = split_pairs(train_dir, min(train_pairs, count - held_out), held_out, seed, "drawn")
+    if held_out:
+        chosen, validation = split_pairs(train_dir, min(train_pairs, count - held_out), held_out, seed, "drawn")
+    else:
+        chosen, validation = draw_pairs(pairs, train_pairs, seed)
     evaluated = validation if is_tuning else test
     return Draw(PairedPatches(chosen, args.resolution, seed), PairCentres(evaluated, args.evaluated_size))
 
@@ -113,6 +121,8 @@ class TunedGrid(NamedTuple):
     """What came of a variant at a learning rate and a seed."""
     identity: Callable[[V], Cell] = lambda variant: {}
     """What else makes a cell the same: fingerprints of what the names in a variant stand for."""
+    retry_failed: bool = False
+    """Whether cells that failed, if only for want of memory, are run again."""
 
     def run(self, variants: Sequence[V]) -> None:
         """Variant by variant, seed by seed; what the file holds is not run again."""
@@ -129,15 +139,15 @@ class TunedGrid(NamedTuple):
     def cell(self, variant: V, rate: float, seed: int) -> Cell:
         """The cell, from the file or run now. A run that fails is a cell that says so under `failed`."""
         settings = {**variant.settings(), **self.identity(variant), "learning_rate": rate, "seed": seed}
-        cell = self.file.find({**variant._asdict(), **settings})
-        if cell is None:
+        found = cell = self.file.find({**variant._asdict(), **settings})
+        if cell is None or ("failed" in cell and self.retry_failed):
             started = time.perf_counter()
             try:
                 cell = {**settings, **self.run_cell(variant, rate, seed)}
             # Whatever it is (a budget below the first rank, a full memory): the others still run, the report says so.
             except (TrainingDiverged, ValueError, RuntimeError) as error:
                 cell = {**settings, "failed": str(error)}
-            self.file.add(cell)
+            self.file.add(cell, in_place_of=found)
             text = ", ".join(f"{value}" for value in variant.settings().values())
             outcome = cell["failed"] if "failed" in cell else f"{cell['psnr']:.2f} dB"
             print(f"{text}, {rate:g}, seed {seed}: {outcome} ({time.perf_counter() - started:.0f} s)", flush=True)

@@ -35,6 +35,14 @@ def test_file_keeps_what_was_run_and_finds_it_by_its_settings(tmp_path):
     assert found.find({"seed": 1, "rate": 0.1})["failed"] and found.find({"seed": 1, "rate": 0.2}) is None
 
 
+def test_what_another_process_has_added_is_found(tmp_path):
+    one, other = (grid_cells.CellFile(tmp_path / "cells.json") for _ in range(2))
+    one.add({"seed": 0})
+    assert other.find({"seed": 0}) == {"seed": 0}
+    other.add({"seed": 1})
+    assert len(grid_cells.CellFile(one.path).cells) == 2
+
+
 def test_launched_search_adds_what_its_file_lacks(tmp_path):
     folder, results = write_pairs(tmp_path / "swapped" / "train", 6), tmp_path / "rates.json"
     command = [sys.executable, str(EXAMPLES / "search_learning_rates.py"), "--train_dir", str(folder), "--results",

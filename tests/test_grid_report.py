@@ -24,11 +24,11 @@ def test_pairs_that_rates_were_chosen_on_are_not_in_the_results():
     assert result.learning_rate == 3e-3 and result.psnr == {0: 19.0, 1: 18.0} and not result.at_edge
 
 
-def test_a_rate_at_the_edge_and_seeds_that_diverged_are_said():
+def test_a_rate_at_the_edge_and_seeds_that_failed_are_said():
     cells = [cell(1e-3, TUNING, 20.0), cell(3e-3, TUNING, 21.0), cell(3e-3, 0, 19.0), failed(3e-3, 1)]
     (result,) = grid_report.results_of(cells, SETTINGS, TUNING).values()
     assert result.at_edge and result.failed == 1
-    assert grid_report.spread(result) == "19.00 (1, 1 diverged) at 0.003 (edge)"
+    assert grid_report.spread(result) == "19.00 (1, 1 failed) at 0.003 (edge)"
 
 
 def test_differences_are_paired_by_seed():

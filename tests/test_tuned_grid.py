@@ -83,8 +83,28 @@ def test_draws_are_disjoint_and_the_test_folder_is_for_the_other_seeds_alone(tmp
             assert (set(drawn.evaluated.names) == of_test) == (seed != TUNING)
             if seed == TUNING:
                 assert len(drawn.evaluated.names) == 4 and not trained & set(drawn.evaluated.names)
-    with pytest.raises(ValueError, match="holds 9 pairs, too few to train on 9"):
-        tuned_grid.draw(args, train_dir, 9, 0)
+    assert len(tuned_grid.draw(args, train_dir, 9, 0).patches.pairs.names) == 9  # none is held out of a tested run
+    with pytest.raises(ValueError, match=r"holds 9 pairs, too few to train on 10\.$"):
+        tuned_grid.draw(args, train_dir, 10, 0)
+    args.validation_pairs = 6
+    with pytest.raises(ValueError, match="to hold 6 out for the rates .--validation_pairs"):
+        tuned_grid.draw(args, train_dir, 3, TUNING)
+
+
+def test_failed_cells_are_run_again_if_asked_and_then_gone(tmp_path):
+    outcome = [RuntimeError("out of memory")]
+
+    def run_cell(variant, rate, seed):
+        if outcome:
+            raise outcome[0]
+        return {"psnr": 1.0}
+
+    runs = grid(tmp_path, run_cell)
+    runs.cell(Named("x"), 1e-3, 0)
+    outcome.clear()
+    assert runs.cell(Named("x"), 1e-3, 0)["failed"] == "out of memory"
+    assert runs._replace(retry_failed=True).cell(Named("x"), 1e-3, 0)["psnr"] == 1.0
+    assert [("failed" in cell) for cell in runs.file.cells] == [False]
 
 
 def test_a_folder_of_cells_that_were_made_otherwise_is_refused(tmp_path):
