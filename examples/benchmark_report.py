@@ -195,7 +195,7 @@ def write_report(folder: Path) -> str:
     tested = [cell for cell in cells if cell["seed"] != settings["tuning_seed"] and "psnr" in cell]
     hardware = sorted({cell["hardware"] for cell in cells if "hardware" in cell})
     text = (
-        "Test PSNR in dB, in RGB on [0, 1] after rounding to 8 bits, per picture, then averaged; mean ± standard "
+        "Made by `python examples/benchmark.py`. Test PSNR in dB, in RGB on [0, 1] after rounding to 8 bits, per picture, then averaged; mean ± standard "
         "deviation over the seeds (their number), at the learning rate that was best on held-out training pairs with "
         f"another seed, of {settings['tuned_at']} pairs (edge: the lowest or highest tried). "
         f"{settings['max_train_steps']} steps of "
@@ -232,7 +232,7 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
     shown = ", ".join(f"{task} {ssim[task]:.3f}" for task in tasks)
     text += f"SSIM (input: {shown}):\n\n{table_by_task(own, tasks, 'ssim', 3, f'{pairs} pairs')}\n\n"
     if plot_radar(results, rows_of(results), tasks, pairs, folder / f"radar-{pairs}.png"):
-        text += f"![each task from the worst to the best](radar-{pairs}.png)\n\n"
+        text += f"Each spoke has its own scale:\n\n![each task from the worst to the best](radar-{pairs}.png)\n\n"
     return text
 
 

@@ -213,12 +213,14 @@ def draw_curves(
     """Mean test PSNR of each curve over `xs`, a panel for each task; bars span the standard deviation of the seeds."""
     figure = Figure(figsize=(3.6 * len(tasks), 3.2), layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
-        for label, key_of in curves.items():
+        for number, (label, key_of) in enumerate(curves.items()):
             points = [(x, list(results[key_of(task, x)].psnr.values())) for x in xs if key_of(task, x) in results]
             if points:
                 means = [mean(values) for _, values in points]
                 errors = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-                axes.errorbar([x for x, _ in points], means, errors, marker="o", capsize=3, label=label)
+                axes.errorbar(
+                    [x for x, _ in points], means, errors, marker="o", capsize=3, label=label, color=f"C{number}"
+                )
         axes.set(title=task, xlabel=xlabel, ylabel="test PSNR (dB)")
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
@@ -287,7 +289,7 @@ def write_report(folder: Path) -> str:
     plot_budgets(results, tasks, keys, folder / "budgets.png")
     plot_betas(results, tasks, keys, folder / "betas.png")
     text = (
-        "Test PSNR in dB, mean ± standard deviation over the seeds (their number), at the learning rate that was best "
+        "Made by `python examples/study_contributions.py`. Test PSNR in dB, mean ± standard deviation over the seeds (their number), at the learning rate that was best "
         f"for the method on held-out training pairs with another seed. {settings['train_pairs']} pairs, "
         f"{settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
         f"{settings['resolution']}, measured on the centres of the test pictures ({settings['evaluated_size']} px). "
