@@ -195,7 +195,8 @@ def write_report(folder: Path) -> str:
     tested = [cell for cell in cells if cell["seed"] != settings["tuning_seed"] and "psnr" in cell]
     hardware = sorted({cell["hardware"] for cell in cells if "hardware" in cell})
     text = (
-        "Made by `python examples/benchmark.py`. Test PSNR in dB, in RGB on [0, 1] after rounding to 8 bits, per picture, then averaged; mean ± standard "
+        "Made by `python examples/benchmark.py`. "
+        "Test PSNR in dB, in RGB on [0, 1] after rounding to 8 bits, per picture, then averaged; mean ± standard "
         "deviation over the seeds (their number), at the learning rate that was best on held-out training pairs with "
         f"another seed, of {settings['tuned_at']} pairs (edge: the lowest or highest tried). "
         f"{settings['max_train_steps']} steps of "

@@ -289,7 +289,8 @@ def write_report(folder: Path) -> str:
     plot_budgets(results, tasks, keys, folder / "budgets.png")
     plot_betas(results, tasks, keys, folder / "betas.png")
     text = (
-        "Made by `python examples/study_contributions.py`. Test PSNR in dB, mean ± standard deviation over the seeds (their number), at the learning rate that was best "
+        "Made by `python examples/study_contributions.py`. "
+        "Test PSNR in dB, mean ± standard deviation over the seeds (their number), at the learning rate that was best "
         f"for the method on held-out training pairs with another seed. {settings['train_pairs']} pairs, "
         f"{settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
         f"{settings['resolution']}, measured on the centres of the test pictures ({settings['evaluated_size']} px). "
