@@ -60,7 +60,7 @@ class BenchmarkArguments:
         metadata={"help": f"Of {', '.join(BUDGETED)}; rates are chosen at each."},
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [2.5e-4, 1e-3, 4e-3, 1.6e-2], metadata={"help": "Tried with the tuning seed."}
+        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Tried with the tuning seed."}
     )
     tuned_at: int = field(default=16, metadata={"help": "Number of pairs that rates are chosen at, for all numbers."})
     tuning_seed: int = field(default=100, metadata={"help": "Of pairs and patches to try rates with."})
