@@ -2,12 +2,15 @@
 
 import struct
 
+from functools import cache
+
 import pytest
 from PIL import ImageCms
 
 from colora_peft.icc_profiles import fitting_profile, profile_space
 
 
+@cache  # it holds the second in which it was made
 def srgb():
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
