@@ -1,7 +1,6 @@
 """A profile is kept whole where it describes what is written, and left out where it does not."""
 
 import struct
-
 from functools import cache
 
 import pytest
