@@ -243,6 +243,7 @@ class CoLoRAModel(BaseTuner):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _own_weights(self) -> OwnWeights:
+        """All adapter weights that there are now."""
         first_names, named, second_names = {}, {}, set()
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if self.prefix not in name:
