@@ -22,7 +22,7 @@ BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
 
 # Length and size of each run: 25 s on one core, and for one large GPU (not run there yet). With all tasks, methods and
-# rates the default plan has 280 runs: choose with --tasks, --methods and --budgets, the rest can be added later.
+# rates the default plan has 360 runs: choose with --tasks, --methods and --budgets, the rest can be added later.
 PRESETS: dict[str, dict[str, object]] = {
     "cpu": {"max_train_steps": 200, "resolution": 64, "per_device_train_batch_size": 4, "evaluated_size": 256},
     "gpu": {"max_train_steps": 1000, "resolution": 128, "per_device_train_batch_size": 8, "evaluated_size": 2048},
