@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForImageToImage
 
 from .hub_files import ADAPTER_FILES, NETWORK_FILES, Source, fetch
+from .messages import some
 
 __all__ = ["load_backbone", "load_from_folder", "register_backbones"]
 
@@ -69,8 +70,9 @@ def load_from_folder(folder: Path, source: Source) -> nn.Module:
     """The network in `folder`, as `load_backbone`; it remembers from where on the Hub it came.
 
     Raises:
-        ValueError: its files are damaged, or of a kind of network that no installed package knows; or an adapter lies
-            beside them, which transformers would put onto the network, or even load its base instead.
+        ValueError: its files are damaged or lack weights, or are of a kind of network that no installed package knows;
+            or an adapter lies beside them, which transformers would put onto the network, or even load its base
+            instead.
     """
     if (folder / ADAPTER_FILES[0]).is_file():
         raise ValueError(
@@ -79,14 +81,20 @@ def load_from_folder(folder: Path, source: Source) -> nn.Module:
         )
     register_backbones()
     try:
-        network = AutoModelForImageToImage.from_pretrained(
+        network, loaded = AutoModelForImageToImage.from_pretrained(
             str(folder),
             dtype=torch.float32,
             use_safetensors=True,  # never a pickle, nor code that came with it
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"The network {source} cannot be loaded: {error}") from error
+    if loaded["missing_keys"]:  # transformers would leave them random, and say so in a table
+        raise ValueError(
+            f"The network {source} lacks weights of {some(sorted(loaded['missing_keys']), limit=3)}: its file is of "
+            "another network, or of a wrapped one; save it anew."
+        )
     if source.is_hub_id and not source.subfolder:
         # Not the folder in this machine's cache: adapters that are trained on it write down where it is from.
         network.name_or_path = network.config.name_or_path = source.name_or_path

@@ -23,13 +23,20 @@ PIPELINE_TAG = "image-to-image"
 @dataclass(frozen=True)
 class RunFacts:
     """What a card says about the run: the data with its licence, the hardware, seconds of training, and the id of the
-    data set where that is on the Hub."""
+    data set where that is on the Hub, and Accelerate's mixed precision."""
 
     data: str
     hardware: str
     seconds: float
     processes: int
     dataset: str | None = None
+    mixed_precision: str = "no"
+
+    @property
+    def machine(self) -> str:
+        """Processes, hardware and, where it is not the usual one, the precision."""
+        precision = "" if self.mixed_precision == "no" else f", mixed precision {self.mixed_precision}"
+        return f"{self.processes} x {self.hardware}{precision}"
 
 
 def hardware_name(device: torch.device) -> str:
@@ -51,7 +58,20 @@ def _processor() -> str:
 def command_line() -> str:
     """The command of this run; flags of the launcher are not known here, the table names what they set."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`, whatever its flags
-    return f"{'accelerate launch' if launched else 'python'} {shlex.join(sys.argv)}"
+    return f"{'accelerate launch' if launched else 'python'} {shlex.join(_beginning(sys.argv))}"
+
+
+def _beginning(arguments: list[str]) -> list[str]:
+    """Without what makes a run go on, or delete an earlier one: elsewhere there is none."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for part in rest:
+        flag, equals, _ = part.replace("-", "_").partition("=")
+        if flag == "__resume_from_checkpoint" and not equals:
+            next(rest, None)
+        elif flag not in ("__resume_from_checkpoint", "__overwrite_output_dir"):
+            kept.append(part)
+    return kept
 
 
 def loading_code(name_or_path: str, base: str | None = None) -> str:
@@ -96,7 +116,7 @@ def backbone_card(model: nn.Module, name: str, loads_from: str, method: str, fac
 | | |
 |---|---|
 | Data | {_cell(facts.data)} |
-| Training | {facts.seconds / 60:.0f} minutes on {facts.processes} x {facts.hardware} |
+| Training | {facts.seconds / 60:.0f} minutes on {facts.machine} |
 | Software | {_software()} |
 
 ```
@@ -181,7 +201,7 @@ In RGB on [0, 1] after rounding to 8 bits, per picture, then averaged.
 |---|---|
 | Data | {_cell(facts.data)}; {metrics["train_pairs"]} pairs to train on, {metrics["eval_pairs"]} held out |
 | Training | {metrics["max_train_steps"]} steps, {facts.seconds:.0f} seconds, seed {metrics["seed"]} |
-| Hardware | {facts.processes} x {facts.hardware} |
+| Hardware | {facts.machine} |
 | Software | {_software()} |
 
 ```

@@ -6,6 +6,7 @@ state and, where there are any, the averages of the weights. The frozen base of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import PARTIAL, write_json
+from .files import PARTIAL, share, write_json
 from .sharding import fill, whole
 
 _PREFIX = "checkpoint-"
@@ -29,6 +30,18 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters and all buffers of `model`, by name."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {**trained, **dict(model.named_buffers())}
+
+
+def frozen_fingerprint(model: nn.Module) -> str | None:
+    """A digest of the frozen parameters, which checkpoints leave out: whether they are those that training began with.
+    None where there are none. Where the network is sharded, every process must call it."""
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    digest = hashlib.sha256()
+    for name in sorted(frozen):
+        tensor = whole(frozen[name].detach())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16] if frozen else None
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -55,6 +68,8 @@ def save_checkpoint(
 ) -> Path:
     """Save `output_dir/checkpoint-<step>` and remove the oldest beyond `limit` (None keeps all).
 
+    Those of later steps go, too: a run that has them went back to an earlier one, and they are of what it left.
+
     `files` are those of `checkpoint_tensors`; `state` is JSON and must hold `step`. The new checkpoint is complete and
     on the disk before an old one goes.
 
@@ -70,6 +85,7 @@ def save_checkpoint(
     try:
         for file, tensors in files.items():
             save_file(_contiguous(tensors), partial / file)
+            share(partial / file)
         write_json(partial / _STATE, state)
         _flush(partial)
     except BaseException as error:
@@ -84,11 +100,11 @@ def save_checkpoint(
     os.replace(partial, final)
     if hidden is not None:
         shutil.rmtree(hidden)
-    if limit is not None:
-        # The one just written stays, even where a run went back and later steps lie beside it.
-        others = [path for path in list_checkpoints(output_dir) if path != final]
-        for old in others[: max(0, len(others) - limit + 1)]:
-            shutil.rmtree(_hide(old))
+    kept = list_checkpoints(output_dir)
+    place = kept.index(final)
+    first = 0 if limit is None else max(0, place + 1 - limit)
+    for old in (*kept[place + 1 :], *kept[:first]):
+        shutil.rmtree(_hide(old))
     return final
 
 

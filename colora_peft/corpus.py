@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,7 +91,7 @@ class HubPictures:
             raise ValueError("The dataset split is empty; choose one that has rows.")
         self._rows = undecoded(split.with_format(None), column).select_columns(column)
         self._column = column
-        self.fingerprint = fingerprint_of(f"{len(split)} clean pictures", (split._fingerprint, column))
+        self.fingerprint = fingerprint_of(f"{len(split)} clean pictures", (column, *column_lines(split, column)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -221,6 +221,22 @@ def first_usable(
             continue
         return image, name, reasons
     raise ValueError(f"None of {len(reasons)} pictures drawn can be used. {some_sentences(reasons)}")
+
+
+def column_lines(split: Any, column: str) -> Iterator[str]:
+    """What a column of images holds, for a fingerprint: the names and sizes of its files, in order.
+
+    Not the fingerprint of `datasets`, which changes with the date of the files and so with every copy of them.
+    """
+    import pyarrow.compute as pc  # comes with datasets
+
+    rows = split.data.column(column)
+    if split._indices is not None:  # rows were selected or shuffled
+        rows = rows.take(split._indices.column(0))
+    for chunk in rows.chunks:
+        sizes = pc.binary_length(pc.struct_field(chunk, "bytes")).to_pylist()
+        names = pc.struct_field(chunk, "path").to_pylist()
+        yield from (f"{name and os.path.basename(name)}:{size}" for name, size in zip(names, sizes, strict=True))
 
 
 def fingerprint_of(what: str, lines: Iterable[str]) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 # Ending of what is being written. A process that was killed may leave it behind: it is worth nothing.
 PARTIAL = ".partial"
@@ -33,6 +37,31 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write indented JSON as `write_text` does."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def share(path: str | Path) -> None:
+    """Give a file the permissions that new files have here: safetensors writes some that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+@contextmanager
+def writing_result(folder: str | Path) -> Iterator[None]:
+    """Around what writes the result of a training: an error says where, and that the training is not lost.
+
+    Raises:
+        OSError: in place of one that was raised inside, a full disk as safetensors reports it included.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The result could not be written into {folder} ({error}). The training is done and its last checkpoint "
+            "unharmed: make room, and call the same command with --resume_from_checkpoint latest."
+        ) from error
+    for path in Path(folder).glob("*.safetensors"):
+        share(path)
 
 
 def relative_path(path: str | Path) -> str:

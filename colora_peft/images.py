@@ -5,6 +5,7 @@ A picture of 8 bits may be held as uint8 RGB (3, H, W), a quarter of the memory;
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -18,6 +19,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
+
+# Why a file cannot be read today and tomorrow: what is no fault of a disk or a network drive.
+_LASTING = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+    }
+)
 
 # Pillow's names of what is read, whatever a file is called. Others start programs (EPS: Ghostscript) or go through
 # rarely tested decoders. JPEG covers MPO, the several pictures in one file of phones and stereo cameras.
@@ -38,6 +53,7 @@ def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
     Raises:
         FileNotFoundError: if the folder does not exist.
         ValueError: if it holds no picture.
+        OSError: if it, or a folder below it, may not be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -54,9 +70,13 @@ def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
 
 
 def _all_files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in files)
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise OSError(f"The folder {error.filename} cannot be read ({error.strerror}): allow it, or move it elsewhere.")
 
 
 def _looks_like_an_image(path: Path) -> bool:
@@ -87,11 +107,16 @@ def read_bytes(path: str | Path) -> bytes:
 
     Raises:
         ValueError: if it is missing or may not be read; it names the file.
+        OSError: if a disk, a network drive or this machine failed, which may be over tomorrow.
     """
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); check that the file is there.") from error
+        if error.errno in _LASTING:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); check that the file is there.") from error
+        raise OSError(
+            error.errno, f"{path} cannot be read ({error.strerror}); try again when its disk is back"
+        ) from error
 
 
 def as_float(image: Tensor) -> Tensor:

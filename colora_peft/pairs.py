@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .corpus import ImageFiles, fingerprint_of, read_cell, undecoded
+from .corpus import ImageFiles, column_lines, fingerprint_of, read_cell, undecoded
 from .images import as_float, list_images
 from .messages import some, some_sentences
 
@@ -104,7 +104,8 @@ class PairedHubDataset:
             raise ValueError("The dataset split is empty; choose one that has rows.")
         self._split = undecoded(undecoded(split.with_format(None), "input"), "target")
         self.names = [f"row {index}" for index in range(len(split))]
-        self.fingerprint = fingerprint_of(f"{len(split)} pairs", (split._fingerprint,))
+        lines = (line for side in ("input", "target") for line in column_lines(split, side))
+        self.fingerprint = fingerprint_of(f"{len(split)} pairs", lines)
 
     def __len__(self) -> int:
         return len(self._split)

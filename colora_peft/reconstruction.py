@@ -54,7 +54,9 @@ def size_multiple(model: nn.Module) -> int:
     That is the attribute `size_multiple` of the network, which its author or whoever loads it sets. The Swin2SR of
     transformers, whose image processor pads for it, needs no attribute: it is the side of its windows.
     """
-    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    network = model
+    while isinstance(network, nn.parallel.DistributedDataParallel) or hasattr(network, "_orig_mod"):
+        network = getattr(network, "_orig_mod", None) or network.module  # compiled, shared out, or both
     multiple = getattr(network, "size_multiple", None)
     if multiple is not None:
         return multiple

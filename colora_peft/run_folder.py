@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
 from .checkpoint import list_checkpoints, read_state
 from .files import PARTIAL, write_json
+from .processes import Processes
 from .train_arguments import TrainArguments
 
 _RUN_FILE = "run.json"
+_LOCK_FILE = ".run.lock"
+_LOCK_SECONDS = 10.0  # the workers of a run that was killed hold its lock a little longer
 # What a run has written before there is a checkpoint or a result.
 _NOTES = frozenset({_RUN_FILE, "train_log.jsonl", "validation_log.jsonl", "skipped_pictures.jsonl", "samples"}) | {
-    "contributions.json", "contribution.png", "logs", "trackers.json"
+    "contributions.json", "contribution.png", "logs", "trackers.json", _LOCK_FILE
 }  # fmt: skip
 # What may change on resume without changing the result. Batch size and accumulation may because processes may: their
 # product, the global batch, is checked when training starts.
@@ -23,50 +31,109 @@ _FREE = frozenset(
     {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
     | {"dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps"}
     | {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo"}
-    | {"allow_changed_dataset", "max_skipped_share", "check_pictures"}
+    | {"allow_changed_dataset", "max_skipped_share", "check_pictures", "data_card", "half_precision_weights"}
 )
-_DATA = frozenset({"train_dir", "dataset_name", "dataset_config_name", "image_column"})
+_DATA = frozenset({"train_dir", "eval_dir", "dataset_name", "dataset_config_name", "image_column"})
+_INPUTS = ("train_dir", "eval_dir", "dataset_name", "model_name_or_path", "config_name", "contributions")
+_locks: dict[Path, FileLock] = {}
+"""Of the output folders that this process trains into."""
 
 
 def check_output_dir(args: TrainArguments) -> Path | None:
     """Whether the run may write into its output folder; the checkpoint to resume from, if any. Writes nothing.
 
+    `--resume_from_checkpoint latest` begins a run that has not begun, so that one command starts it and restarts it.
+
     Raises:
         ValueError: if the folder already holds a run and neither resuming nor overwriting was asked for, if it holds
-            other files, if there is nothing to resume from, or if the run to resume had other settings.
+            other files or what the run reads, if there is nothing to resume from, or if the run to resume had other
+            settings.
     """
     output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint is None:
+    checkpoint = None if args.resume_from_checkpoint is None else _find_checkpoint(args, output_dir)
+    if checkpoint is None:
         _check_free(args, output_dir)
-        return None
-    checkpoint = _find_checkpoint(args, output_dir)
-    _check_same_settings(args, checkpoint)
+    else:
+        _check_same_settings(args, checkpoint)
     return checkpoint
 
 
 def create_output_dir(args: TrainArguments, accelerator: Accelerator) -> None:
     """Make the output folder, deleting an earlier run in it; leave it as it is where a run goes on.
 
-    Call it once all else is known to work, right before training: until then an earlier run is worth keeping.
+    Call it once all else is known to work, right before training: until then an earlier run is worth keeping. The
+    folder is this run's until it leaves `releasing_output_dir`, which `train` enters.
 
     Raises:
-        ValueError: as `check_output_dir`; every process checks, so that all of them stop where one must.
+        ValueError: as `check_output_dir`, or if another run is writing into the folder; every process stops.
     """
-    check_output_dir(args)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and args.resume_from_checkpoint is None:
-        output_dir = Path(args.output_dir)
-        if output_dir.is_dir() and any(output_dir.iterdir()):
-            shutil.rmtree(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / _RUN_FILE, asdict(args))
-    accelerator.wait_for_everyone()
+    with Processes(accelerator).failing_together():
+        if accelerator.is_main_process:
+            output_dir = Path(args.output_dir)
+            check_output_dir(args)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            _take(output_dir)
+            try:
+                _prepare(args, output_dir)
+            except BaseException:
+                _release(args)
+                raise
+
+
+def _prepare(args: TrainArguments, output_dir: Path) -> None:
+    if check_output_dir(args) is not None:  # again: another run may have ended just now
+        return
+    if args.resume_from_checkpoint is not None:
+        print(f"There is no checkpoint in {output_dir} yet: the run begins.")
+    _empty(output_dir)
+    write_json(output_dir / _RUN_FILE, asdict(args))
+
+
+@contextmanager
+def releasing_output_dir(args: TrainArguments) -> Iterator[None]:
+    """Around the training: other runs may write into the folder afterwards."""
+    try:
+        yield
+    finally:
+        _release(args)
+
+
+def _release(args: TrainArguments) -> None:
+    lock = _locks.pop(Path(args.output_dir).resolve(), None)
+    if lock is not None:
+        lock.release()
+
+
+def _take(output_dir: Path) -> None:
+    """Keep other runs out of the folder: two would delete each other's files and mix their logs."""
+    lock = _locks.setdefault(output_dir.resolve(), FileLock(output_dir / _LOCK_FILE))
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except NotImplementedError:
+        warnings.warn(f"{output_dir} cannot be locked on this file system: start no other run into it.", stacklevel=2)
+    except Timeout as error:
+        del _locks[output_dir.resolve()]
+        raise ValueError(
+            f"Another run is writing into --output_dir {output_dir}, perhaps one whose launcher was stopped: stop it, "
+            "wait for it, or choose another folder."
+        ) from error
+
+
+def _empty(output_dir: Path) -> None:
+    """Delete what is in the folder, which may be a link or a volume of its own."""
+    for path in output_dir.iterdir():
+        if path.name == _LOCK_FILE:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_free(args: TrainArguments, output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; choose a folder.")
-    if not output_dir.is_dir() or all(path.name.endswith(PARTIAL) for path in output_dir.iterdir()):
+    if not output_dir.is_dir() or all(_is_worthless(path) for path in output_dir.iterdir()):
         return
     if not (output_dir / _RUN_FILE).is_file():
         raise ValueError(f"--output_dir {output_dir} holds files that are not of a run; choose another folder.")
@@ -75,6 +142,18 @@ def _check_free(args: TrainArguments, output_dir: Path) -> None:
             f"--output_dir {output_dir} already holds a run; add --overwrite_output_dir to delete it or "
             "--resume_from_checkpoint latest to go on with it."
         )
+    for name in _INPUTS:
+        value = getattr(args, name, None)
+        if value is None or not Path(value).exists():  # an id on the Hub
+            continue
+        if Path(value).resolve().is_relative_to(output_dir.resolve()):
+            raise ValueError(
+                f"--{name} {value} lies in --output_dir {output_dir}, which is emptied first; choose another folder."
+            )
+
+
+def _is_worthless(path: Path) -> bool:
+    return path.name.endswith(PARTIAL) or path.name == _LOCK_FILE
 
 
 def _has_only_notes(output_dir: Path) -> bool:
@@ -82,16 +161,18 @@ def _has_only_notes(output_dir: Path) -> bool:
     return all(path.name in _NOTES or path.name.endswith(PARTIAL) for path in output_dir.iterdir())
 
 
-def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path:
+def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path | None:
+    """None: the latest is asked for, and the run has none yet."""
     if args.overwrite_output_dir:
         raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other; give one.")
     if args.resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(output_dir)
-        if not checkpoints:
+        if not checkpoints and output_dir.is_dir() and not _has_only_notes(output_dir):
             raise ValueError(
-                f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}; leave it out to start anew."
+                f"--resume_from_checkpoint latest: {output_dir} holds files but no checkpoint. Leave the flag out and "
+                "choose another folder, or add --overwrite_output_dir to delete them."
             )
-        return checkpoints[-1]
+        return checkpoints[-1] if checkpoints else None
     path = Path(args.resume_from_checkpoint)
     if not path.exists():
         path = output_dir / path  # the bare name, as the scripts of diffusers take it
@@ -104,12 +185,13 @@ def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path:
 
 
 def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
-    saved = read_state(checkpoint).get("arguments")
+    state = read_state(checkpoint)
+    saved = state.get("arguments")
     if not isinstance(saved, dict):
         raise ValueError(f"{checkpoint} is no checkpoint of a training run; resume from another one.")
     # A flag that is newer than the checkpoint cannot have been set: the run had its default.
     before = {setting.name: saved.get(setting.name, setting.default) for setting in fields(args)}
-    free = _FREE | _DATA if args.allow_changed_dataset else _FREE
+    free = _FREE | _DATA if args.allow_changed_dataset or _knows_its_data(state) else _FREE
     changed = [
         f"--{key} was {before[key]!r}, now {now!r}"
         for key, now in asdict(args).items()
@@ -117,3 +199,9 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     ]
     if changed:
         raise ValueError(f"{checkpoint} is from a run with other settings ({'; '.join(changed)}); use the same ones.")
+
+
+def _knows_its_data(state: dict[str, Any]) -> bool:
+    """Whether the pictures themselves are compared when training begins, wherever they lie by now. Of a stream too
+    little is known."""
+    return state.get("dataset") is not None and not state.get("positions")

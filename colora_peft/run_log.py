@@ -10,9 +10,19 @@ from .files import write_text
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row at the end."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add a row at the end.
+
+    Raises:
+        OSError: if it cannot be written (a full disk).
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): make room, and go on from the last checkpoint with "
+            "--resume_from_checkpoint latest."
+        ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

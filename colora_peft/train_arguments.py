@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,6 +74,12 @@ class TrainArguments:
         for name in ("lr_warmup_steps", "dataloader_num_workers", "checkpoints_total_limit", "validation_steps"):
             check_at_least(self, name, 0)
         check_seed(self.seed)
+        if self.lr_warmup_steps >= self.max_train_steps:
+            warnings.warn(
+                f"The learning rate rises over --lr_warmup_steps {self.lr_warmup_steps}, and the run ends after "
+                f"{self.max_train_steps} steps: it will not decay. Lower the one or raise the other.",
+                stacklevel=2,
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {self.ema_decay}.")
         if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -27,16 +27,29 @@ from .pairs import PairSource
 from .patches import Batch, Position, StepSampler, collate, sample_generator
 from .processes import Processes
 from .reconstruction import reconstruct, restoration_loss
+from .run_folder import releasing_output_dir
 from .sharding import WholeNetwork, check_distributed_type, is_sharding, whole
 from .trackers import running_trackers
 from .train_arguments import TrainArguments
 from .training_run import StepFigures, TrainingRun
 
-__all__ = ["TrainingDiverged", "TrainingStopped", "reconstruct", "restoration_loss", "train", "use_all_cores"]
+__all__ = [
+    "DataFailed",
+    "TrainingDiverged",
+    "TrainingStopped",
+    "reconstruct",
+    "restoration_loss",
+    "train",
+    "use_all_cores",
+]
 
 
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient became NaN or infinite."""
+
+
+class DataFailed(RuntimeError):
+    """The next batch could not be had: its pictures cannot be read, or the process that prepares them is gone."""
 
 
 def train(
@@ -63,6 +76,7 @@ def train(
 
     Raises:
         TrainingDiverged: if loss or gradient is not finite. The state before that step was saved as a checkpoint.
+        DataFailed: if the next batch could not be had. In a run of one process the state is saved as a checkpoint.
         TrainingStopped: if SIGTERM or SIGINT came; the state is saved as a checkpoint. It ends the process.
         ValueError: if the checkpoint belongs to another model or dataset, the global batch has changed, there is
             nothing to validate on, or too many pictures cannot be used (`TooManySkipped`).
@@ -82,25 +96,37 @@ def train(
     first_step = run.resume(checkpoint)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     # The signals first: workers of the data loader that are forked must not have handlers of somebody else.
-    with StopSignals() as signals, running_trackers(accelerator, args), run.progress(first_step):
-        batches = _batches(dataset, args, accelerator, first_step, run.position)
+    # The batches are closed in any case, which ends their workers: these ignore the signals by which Python, at its
+    # end, would stop them, and it would wait for them for ever.
+    batches, progress = _batches(dataset, args, accelerator, first_step, run.position), run.progress(first_step)
+    with (
+        StopSignals() as signals,
+        releasing_output_dir(args),
+        running_trackers(accelerator, args),
+        progress,
+        closing(batches),
+    ):
         for step in range(first_step, args.max_train_steps):
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate_at(step)
             # Dropout and the like draw from the global generator: seeded by step, a resumed run draws the same.
             torch.manual_seed(sample_generator(args.seed, step, accelerator.process_index).initial_seed())
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-            figures = _backward(prepared, batches, parameters, args, accelerator, signals)
+            try:
+                figures = _backward(prepared, batches, parameters, args, accelerator, signals)
+            except DataFailed as error:
+                _restore(buffers)
+                _stop_without_data(run, step, first_step, error)
             if not figures.finite:
-                for buffer, before in buffers:  # running statistics have seen the bad batch already
-                    buffer.copy_(before)
+                _restore(buffers)
                 _stop_diverged(run, step, figures)
             optimizer.step()
             optimizer.zero_grad()
             _after_step(run, step + 1, figures, eval_pairs)
     if run.averages is not None:
         run.averages.copy_to_model()
-    return network.get(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)), run.seconds
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # takes mixed precision off `model`
+    return network.get(model), run.seconds  # not what is around it: several processes, torch.compile
 
 
 def _after_step(run: TrainingRun, done: int, figures: StepFigures, eval_pairs: PairSource | None) -> None:
@@ -112,6 +138,24 @@ def _after_step(run: TrainingRun, done: int, figures: StepFigures, eval_pairs: P
         run.validate(eval_pairs, done)
     if run.args.is_due(run.args.checkpointing_steps, done):
         run.save(done)
+
+
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Take back what the batches of a step that failed left in the running statistics."""
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+def _stop_without_data(run: TrainingRun, step: int, first_step: int, error: DataFailed) -> None:
+    """Save what the steps so far have made, unless it is saved or other processes, which wait, would have to help."""
+    if step == first_step:
+        raise error
+    if run.accelerator.num_processes > 1:
+        raise DataFailed(f"{error} Go on from the last checkpoint with --resume_from_checkpoint latest.") from error
+    checkpoint = run.save(step)
+    raise DataFailed(
+        f"{error} What {step} steps have made is saved as {checkpoint}: go on with --resume_from_checkpoint latest."
+    ) from error
 
 
 def _stop_diverged(run: TrainingRun, step: int, figures: StepFigures) -> None:
@@ -204,11 +248,26 @@ def _batches(
         worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # it draws a seed for its workers, which must not come from that of the step
     )
-    for batch in loader:
+    for batch in _naming_failures(loader):
         yield {
             key: value.to(accelerator.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
+
+
+def _naming_failures(loader: DataLoader) -> Iterator[Batch]:
+    batches = iter(loader)
+    reason = None
+    while reason is None:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except (ValueError, OSError, RuntimeError) as error:
+            # Of an error in a worker, PyTorch makes its whole traceback the message.
+            reason = str(error).strip().rsplit("\n", 1)[-1].rstrip(".")
+    del batches  # ends its workers; so would not an error that was raised from theirs and remembers them
+    raise DataFailed(f"The next pictures could not be had: {reason}.")
 
 
 def _prepare_worker(_worker: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .checkpoint import checkpoint_tensors, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import checkpoint_tensors, frozen_fingerprint, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .interruption import TrainingStopped
 from .pairs import PairSource
@@ -81,6 +81,7 @@ class TrainingRun:
         # One process alone looks at all the files.
         fingerprint = getattr(dataset, "fingerprint", None) if accelerator.is_main_process else None
         self._fingerprint: str | None = Processes(accelerator).from_main(fingerprint)
+        self._frozen = frozen_fingerprint(model)
         self._recent: list[tuple[float, float]] = []
         self._recent_seconds = 0.0
         self._step_started = self._started = time.perf_counter()
@@ -138,6 +139,13 @@ class TrainingRun:
                 f"{self.global_batch_size}; set --per_device_train_batch_size and --gradient_accumulation_steps so "
                 "that they are equal."
             )
+        frozen = saved.get("frozen", self._frozen)  # not in older checkpoints
+        if frozen != self._frozen:
+            raise ValueError(
+                f"{checkpoint} was trained on a network with other frozen weights ({frozen}) than this one "
+                f"({self._frozen}): the network to adapt was replaced. Give the one that the run began with, or start "
+                "anew."
+            )
         self._check_same_data(checkpoint, saved.get("dataset"), saved.get("positions"))
 
     def _check_same_data(self, checkpoint: Path, fingerprint: str | None, positions: list[Position] | None) -> None:
@@ -173,6 +181,7 @@ class TrainingRun:
                     "mixed_precision": self.accelerator.mixed_precision,
                     "scaler": None if scaler is None else scaler.state_dict(),
                     "dataset": self._fingerprint,
+                    "frozen": self._frozen,
                     "positions": None if positions[0] is None else positions,
                     "skipped": self._skipped.count,
                     "arguments": asdict(self.args),

@@ -37,14 +37,14 @@ from colora_peft.allocation import check_same_names
 from colora_peft.cards import AdaptedNetwork, RunFacts, adapted_card, hardware_name
 from colora_peft.evaluation import evaluate, restore_some
 from colora_peft.figures import check_figures_can_be_drawn, save_before_after
-from colora_peft.files import write_json, write_text
+from colora_peft.files import write_json, write_text, writing_result
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
 from colora_peft.run_folder import check_output_dir, create_output_dir
 from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments
-from colora_peft.training import TrainingDiverged, train, use_all_cores
+from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, Method, prepare_for_tuning, trained_parameters
 
 
@@ -169,6 +169,7 @@ def main(args: FinetuneArguments) -> None:
             seconds,
             accelerator.num_processes,
             args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None,
+            accelerator.mixed_precision,
         )
         metrics = {
             **quality_metrics(before, after),
@@ -215,8 +216,6 @@ def save(
 ) -> None:
     """Write the result, its pictures, its card and last the metrics, say how to load it, and push it if asked to."""
     output_dir = Path(args.output_dir)
-    model.save_pretrained(output_dir)
-    save_before_after(restore_some(model, eval_pairs, count=4), output_dir / "before_after.png")
     is_adapter = isinstance(model, PeftModel)
     pictures = {"before_after.png": "input, restored, target"}
     if is_adapter:
@@ -242,8 +241,12 @@ def save(
         "processes": facts.processes,
         "torch": torch.__version__,
     }
-    write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
-    write_json(output_dir / "metrics.json", metrics)
+    before_after = restore_some(model, eval_pairs, count=4)
+    with writing_result(output_dir):
+        model.save_pretrained(output_dir)
+        save_before_after(before_after, output_dir / "before_after.png")
+        write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
+        write_json(output_dir / "metrics.json", metrics)
     print(f"Saved in {output_dir}: the result, its card, metrics.json and pictures.")
     if args.push_to_hub:
         commit = push_folder(output_dir, args.hub_model_id)
@@ -267,5 +270,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged, DataFailed) as error:
         sys.exit(f"finetune.py: {error}")

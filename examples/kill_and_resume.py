@@ -86,8 +86,7 @@ class Runs:
         }
         command = [sys.executable, str(HERE / "pretrain.py"), "--use_ema"]
         command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        if list_checkpoints(output_dir):
-            command += ["--resume_from_checkpoint", "latest"]
+        command += ["--resume_from_checkpoint", "latest"]
         with (self.folder / f"{output_dir.name}.txt").open("ab") as messages:
             # A session of its own: the kill reaches its workers, too, as when a machine goes.
             return subprocess.Popen(

@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
+from colora_peft.backbones import load_backbone
 from colora_peft.cards import RunFacts, backbone_card, hardware_name, loading_code
 from colora_peft.config import PRIOR_CONTRIBUTIONS
 from colora_peft.corpus import HubPictures, ImageFiles, PictureSource, check_pictures
 from colora_peft.figures import check_figures_can_be_drawn
-from colora_peft.files import relative_path, write_text
+from colora_peft.files import relative_path, write_text, writing_result
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.images import list_images
 from colora_peft.metrics import SSIM_WINDOW_PX
@@ -35,7 +36,7 @@ from colora_peft.run_folder import check_output_dir, create_output_dir
 from colora_peft.streams import PictureStream, StreamPatches
 from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments, check_at_least
-from colora_peft.training import TrainingDiverged, train, use_all_cores
+from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
 
 MOST_CHECKED = 5_000  # pictures; to decode so many photos takes a minute or two
 SMALL_NAFNET = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")
@@ -117,12 +118,20 @@ class PretrainArguments(TrainArguments):
 
 
 def build_model(args: PretrainArguments) -> torch.nn.Module:
+    """The network to train: of other weights, or new.
+
+    Raises:
+        ValueError: it cannot be saved, or cannot be loaded.
+    """
     if args.model_name_or_path is not None:
-        return AutoModelForImageToImage.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    config = AutoConfig.from_pretrained(args.config_name)
-    if hasattr(config, PRIOR_CONTRIBUTIONS):  # those of the other network, whose shape is wanted here
-        delattr(config, PRIOR_CONTRIBUTIONS)
-    return AutoModelForImageToImage.from_config(config)
+        model = load_backbone(args.model_name_or_path)
+        if not hasattr(model, "save_pretrained"):
+            raise ValueError(f"{args.model_name_or_path} has no save_pretrained, by which the result would be saved.")
+    else:
+        model = AutoModelForImageToImage.from_config(AutoConfig.from_pretrained(args.config_name))
+    if hasattr(model.config, PRIOR_CONTRIBUTIONS):  # those of the network as it was
+        delattr(model.config, PRIOR_CONTRIBUTIONS)
+    return model
 
 
 def open_pictures(args: PretrainArguments) -> PictureSource:
@@ -183,26 +192,34 @@ def main(args: PretrainArguments) -> None:
     create_output_dir(args, accelerator)
     model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
     if accelerator.is_main_process:
-        facts = RunFacts(args.data_card, hardware_name(accelerator.device), seconds, accelerator.num_processes)
+        facts = RunFacts(
+            args.data_card,
+            hardware_name(accelerator.device),
+            seconds,
+            accelerator.num_processes,
+            mixed_precision=accelerator.mixed_precision,
+        )
         save(model, args, facts, patches.fingerprint.partition(",")[0])
 
 
 def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, pictures: str) -> None:
     """Write the network and its card into the output folder, and push them if asked to."""
     dtype = torch.float16 if args.half_precision_weights else torch.float32
-    # The model itself stays float32, so its config says float32 and that is how it loads.
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    model.save_pretrained(args.output_dir, state_dict=weights)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * facts.processes
+    began = "" if args.model_name_or_path is None else f", beginning with the weights of {args.model_name_or_path}"
     averaged = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     method = (
         f"Pre-trained to undo synthetic degradations (blur, noise, rain, JPEG, motion; mode `{args.mode}`, see "
         f"arXiv 2408.01099) on {pictures}: {args.max_train_steps} steps of {batch} patches of "
-        f"{args.resolution}x{args.resolution}, seed {args.seed}{averaged}."
+        f"{args.resolution}x{args.resolution}, seed {args.seed}{began}{averaged}."
     )
     loads_from = args.hub_model_id if args.push_to_hub else args.output_dir
     card = backbone_card(model, Path(args.output_dir).resolve().name, loads_from, method, facts)
-    write_text(Path(args.output_dir) / "README.md", card)
+    with writing_result(args.output_dir):
+        # The model itself stays float32, so its config says float32 and that is how it loads.
+        weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+        model.save_pretrained(args.output_dir, state_dict=weights)
+        write_text(Path(args.output_dir) / "README.md", card)
     print(f"\nSaved in {args.output_dir}.")
     if args.push_to_hub:
         print(f"Pushed to {args.hub_model_id}, commit {push_folder(args.output_dir, args.hub_model_id)}.")
@@ -213,5 +230,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged, DataFailed) as error:
         sys.exit(f"pretrain.py: {error}")

@@ -37,7 +37,7 @@ from colora_peft.files import relative_path, write_text
 from colora_peft.pairs import PairedImageFolder, PairSource, draw_pairs
 from colora_peft.reconstruction import reconstruct
 from colora_peft.train_arguments import check_at_least
-from colora_peft.training import TrainingDiverged
+from colora_peft.training import DataFailed, TrainingDiverged
 
 SHIPPED = HERE / "adapters"
 METRICS_FILE = "metrics.json"
@@ -275,5 +275,5 @@ if __name__ == "__main__":
     try:
         (parsed,) = HfArgumentParser(TasksArguments).parse_args_into_dataclasses()
         main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged, DataFailed) as error:
         sys.exit(f"tasks.py: {error}")

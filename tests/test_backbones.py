@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageToImage
 
@@ -109,3 +110,12 @@ def test_the_backbones_are_registered_without_importing_them(tiny_nafnet):
     code = f"from colora_peft.backbones import load_backbone; load_backbone({str(tiny_nafnet)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_lacks_weights_is_refused(tiny_nafnet, tmp_path):
+    """transformers would leave them random: as when a compiled network was saved with the names of its wrapper."""
+    shutil.copytree(tiny_nafnet, tmp_path / "network")
+    file = tmp_path / "network" / "model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of .* more: its file is of another network"):
+        load_backbone(str(tmp_path / "network"))

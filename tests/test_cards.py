@@ -1,6 +1,7 @@
 """Cards are valid for the Hub and say what the run knew."""
 
 import re
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -9,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
-from colora_peft.cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, hardware_name
+from colora_peft.cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, command_line, hardware_name
 
 FACTS = RunFacts(data="12 photos | of: mine, CC0", hardware="an abacus", seconds=90.0, processes=2)
 METRICS = {
@@ -99,3 +100,19 @@ def test_card_of_a_whole_network_says_so():
 
 def test_hardware_is_named_with_its_threads():
     assert hardware_name(torch.device("cpu")).endswith(f"{torch.get_num_threads()} threads")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["--resume_from_checkpoint latest", "--resume-from-checkpoint=checkpoint-2", "--overwrite_output_dir"],
+)
+def test_the_command_on_a_card_begins_the_run(monkeypatch, extra):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *extra.split(), "--data_card", "my photos"])
+    assert command_line().endswith(" finetune.py --data_card 'my photos'")
+
+
+def test_a_card_names_an_unusual_precision():
+    assert "2 x an abacus |" in adapted_card(RESULT, METRICS, FACTS)
+    assert "2 x an abacus, mixed precision bf16 |" in adapted_card(
+        RESULT, METRICS, replace(FACTS, mixed_precision="bf16")
+    )

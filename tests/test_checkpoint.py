@@ -6,7 +6,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from colora_peft import checkpoint as checkpoint_module
-from colora_peft.checkpoint import checkpoint_tensors, list_checkpoints, load_checkpoint, read_state
+from colora_peft.checkpoint import (
+    checkpoint_tensors,
+    frozen_fingerprint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+)
 
 
 def save_checkpoint(folder, model, optimizer, state, limit, averages=None):
@@ -104,11 +110,31 @@ def test_rotation_keeps_the_newest(tmp_path, limit, kept):
     assert (tmp_path / "checkpoint-best").is_dir()
 
 
-def test_rotation_never_takes_the_one_just_written(tmp_path):
+@pytest.mark.parametrize(("limit", "kept"), [(1, [15]), (2, [10, 15]), (None, [10, 15])])
+def test_a_run_that_goes_back_leaves_nothing_of_the_steps_that_it_left(tmp_path, limit, kept):
     run = trained_network()
-    for step in (20, 15):  # went back from 20 to an earlier step
-        save_checkpoint(tmp_path, *run, {"step": step}, limit=1)
-    assert names(tmp_path) == ["checkpoint-15"]
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, *run, {"step": step}, limit=None)
+    save_checkpoint(tmp_path, *run, {"step": 15}, limit)  # went on from 10: `latest` is 15 now
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
+
+
+def test_everybody_reads_a_checkpoint_who_reads_new_files_here(tmp_path):
+    path = save_checkpoint(tmp_path, *trained_network(), {"step": 4}, limit=2)
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_fingerprint_of_the_frozen_weights_follows_these_alone():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    assert frozen_fingerprint(model) is None
+    model[0].requires_grad_(False)
+    first = frozen_fingerprint(model)
+    with torch.no_grad():
+        model[1].weight += 1
+        assert frozen_fingerprint(model) == first
+        model[0].weight += 1
+    assert frozen_fingerprint(model) != first
 
 
 def test_leftover_of_a_killed_save_neither_counts_nor_stays(tmp_path):

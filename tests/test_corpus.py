@@ -1,5 +1,6 @@
 """Clean pictures come back unharmed from folders and datasets, and every culprit is listed or replaced."""
 
+import os
 import shutil
 import time
 
@@ -328,6 +329,21 @@ def test_a_fingerprint_follows_names_and_sizes_and_not_the_place(tmp_path):
     (tmp_path / "two" / "gray.png").unlink()
     found.add(ImageFiles(list_images(tmp_path / "two")).fingerprint)
     assert len(found) == 4
+
+
+def test_a_fingerprint_of_a_dataset_follows_its_pictures_and_not_the_date(tmp_path):
+    file = tmp_path / "photos.parquet"
+    dataset_of(kinds(tmp_path / "kinds")).to_parquet(file)
+
+    def fingerprint(rows=None):
+        options = {"data_files": str(file), "split": "train", "cache_dir": str(tmp_path / "cache")}
+        split = datasets.load_dataset("parquet", **options)
+        return HubPictures(split if rows is None else split.select(rows), "photo").fingerprint
+
+    before = fingerprint()
+    os.utime(file, (1, 1))
+    assert fingerprint() == before == fingerprint([0, 1, 2, 3, 4])
+    assert len({before, fingerprint([1, 0, 2, 3, 4]), fingerprint([0, 1, 2, 3])}) == 3
 
 
 def test_a_fingerprint_follows_the_rows_of_a_dataset(tmp_path):

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from colora_peft.files import relative_path, write_bytes, write_json, write_text
+from colora_peft.files import relative_path, write_bytes, write_json, write_text, writing_result
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
@@ -40,3 +43,17 @@ def test_bytes_that_cannot_be_put_in_place_leave_nothing(tmp_path):
     write_bytes(tmp_path / "b.png", b"content")
     write_bytes(tmp_path / "b.png", b"\0\n\r\n")
     assert (tmp_path / "b.png").read_bytes() == b"\0\n\r\n"
+
+
+def test_a_result_that_cannot_be_written_says_that_the_training_is_not_lost(tmp_path):
+    for error in (OSError("No space left"), SafetensorError("No space left")):
+        with pytest.raises(OSError, match="No space left.*last checkpoint unharmed.*--resume_from_checkpoint latest"):
+            with writing_result(tmp_path):
+                raise error
+
+
+def test_everybody_reads_a_result_who_reads_new_files_here(tmp_path):
+    with writing_result(tmp_path):
+        save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode

@@ -217,7 +217,7 @@ def test_bad_pairs_are_named_and_nothing_is_left_behind(spoil, culprit, eval_dir
         # Found out only when ranks are allocated, after the network was evaluated and probed.
         (["--parameter_budget", "1e-6"], "parameter_budget to at least"),
         (["--dataset_name", "somebody/pairs"], "exclude each other"),
-        (["--resume_from_checkpoint", "latest"], "no checkpoint"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "no readable checkpoint"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(flags, tmp_path, bad, culprit):

@@ -1,8 +1,11 @@
 """Files of every kind become the same kind of tensor, exactly; what cannot is refused by name."""
 
+import errno
+import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -346,3 +349,32 @@ def test_a_missing_and_an_empty_folder_are_named(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no pictures.*\.png.*not searched\.$"):
         list_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOENT, ValueError), (errno.EIO, OSError), (errno.EMFILE, OSError)]
+)
+def test_a_disk_that_fails_makes_no_bad_picture(tmp_path, monkeypatch, number, kind):
+    """A bad picture is replaced by another; what may be read again tomorrow must not be, or no run resumes exactly."""
+
+    def fail(_path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(kind, match=f"a.png cannot be read .{os.strerror(number)}"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match="The folder .*closed cannot be read"):
+        list_images(tmp_path, nested=True)

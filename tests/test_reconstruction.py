@@ -60,3 +60,13 @@ def test_a_network_that_returns_something_else_is_named():
 
     with pytest.raises(TypeError, match="Pair returned tuple.*`reconstruction`"):
         reconstruct(Pair(), pictures(4, 4))
+
+
+def test_the_multiple_is_found_in_a_compiled_and_in_a_shared_out_network():
+    network = Halves()
+    network.size_multiple = 4
+    shared_out = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(shared_out)  # it would ask for other processes
+    shared_out.module = network
+    for each in (torch.compile(network), shared_out, torch.compile(shared_out)):
+        assert size_multiple(each) == 4

@@ -5,9 +5,14 @@ from dataclasses import asdict, dataclass
 
 import pytest
 from accelerate import Accelerator
+from conftest import load_example
+from filelock import FileLock, Timeout
 
+from colora_peft import run_folder
 from colora_peft.run_folder import check_output_dir, create_output_dir
 from colora_peft.training import TrainArguments
+
+PretrainArguments = load_example("pretrain").PretrainArguments
 
 
 @dataclass
@@ -35,6 +40,11 @@ def checkpoint(folder, step, **settings):
     return path
 
 
+def files(folder):
+    """What a user sees in it."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def listing(folder):
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
@@ -48,8 +58,10 @@ def assert_refused(tmp_path, folder, match, **settings):
 
 def test_new_folder_holds_the_settings_of_the_run(tmp_path):
     assert prepare(tmp_path / "a" / "b", seed=5) is None
-    (written,) = (tmp_path / "a" / "b").iterdir()
-    assert json.loads(written.read_text()) == asdict(arguments(tmp_path / "a" / "b", seed=5))
+    assert files(tmp_path / "a" / "b") == ["run.json"]
+    assert json.loads((tmp_path / "a" / "b" / "run.json").read_text()) == asdict(
+        arguments(tmp_path / "a" / "b", seed=5)
+    )
 
 
 def test_empty_folder_is_taken(tmp_path):
@@ -69,7 +81,7 @@ def test_existing_run_is_refused_or_overwritten(tmp_path):
     checkpoint(tmp_path, 3)
     assert_refused(tmp_path, tmp_path, "--overwrite_output_dir.*--resume_from_checkpoint latest")
     assert prepare(tmp_path, overwrite_output_dir=True, seed=8) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert files(tmp_path) == ["run.json"]
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 8
 
 
@@ -85,7 +97,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_begin_again(tmp_path):
     (tmp_path / "train_log.jsonl").write_text("{}")
     (tmp_path / "contributions.json").write_text("{}")
     assert prepare(tmp_path) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert files(tmp_path) == ["run.json"]
 
 
 def test_resume_finds_the_latest_or_the_named_checkpoint(tmp_path):
@@ -96,8 +108,22 @@ def test_resume_finds_the_latest_or_the_named_checkpoint(tmp_path):
     assert prepare(tmp_path, resume_from_checkpoint="checkpoint-9") == nine
 
 
-def test_resume_without_a_checkpoint_creates_nothing(tmp_path):
-    assert_refused(tmp_path, tmp_path / "none", "no checkpoint in", resume_from_checkpoint="latest")
+def test_one_command_begins_a_run_and_begins_it_again(tmp_path, capsys):
+    folder = tmp_path / "new"
+    for _ in range(2):
+        assert prepare(folder, resume_from_checkpoint="latest") is None
+        assert files(folder) == ["run.json"] and "the run begins" in capsys.readouterr().out
+    path = checkpoint(folder, 3)
+    assert prepare(folder, resume_from_checkpoint="latest") == path
+
+
+def test_resuming_never_deletes_a_result_whose_checkpoints_were_removed(tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "metrics.json").write_text("hours of work")
+    assert_refused(tmp_path, tmp_path, "holds files but no checkpoint", resume_from_checkpoint="latest")
+
+
+def test_resume_without_the_named_checkpoint_creates_nothing(tmp_path):
     assert_refused(tmp_path, tmp_path / "none", "no readable checkpoint", resume_from_checkpoint="checkpoint-7")
 
 
@@ -127,6 +153,78 @@ def test_resume_may_change_what_does_not_change_the_result(tmp_path):
     assert prepare(tmp_path, resume_from_checkpoint="latest", per_device_train_batch_size=1, **free) == path
 
 
+def test_data_may_have_moved_where_the_pictures_themselves_are_compared(tmp_path):
+    path = checkpoint(tmp_path, 3, kind=PretrainArguments, train_dir="here")
+    flags = {"kind": PretrainArguments, "resume_from_checkpoint": "latest", "train_dir": "there"}
+    with pytest.raises(ValueError, match="--train_dir was 'here', now 'there'"):
+        prepare(tmp_path, **flags)
+    state = json.loads((path / "trainer_state.json").read_text())
+    for known in ({"dataset": "5 clean pictures, 12ab"}, {"dataset": "a stream", "positions": [0]}):
+        (path / "trainer_state.json").write_text(json.dumps(state | known))
+        if "positions" not in known:
+            assert prepare(tmp_path, **flags) == path
+            continue
+        with pytest.raises(ValueError, match="--train_dir was"):
+            prepare(tmp_path, **flags)
+
+
+def test_how_the_result_is_saved_and_watched_may_change(tmp_path):
+    sizes = {"kind": PretrainArguments, "train_dir": "here", "resolution": 16}
+    path = checkpoint(tmp_path, 3, **sizes)
+    state = json.loads((path / "trainer_state.json").read_text()) | {"dataset": "5 clean pictures, 12ab"}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    free = {"eval_dir": "there", "validation_steps": 2, "data_card": "mine", "half_precision_weights": True}
+    assert prepare(tmp_path, resume_from_checkpoint="latest", **sizes, **free) == path
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.1)
+    prepare(tmp_path)
+    other = FileLock(tmp_path / ".run.lock")
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    with run_folder.releasing_output_dir(arguments(tmp_path)):
+        checkpoint(tmp_path, 3)
+    with other:
+        flags = {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}
+        for each in flags:
+            assert_refused(tmp_path, tmp_path, "Another run is writing into", **each)
+    assert prepare(tmp_path, overwrite_output_dir=True) is None
+
+
+def test_what_ended_while_it_was_waited_for_is_not_deleted(tmp_path, monkeypatch):
+    (tmp_path / ".run.lock").touch()
+    take = run_folder._take
+
+    def take_after_the_other_is_done(folder):
+        checkpoint(folder, 3)
+        (folder / "run.json").write_text("{}")
+        take(folder)
+
+    monkeypatch.setattr(run_folder, "_take", take_after_the_other_is_done)
+    with pytest.raises(ValueError, match="already holds a run"):
+        prepare(tmp_path)
+    assert (tmp_path / "checkpoint-3").is_dir()
+    with FileLock(tmp_path / ".run.lock", timeout=0):  # nobody holds it
+        pass
+
+
+def test_a_folder_that_is_a_link_is_emptied_and_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    prepare(tmp_path / "out")
+    checkpoint(tmp_path / "out", 3)
+    assert prepare(tmp_path / "out", overwrite_output_dir=True) is None
+    assert files(tmp_path / "disk") == ["run.json"] and (tmp_path / "out").is_symlink()
+
+
+def test_what_a_run_reads_is_not_deleted(tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "photos").mkdir()
+    flags = {"kind": PretrainArguments, "train_dir": str(tmp_path / "photos"), "overwrite_output_dir": True}
+    assert_refused(tmp_path, tmp_path, "--train_dir .* lies in --output_dir", **flags)
+
+
 def test_checkpoint_older_than_a_flag_can_be_resumed(tmp_path):
     path = checkpoint(tmp_path, 3)
     assert prepare(tmp_path, kind=NewerArguments, resume_from_checkpoint="latest") == path
@@ -141,7 +239,7 @@ def test_flag_newer_than_the_checkpoint_had_its_default(tmp_path):
 def test_run_killed_before_its_settings_were_written_can_begin_again(tmp_path):
     (tmp_path / ".run.json.partial").write_text('{"see')
     prepare(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert files(tmp_path) == ["run.json"]
 
 
 def test_checkpoint_of_something_else_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """The settings of a run: command line, ranges, learning rate."""
 
+import warnings
+
 import pytest
 from transformers import HfArgumentParser
 
@@ -78,3 +80,11 @@ def test_without_warm_up_the_first_step_has_the_peak():
     args = TrainArguments(**REQUIRED)
     assert args.learning_rate_at(0) == 0.5
     assert args.learning_rate_at(5) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(4, True), (5, False)])
+def test_a_warm_up_that_takes_the_whole_run_is_pointed_out(steps, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TrainArguments(**{**REQUIRED, "max_train_steps": steps, "lr_warmup_steps": 4})
+    assert len(caught) == warns and all("ends after 4 steps" in str(each.message) for each in caught)

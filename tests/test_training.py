@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -23,6 +24,7 @@ from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 from colora_peft.patches import PatchDataset
 from colora_peft.run_folder import check_output_dir, create_output_dir
 from colora_peft.training import (
+    DataFailed,
     TrainArguments,
     TrainingDiverged,
     reconstruct,
@@ -374,7 +376,7 @@ def test_full_disk_ends_the_run_and_the_checkpoint_before_goes_on(tmp_path, monk
         run(tmp_path / "parts", nafnet(), **flags)
     monkeypatch.undo()
     left = {path.name for path in (tmp_path / "parts").iterdir()}
-    assert left == {"checkpoint-2", "run.json"}
+    assert left == {"checkpoint-2", "run.json", ".run.lock"}
     assert_equal(run(tmp_path / "parts", nafnet(), resume_from_checkpoint="latest", **flags), expected)
 
 
@@ -421,6 +423,70 @@ def test_frozen_parameters_stay_and_are_not_stored(tmp_path):
     assert not any(name.startswith("0.") for name in load_file(tmp_path / "checkpoint-6" / "model.safetensors"))
 
 
+def test_a_run_does_not_go_on_over_another_base(tmp_path):
+    def adapted(brightness):
+        model = nafnet()
+        with torch.no_grad():
+            model.ending.weight += brightness
+        return get_peft_model(model, CoLoRAConfig(ranks=2))
+
+    run(tmp_path, adapted(0.0), max_train_steps=2)
+    resume = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    with pytest.raises(ValueError, match="other frozen weights .*the network to adapt was replaced"):
+        run(tmp_path, adapted(0.1), **resume)
+    run(tmp_path, adapted(0.0), **resume)
+
+
+class FailsAt(NoisyPatches):
+    """Raises what a server that is away, or a worker that was killed, does when a sample is asked for."""
+
+    def __init__(self, number, error):
+        super().__init__()
+        self.number, self.error = number, error
+
+    def __getitem__(self, number):
+        if number == self.number:
+            raise self.error
+        return super().__getitem__(number)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ConnectionError("The server is away."), RuntimeError("Traceback\nkilled")])
+def test_pictures_that_cannot_be_had_cost_no_step(tmp_path, error, workers):
+    flags = {"gradient_accumulation_steps": 2, "use_ema": True, "dataloader_num_workers": workers}
+    expected = run(tmp_path / "whole", plain(), **flags)
+    reason = "The next pictures could not be had: .*(away|killed)[.] What 3 steps have made is saved as .*-3: go on"
+    with pytest.raises(DataFailed, match=reason) as raised:
+        run(tmp_path / "parts", plain(), FailsAt(14, error), **flags)
+    assert "\n" not in str(raised.value)
+    assert_equal(run(tmp_path / "parts", plain(), resume_from_checkpoint="latest", **flags), expected)
+
+
+ENDS = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_training import FailsAt, NoisyPatches, nafnet, run
+dataset = NoisyPatches(broken=[5]) if sys.argv[2] == "diverges" else FailsAt(5, OSError("away"))
+run(sys.argv[1], nafnet(), dataset, dataloader_num_workers=1)
+"""
+
+
+@pytest.mark.parametrize("how", ["diverges", "fails"])
+def test_a_run_that_ends_early_does_not_wait_for_its_workers(tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(ENDS.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, str(script), str(tmp_path / "out"), how]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)  # they ignore the signals to stop
+    assert result.returncode == 1 and {"diverges": "TrainingDiverged", "fails": "DataFailed"}[how] in result.stderr
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+def test_pictures_that_cannot_be_had_at_the_start_leave_no_checkpoint(tmp_path):
+    with pytest.raises(DataFailed, match="could not be had: gone[.]$"):
+        run(tmp_path, plain(), FailsAt(0, ValueError("gone")))
+    assert list_checkpoints(tmp_path) == []
+
+
 # --- networks -------------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +499,19 @@ class Video(nn.Module):
 
     def forward(self, x):
         return SimpleNamespace(reconstruction=self.conv(x[:, :, None])[:, :, 0])
+
+
+@pytest.mark.parametrize("settings", [{"dynamo_backend": "eager"}, {"mixed_precision": "bf16"}])
+def test_the_result_is_the_network_and_not_what_accelerate_puts_around_it(tmp_path, settings):
+    args, model = arguments(tmp_path), nafnet()
+    names = list(model.state_dict())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        trained, _ = train(model, NoisyPatches(), args, Accelerator(cpu=True, **settings))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert trained is model and list(trained.state_dict()) == names
+    assert trained(torch.rand(1, 3, 8, 8)).reconstruction.dtype == torch.float32
 
 
 def test_networks_with_three_dimensional_convolutions_train(tmp_path):

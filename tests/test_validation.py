@@ -126,7 +126,7 @@ def test_no_evaluation_is_missing_or_twice_after_a_resume(tmp_path, pairs):
 def test_evaluation_without_pictures_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="--validation_steps needs pictures"):
         run(tmp_path, nafnet(), None, validation_steps=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert not any(path.name.startswith(("checkpoint", "samples", LOG)) for path in tmp_path.iterdir())
 
 
 @pytest.mark.slow
