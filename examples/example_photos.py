@@ -17,8 +17,8 @@ from torch import Tensor
 from colora_peft.images import read_image, to_pil
 from colora_peft.prod.degradations import rain_layer
 
-UNDERWATER = ("473.jpg", "499.jpg", "84.jpg")
-CLEAN = "476.jpg"
+UNDERWATER = ("76.jpg", "66.jpg", "89.jpg")
+CLEAN = "58.jpg"
 
 RAIN_LAYERS = ((30.0, 12.0, 0.012, 0.8), (22.0, -4.0, 0.010, 0.6))
 """(length in pixels, angle in degrees, streaks a pixel, light they add) of each."""

@@ -20,13 +20,17 @@ from torch import nn
 
 from colora_peft.cards import hardware_name
 from colora_peft.evaluation import evaluate
-from colora_peft.files import write_json
+from colora_peft.files import relative_path, write_json
 from colora_peft.pairs import Pair, PairedImageFolder, PairSource, PairSubset, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.training import TrainingDiverged, train
 from colora_peft.tuning import trained_parameters
 
 RESULTS = Path(__file__).parent / "benchmark_results"
+
+NETWORK = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod-v1")
+"""What every cell of the studies of the method starts from. It stays when the shipped network is trained anew, so that
+cells of different days can be compared."""
 
 Cell = dict[str, object]
 """Settings of a run and what came of it, as JSON keeps them."""
@@ -88,13 +92,12 @@ def task_name(train_dir: str) -> str:
 @cache
 def network_fingerprint() -> str:
     """First digits of the hash of the weights that every cell starts from."""
-    weights = Path(FinetuneArguments.model_name_or_path) / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((Path(NETWORK) / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def load_network(accelerator: Accelerator) -> nn.Module:
     """The network that every cell starts from."""
-    return restoration_task.load_network(FinetuneArguments(), accelerator)
+    return restoration_task.load_network(FinetuneArguments(model_name_or_path=NETWORK), accelerator)
 
 
 def run_arguments(args: Any, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:

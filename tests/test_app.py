@@ -126,12 +126,12 @@ class TestInChromium:
 
     def test_an_example_is_restored_and_nothing_is_asked_of_other_hosts(self, browser, address, tmp_path):
         before, after = (fetch_picture(url, tmp_path / "shown.jpg") for url in click_example(browser, 0))
-        target = Image.open(EXAMPLES / "data/underwater/test/target/473.jpg").convert("RGB")
+        target = Image.open(EXAMPLES / "data/underwater/test/target/76.jpg").convert("RGB")
         errors = [np.abs(picture - np.asarray(target)).mean() for picture in (before, after)]
-        assert before.shape == after.shape == (360, 640, 3) and errors[1] < 0.6 * errors[0]
+        assert before.shape == after.shape == (405, 720, 3) and errors[1] < 0.6 * errors[0]
         (tmp_path / "downloads").mkdir()
         result = browser.download("document.querySelector('#download').click()", tmp_path / "downloads")
-        assert result.name == "underwater-473-underwater.png"
+        assert result.name == "underwater-76-underwater.png"
         assert np.abs(np.asarray(Image.open(result)) - after).mean() < 2  # one is a JPEG
         foreign = [url for url in browser.requested if not url.startswith((address, "data:", "blob:"))]
         assert foreign == []
