@@ -96,8 +96,6 @@ def train(
     first_step = run.resume(checkpoint)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     # The signals first: workers of the data loader that are forked must not have handlers of somebody else.
-    # The batches are closed in any case, which ends their workers: these ignore the signals by which Python, at its
-    # end, would stop them, and it would wait for them for ever.
     batches, progress = _batches(dataset, args, accelerator, first_step, run.position), run.progress(first_step)
     with (
         StopSignals() as signals,
@@ -257,17 +255,21 @@ def _batches(
 
 def _naming_failures(loader: DataLoader) -> Iterator[Batch]:
     batches = iter(loader)
-    reason = None
-    while reason is None:
-        try:
-            yield next(batches)
-        except StopIteration:
-            return
-        except (ValueError, OSError, RuntimeError) as error:
-            # Of an error in a worker, PyTorch makes its whole traceback the message.
-            reason = str(error).strip().rsplit("\n", 1)[-1].rstrip(".")
-    del batches  # ends its workers; so would not an error that was raised from theirs and remembers them
-    raise DataFailed(f"The next pictures could not be had: {reason}.")
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (ValueError, OSError, RuntimeError) as error:
+                # Of an error in a worker, PyTorch makes its whole traceback the message.
+                reason = str(error).strip().rsplit("\n", 1)[-1].rstrip(".")
+                raise DataFailed(f"The next pictures could not be had: {reason}.") from error
+            yield batch
+    finally:
+        # The workers end when nothing refers to the iterator any more, and an error from it does. They ignore the
+        # signal by which Python would stop them at its own end, and it would wait for ever.
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _prepare_worker(_worker: int) -> None:

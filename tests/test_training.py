@@ -463,21 +463,25 @@ def test_pictures_that_cannot_be_had_cost_no_step(tmp_path, error, workers):
 
 
 ENDS = """
-import sys
+import gc, sys
 sys.path.insert(0, {tests!r})
 from test_training import FailsAt, NoisyPatches, nafnet, run
-dataset = NoisyPatches(broken=[5]) if sys.argv[2] == "diverges" else FailsAt(5, OSError("away"))
-run(sys.argv[1], nafnet(), dataset, dataloader_num_workers=1)
+gc.disable()  # whether it comes by in time is chance
+errors = {{"fails": OSError("away"), "breaks": KeyError("bug")}}
+kinds = {{"diverges": NoisyPatches(broken=[5]), **{{how: FailsAt(5, error) for how, error in errors.items()}}}}
+run(sys.argv[1], nafnet(), kinds[sys.argv[2]], checkpointing_steps=2, dataloader_num_workers=1)
 """
 
 
-@pytest.mark.parametrize("how", ["diverges", "fails"])
-def test_a_run_that_ends_early_does_not_wait_for_its_workers(tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "error"), [("diverges", "TrainingDiverged"), ("fails", "DataFailed"), ("breaks", "KeyError")]
+)
+def test_a_run_that_ends_early_does_not_wait_for_its_workers(tmp_path, how, error):
     script = tmp_path / "script.py"
     script.write_text(ENDS.format(tests=str(Path(__file__).parent)))
     command = [sys.executable, str(script), str(tmp_path / "out"), how]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)  # they ignore the signals to stop
-    assert result.returncode == 1 and {"diverges": "TrainingDiverged", "fails": "DataFailed"}[how] in result.stderr
+    assert result.returncode == 1 and error in result.stderr
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
