@@ -64,12 +64,12 @@ def command_line() -> str:
 def _beginning(arguments: list[str]) -> list[str]:
     """Without what makes a run go on, or delete an earlier one: elsewhere there is none."""
     kept: list[str] = []
-    rest = iter(arguments)
-    for part in rest:
-        flag, equals, _ = part.replace("-", "_").partition("=")
-        if flag == "__resume_from_checkpoint" and not equals:
-            next(rest, None)
-        elif flag not in ("__resume_from_checkpoint", "__overwrite_output_dir"):
+    dropping = False
+    for part in arguments:
+        if part.startswith("--"):
+            flag = part.partition("=")[0].replace("-", "_")
+            dropping = flag in ("__resume_from_checkpoint", "__overwrite_output_dir")
+        if not dropping:
             kept.append(part)
     return kept
 

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -223,20 +223,28 @@ def first_usable(
     raise ValueError(f"None of {len(reasons)} pictures drawn can be used. {some_sentences(reasons)}")
 
 
-def column_lines(split: Any, column: str) -> Iterator[str]:
+def column_lines(split: Any, column: str) -> list[str]:
     """What a column of images holds, for a fingerprint: the names and sizes of its files, in order.
 
     Not the fingerprint of `datasets`, which changes with the date of the files and so with every copy of them.
     """
     import pyarrow.compute as pc  # comes with datasets
 
-    rows = split.data.column(column)
-    if split._indices is not None:  # rows were selected or shuffled
-        rows = rows.take(split._indices.column(0))
-    for chunk in rows.chunks:
+    lines: list[str] = []
+    for chunk in split.data.column(column).chunks:
         sizes = pc.binary_length(pc.struct_field(chunk, "bytes")).to_pylist()
         names = pc.struct_field(chunk, "path").to_pylist()
-        yield from (f"{name and os.path.basename(name)}:{size}" for name, size in zip(names, sizes, strict=True))
+        lines += (_file_line(name, size) for name, size in zip(names, sizes, strict=True))
+    if split._indices is None:
+        return lines
+    return [lines[index] for index in split._indices.column(0).to_pylist()]  # rows were selected or shuffled
+
+
+def _file_line(name: str | None, size: int | None) -> str:
+    """Of a picture that the dataset holds, or that lies at a path or, unseen, at an address."""
+    if name is None or size is not None:
+        return f"{name and os.path.basename(name)}:{size}"
+    return name if "://" in name else f"{os.path.basename(name)}:{_size(Path(name))}"
 
 
 def fingerprint_of(what: str, lines: Iterable[str]) -> str:

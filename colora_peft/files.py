@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -48,17 +49,20 @@ def share(path: str | Path) -> None:
 
 @contextmanager
 def writing_result(folder: str | Path) -> Iterator[None]:
-    """Around what writes the result of a training: an error says where, and that the training is not lost.
+    """Around what writes the result of a training: of a full disk it says where, and that the training is not lost.
 
     Raises:
-        OSError: in place of one that was raised inside, a full disk as safetensors reports it included.
+        OSError: in place of what was raised inside, by safetensors in its own way.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise OSError(
             f"The result could not be written into {folder} ({error}). The training is done and its last checkpoint "
-            "unharmed: make room, and call the same command with --resume_from_checkpoint latest."
+            "unharmed: make room, and call the same command with --resume_from_checkpoint latest and without "
+            "--overwrite_output_dir."
         ) from error
     for path in Path(folder).glob("*.safetensors"):
         share(path)

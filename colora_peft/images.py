@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,8 @@ def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
     Raises:
         FileNotFoundError: if the folder does not exist.
         ValueError: if it holds no picture.
-        OSError: if it, or a folder below it, may not be read.
+        OSError: if it may not be read, or the disk of a folder below it fails. Folders below that may not be read are
+            left out with a warning.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -70,13 +72,16 @@ def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
 
 
 def _all_files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
+    for parent, folders, files in os.walk(folder, onerror=_not_silently):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in files)
 
 
-def _raise_unreadable(error: OSError) -> None:
-    raise OSError(f"The folder {error.filename} cannot be read ({error.strerror}): allow it, or move it elsewhere.")
+def _not_silently(error: OSError) -> None:
+    """Of a folder below that cannot be read; some, such as lost+found, are nobody's to allow or to move."""
+    if error.errno not in _LASTING:
+        raise error
+    warnings.warn(f"The folder {error.filename} is left out: it cannot be read ({error.strerror}).", stacklevel=3)
 
 
 def _looks_like_an_image(path: Path) -> bool:

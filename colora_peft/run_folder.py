@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -25,18 +26,25 @@ _LOCK_SECONDS = 10.0  # the workers of a run that was killed hold its lock a lit
 _NOTES = frozenset({_RUN_FILE, "train_log.jsonl", "validation_log.jsonl", "skipped_pictures.jsonl", "samples"}) | {
     "contributions.json", "contribution.png", "logs", "trackers.json", _LOCK_FILE
 }  # fmt: skip
-# What may change on resume without changing the result. Batch size and accumulation may because processes may: their
+# What may change on resume without changing the weights. Batch size and accumulation may because processes may: their
 # product, the global batch, is checked when training starts.
 _FREE = frozenset(
     {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
     | {"dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps"}
     | {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo"}
-    | {"allow_changed_dataset", "max_skipped_share", "check_pictures", "data_card", "half_precision_weights"}
+    | {
+        "allow_changed_dataset",
+        "max_skipped_share",
+        "check_pictures",
+        "data_card",
+        "half_precision_weights",
+        "eval_dir",
+    }
 )
-_DATA = frozenset({"train_dir", "eval_dir", "dataset_name", "dataset_config_name", "image_column"})
+_DATA = frozenset({"train_dir", "dataset_name", "dataset_config_name", "image_column"})
 _INPUTS = ("train_dir", "eval_dir", "dataset_name", "model_name_or_path", "config_name", "contributions")
-_locks: dict[Path, FileLock] = {}
-"""Of the output folders that this process trains into."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems say that have no locks."""
 
 
 def check_output_dir(args: TrainArguments) -> Path | None:
@@ -58,65 +66,68 @@ def check_output_dir(args: TrainArguments) -> Path | None:
     return checkpoint
 
 
-def create_output_dir(args: TrainArguments, accelerator: Accelerator) -> None:
-    """Make the output folder, deleting an earlier run in it; leave it as it is where a run goes on.
+@contextmanager
+def open_output_dir(args: TrainArguments, accelerator: Accelerator, checkpoint: Path | None) -> Iterator[None]:
+    """The output folder, for this run alone: an earlier run in it is deleted, or left as it is where it goes on.
 
-    Call it once all else is known to work, right before training: until then an earlier run is worth keeping. The
-    folder is this run's until it leaves `releasing_output_dir`, which `train` enters.
+    Enter it once all else is known to work, right before training: until then an earlier run is worth keeping. Leave
+    it when the result is written.
+
+    Args:
+        args: The run's.
+        accelerator: The run's; every process enters.
+        checkpoint: What `check_output_dir` found before.
 
     Raises:
-        ValueError: as `check_output_dir`, or if another run is writing into the folder; every process stops.
+        ValueError: as `check_output_dir`, or if another run is writing into the folder or did so a moment ago; every
+            process stops.
     """
-    with Processes(accelerator).failing_together():
+    processes, lock, found = Processes(accelerator), None, checkpoint
+    accelerator.wait_for_everyone()  # every process has looked at the folder
+    with processes.failing_together():
         if accelerator.is_main_process:
-            output_dir = Path(args.output_dir)
             check_output_dir(args)
-            output_dir.mkdir(parents=True, exist_ok=True)
-            _take(output_dir)
-            try:
-                _prepare(args, output_dir)
-            except BaseException:
-                _release(args)
-                raise
+            lock = _lock(Path(args.output_dir))
+            found = check_output_dir(args)
+    try:
+        found = processes.from_main(found)
+        with processes.failing_together():
+            if found != checkpoint:
+                raise ValueError(
+                    f"Another run has just written into --output_dir {args.output_dir}: call this one again."
+                )
+            if accelerator.is_main_process and found is None:
+                _begin(args)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
-def _prepare(args: TrainArguments, output_dir: Path) -> None:
-    if check_output_dir(args) is not None:  # again: another run may have ended just now
-        return
+def _begin(args: TrainArguments) -> None:
+    output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint is not None:
         print(f"There is no checkpoint in {output_dir} yet: the run begins.")
     _empty(output_dir)
     write_json(output_dir / _RUN_FILE, asdict(args))
 
 
-@contextmanager
-def releasing_output_dir(args: TrainArguments) -> Iterator[None]:
-    """Around the training: other runs may write into the folder afterwards."""
-    try:
-        yield
-    finally:
-        _release(args)
-
-
-def _release(args: TrainArguments) -> None:
-    lock = _locks.pop(Path(args.output_dir).resolve(), None)
-    if lock is not None:
-        lock.release()
-
-
-def _take(output_dir: Path) -> None:
+def _lock(output_dir: Path) -> FileLock:
     """Keep other runs out of the folder: two would delete each other's files and mix their logs."""
-    lock = _locks.setdefault(output_dir.resolve(), FileLock(output_dir / _LOCK_FILE))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / _LOCK_FILE, timeout=_LOCK_SECONDS, mode=0o666)
     try:
-        lock.acquire(timeout=_LOCK_SECONDS)
-    except NotImplementedError:
-        warnings.warn(f"{output_dir} cannot be locked on this file system: start no other run into it.", stacklevel=2)
+        lock.acquire()
     except Timeout as error:
-        del _locks[output_dir.resolve()]
         raise ValueError(
             f"Another run is writing into --output_dir {output_dir}, perhaps one whose launcher was stopped: stop it, "
             "wait for it, or choose another folder."
         ) from error
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{output_dir} cannot be locked on this file system: start no other run into it.", stacklevel=4)
+    return lock
 
 
 def _empty(output_dir: Path) -> None:

@@ -27,7 +27,6 @@ from .pairs import PairSource
 from .patches import Batch, Position, StepSampler, collate, sample_generator
 from .processes import Processes
 from .reconstruction import reconstruct, restoration_loss
-from .run_folder import releasing_output_dir
 from .sharding import WholeNetwork, check_distributed_type, is_sharding, whole
 from .trackers import running_trackers
 from .train_arguments import TrainArguments
@@ -65,7 +64,7 @@ def train(
     Args:
         model: Any network that `reconstruct` understands.
         dataset: Samples `{"pixel_values", "labels"}` by sample number, e.g. `PairedPatches`, or a `StreamPatches`.
-        args: The run's settings; its output folder was made by `create_output_dir`.
+        args: The run's settings; its output folder was opened by `open_output_dir`.
         accelerator: Gives device, mixed precision, processes and trackers (`create_accelerator`).
         checkpoint: Where to go on from; None starts anew.
         eval_pairs: What is restored every `validation_steps`, if that is set.
@@ -99,7 +98,6 @@ def train(
     batches, progress = _batches(dataset, args, accelerator, first_step, run.position), run.progress(first_step)
     with (
         StopSignals() as signals,
-        releasing_output_dir(args),
         running_trackers(accelerator, args),
         progress,
         closing(batches),

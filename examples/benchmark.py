@@ -42,7 +42,7 @@ from colora_peft.pairs import PairedImageFolder, PairSource, check_pairs
 from colora_peft.patches import DegradedPictures
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.scaling import adapter_scaling
-from colora_peft.training import use_all_cores
+from colora_peft.training import DataFailed, use_all_cores
 from colora_peft.tuning import prepare_for_tuning
 
 
@@ -181,5 +181,5 @@ if __name__ == "__main__":
         (parsed,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
         print(f"{asdict(parsed)}\n")
         main(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DataFailed) as error:
         sys.exit(f"benchmark.py: {error}")

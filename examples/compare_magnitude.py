@@ -35,7 +35,7 @@ from transformers import HfArgumentParser
 from colora_peft.files import write_text
 from colora_peft.pairs import PairedImageFolder, PairSource, check_pairs
 from colora_peft.patches import PairedPatches
-from colora_peft.training import use_all_cores
+from colora_peft.training import DataFailed, use_all_cores
 from colora_peft.tuning import prepare_for_tuning
 
 PLAIN, MAGNITUDE = VARIANTS = ("plain", "magnitude")
@@ -290,5 +290,5 @@ if __name__ == "__main__":
         (parsed,) = HfArgumentParser(MagnitudeArguments).parse_args_into_dataclasses()
         print(f"{asdict(parsed)}\n")
         main(parsed)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DataFailed) as error:
         sys.exit(f"compare_magnitude.py: {error}")

@@ -45,7 +45,7 @@ from colora_peft.evaluation import evaluate
 from colora_peft.files import write_text
 from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
-from colora_peft.training import use_all_cores
+from colora_peft.training import DataFailed, use_all_cores
 
 DENSE = 10**6
 """A rank so high that every layer is dense."""
@@ -291,5 +291,5 @@ if __name__ == "__main__":
         (parsed,) = HfArgumentParser(ScalingArguments).parse_args_into_dataclasses()
         print(f"{asdict(parsed)}\n")
         main(parsed)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DataFailed) as error:
         sys.exit(f"compare_scaling.py: {error}")

@@ -41,7 +41,7 @@ from colora_peft.files import write_json, write_text, writing_result
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments
 from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
@@ -152,34 +152,34 @@ def main(args: FinetuneArguments) -> None:
         args.hub_model_id = create_hub_repo(
             args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None
         )
-    create_output_dir(args, accelerator)
-    if accelerator.is_main_process and isinstance(model, PeftModel):
-        ranks = model.peft_config["default"].ranks
-        report_allocation(model.get_base_model(), ranks, contributions, Path(args.output_dir))
-    sizes = trained_parameters(model)
-    accelerator.print(f"{sizes['trainable_parameters']:,} parameters are trained.")
+    with open_output_dir(args, accelerator, checkpoint):
+        if accelerator.is_main_process and isinstance(model, PeftModel):
+            ranks = model.peft_config["default"].ranks
+            report_allocation(model.get_base_model(), ranks, contributions, Path(args.output_dir))
+        sizes = trained_parameters(model)
+        accelerator.print(f"{sizes['trainable_parameters']:,} parameters are trained.")
 
-    model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
-    after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
-    accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
-    if accelerator.is_main_process:
-        facts = RunFacts(
-            data_description(args),
-            hardware_name(accelerator.device),
-            seconds,
-            accelerator.num_processes,
-            args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None,
-            accelerator.mixed_precision,
-        )
-        metrics = {
-            **quality_metrics(before, after),
-            **sizes,
-            "estimator": contributions.method if contributions else None,
-            "seconds_contributions": contributions.seconds if contributions else 0.0,
-            "train_pairs": len(train_pairs),
-            "eval_pairs": len(eval_pairs),
-        }
-        save(model, eval_pairs, metrics, facts, args)
+        model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
+        after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
+        accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
+        if accelerator.is_main_process:
+            facts = RunFacts(
+                data_description(args),
+                hardware_name(accelerator.device),
+                seconds,
+                accelerator.num_processes,
+                args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None,
+                accelerator.mixed_precision,
+            )
+            metrics = {
+                **quality_metrics(before, after),
+                **sizes,
+                "estimator": contributions.method if contributions else None,
+                "seconds_contributions": contributions.seconds if contributions else 0.0,
+                "train_pairs": len(train_pairs),
+                "eval_pairs": len(eval_pairs),
+            }
+            save(model, eval_pairs, metrics, facts, args)
 
 
 def check_can_be_saved(model: torch.nn.Module, args: FinetuneArguments) -> None:

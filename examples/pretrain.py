@@ -32,7 +32,7 @@ from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.patches import DegradedPatches, DegradedPictures
 from colora_peft.processes import Processes
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.streams import PictureStream, StreamPatches
 from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments, check_at_least
@@ -189,17 +189,17 @@ def main(args: PretrainArguments) -> None:
         args.hub_model_id = create_hub_repo(
             args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None
         )
-    create_output_dir(args, accelerator)
-    model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
-    if accelerator.is_main_process:
-        facts = RunFacts(
-            args.data_card,
-            hardware_name(accelerator.device),
-            seconds,
-            accelerator.num_processes,
-            mixed_precision=accelerator.mixed_precision,
-        )
-        save(model, args, facts, patches.fingerprint.partition(",")[0])
+    with open_output_dir(args, accelerator, checkpoint):
+        model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
+        if accelerator.is_main_process:
+            facts = RunFacts(
+                args.data_card,
+                hardware_name(accelerator.device),
+                seconds,
+                accelerator.num_processes,
+                mixed_precision=accelerator.mixed_precision,
+            )
+            save(model, args, facts, patches.fingerprint.partition(",")[0])
 
 
 def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, pictures: str) -> None:

@@ -37,7 +37,7 @@ from transformers import HfArgumentParser
 from colora_peft import CoLoRAConfig
 from colora_peft.files import write_text
 from colora_peft.patches import PairedPatches
-from colora_peft.training import use_all_cores
+from colora_peft.training import DataFailed, use_all_cores
 from colora_peft.tuning import METHODS, prepare_for_tuning
 
 
@@ -182,5 +182,5 @@ if __name__ == "__main__":
         (parsed,) = HfArgumentParser(SearchArguments).parse_args_into_dataclasses()
         print(f"{asdict(parsed)}\n")
         main(parsed)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DataFailed) as error:
         sys.exit(f"search_learning_rates.py: {error}")

@@ -41,7 +41,7 @@ from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
 
 from colora_peft import CoLoRAConfig, FaigSettings, ProbeSettings
 from colora_peft.scaling import adapter_scaling
-from colora_peft.training import use_all_cores
+from colora_peft.training import DataFailed, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
 
 
@@ -103,5 +103,5 @@ if __name__ == "__main__":
         (parsed,) = HfArgumentParser(StudyArguments).parse_args_into_dataclasses()
         print(f"{asdict(parsed)}\n")
         main(parsed)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DataFailed) as error:
         sys.exit(f"study_contributions.py: {error}")

@@ -17,7 +17,7 @@ from grid_cells import Cell, CellFile, PairCentres, split_pairs
 from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder, PairSource, draw_pairs
 from colora_peft.patches import PairedPatches
-from colora_peft.training import TrainingDiverged
+from colora_peft.training import DataFailed, TrainingDiverged
 
 MIN_TUNING_PAIRS = 4
 """A learning rate that was chosen on fewer says nothing."""
@@ -144,6 +144,8 @@ class TunedGrid(NamedTuple):
             started = time.perf_counter()
             try:
                 cell = {**settings, **self.run_cell(variant, rate, seed)}
+            except DataFailed:  # says nothing about the settings
+                raise
             # Whatever it is (a budget below the first rank, a full memory): the others still run, the report says so.
             except (TrainingDiverged, ValueError, RuntimeError) as error:
                 cell = {**settings, "failed": str(error)}

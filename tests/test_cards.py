@@ -104,7 +104,12 @@ def test_hardware_is_named_with_its_threads():
 
 @pytest.mark.parametrize(
     "extra",
-    ["--resume_from_checkpoint latest", "--resume-from-checkpoint=checkpoint-2", "--overwrite_output_dir"],
+    [
+        "--resume_from_checkpoint latest",
+        "--resume-from-checkpoint=checkpoint-2",
+        "--overwrite_output_dir",
+        "--overwrite-output-dir true",
+    ],
 )
 def test_the_command_on_a_card_begins_the_run(monkeypatch, extra):
     monkeypatch.setattr(sys, "argv", ["finetune.py", *extra.split(), "--data_card", "my photos"])

@@ -346,6 +346,18 @@ def test_a_fingerprint_of_a_dataset_follows_its_pictures_and_not_the_date(tmp_pa
     assert len({before, fingerprint([1, 0, 2, 3, 4]), fingerprint([0, 1, 2, 3])}) == 3
 
 
+def test_a_fingerprint_of_pictures_that_a_dataset_only_names_follows_their_sizes(tmp_path):
+    paths = list_images(kinds(tmp_path / "kinds"))
+
+    def fingerprint():
+        column = datasets.Dataset.from_dict({"photo": [str(path) for path in paths]})
+        return HubPictures(column.cast_column("photo", datasets.Image()), "photo").fingerprint
+
+    before = fingerprint()
+    save(paths[1], 20, 20)
+    assert fingerprint() != before
+
+
 def test_a_fingerprint_follows_the_rows_of_a_dataset(tmp_path):
     rows = dataset_of(kinds(tmp_path))
     whole, again, fewer = (HubPictures(each, "photo").fingerprint for each in (rows, rows, rows.select([0, 2])))

@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -46,10 +47,16 @@ def test_bytes_that_cannot_be_put_in_place_leave_nothing(tmp_path):
 
 
 def test_a_result_that_cannot_be_written_says_that_the_training_is_not_lost(tmp_path):
-    for error in (OSError("No space left"), SafetensorError("No space left")):
+    for error in (OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")):
         with pytest.raises(OSError, match="No space left.*last checkpoint unharmed.*--resume_from_checkpoint latest"):
             with writing_result(tmp_path):
                 raise error
+
+
+def test_another_error_in_writing_a_result_is_itself(tmp_path):
+    with pytest.raises(ConnectionError, match="^away$"):
+        with writing_result(tmp_path):
+            raise ConnectionError("away")
 
 
 def test_everybody_reads_a_result_who_reads_new_files_here(tmp_path):

@@ -365,16 +365,21 @@ def test_a_disk_that_fails_makes_no_bad_picture(tmp_path, monkeypatch, number, k
         read_image(tmp_path / "a.png")
 
 
-def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_folder_below_that_cannot_be_read_is_not_left_out_silently(tmp_path, monkeypatch, number):
     (tmp_path / "closed").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     scandir = os.scandir
 
     def refuse(folder):
         if Path(folder).name == "closed":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            raise OSError(number, os.strerror(number), str(folder))
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(OSError, match="The folder .*closed cannot be read"):
-        list_images(tmp_path, nested=True)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="closed"):
+            list_images(tmp_path, nested=True)
+    else:
+        with pytest.warns(UserWarning, match="The folder .*closed is left out"):
+            assert list_images(tmp_path, nested=True) == [tmp_path / "a.png"]

@@ -1,15 +1,16 @@
 """The output folder: what is refused, what is created, and where a resumed run goes on."""
 
+import errno
 import json
+import os
 from dataclasses import asdict, dataclass
 
 import pytest
 from accelerate import Accelerator
 from conftest import load_example
-from filelock import FileLock, Timeout
 
 from colora_peft import run_folder
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.training import TrainArguments
 
 PretrainArguments = load_example("pretrain").PretrainArguments
@@ -28,8 +29,8 @@ def arguments(folder, kind=TrainArguments, **settings):
 def prepare(folder, **settings):
     args = arguments(folder, **settings)
     checkpoint = check_output_dir(args)
-    create_output_dir(args, Accelerator(cpu=True))
-    return checkpoint
+    with open_output_dir(args, Accelerator(cpu=True), checkpoint):
+        return checkpoint
 
 
 def checkpoint(folder, step, **settings):
@@ -180,33 +181,38 @@ def test_how_the_result_is_saved_and_watched_may_change(tmp_path):
 def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.1)
     prepare(tmp_path)
-    other = FileLock(tmp_path / ".run.lock")
-    with pytest.raises(Timeout):
-        other.acquire(timeout=0)
-    with run_folder.releasing_output_dir(arguments(tmp_path)):
-        checkpoint(tmp_path, 3)
-    with other:
-        flags = {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}
-        for each in flags:
-            assert_refused(tmp_path, tmp_path, "Another run is writing into", **each)
+    checkpoint(tmp_path, 3)
+    args = arguments(tmp_path, resume_from_checkpoint="latest")
+    with open_output_dir(args, Accelerator(cpu=True), check_output_dir(args)):
+        for flags in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+            assert_refused(tmp_path, tmp_path, "Another run is writing into", **flags)
     assert prepare(tmp_path, overwrite_output_dir=True) is None
 
 
-def test_what_ended_while_it_was_waited_for_is_not_deleted(tmp_path, monkeypatch):
-    (tmp_path / ".run.lock").touch()
-    take = run_folder._take
+@pytest.mark.parametrize("before", [None, 3])
+def test_a_run_that_ended_meanwhile_is_neither_deleted_nor_overtaken(tmp_path, before):
+    """It ended while this one read its data, or waited for it."""
+    prepare(tmp_path)
+    if before is not None:
+        checkpoint(tmp_path, before)
+    args = arguments(tmp_path, resume_from_checkpoint="latest")
+    seen = check_output_dir(args)
+    checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match="has just written into .* call this one again"):
+        with open_output_dir(args, Accelerator(cpu=True), seen):
+            pass
+    assert prepare(tmp_path, resume_from_checkpoint="latest").name == "checkpoint-5"
 
-    def take_after_the_other_is_done(folder):
-        checkpoint(folder, 3)
-        (folder / "run.json").write_text("{}")
-        take(folder)
 
-    monkeypatch.setattr(run_folder, "_take", take_after_the_other_is_done)
-    with pytest.raises(ValueError, match="already holds a run"):
-        prepare(tmp_path)
-    assert (tmp_path / "checkpoint-3").is_dir()
-    with FileLock(tmp_path / ".run.lock", timeout=0):  # nobody holds it
-        pass
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_pointed_out_and_used(tmp_path, monkeypatch, number):
+    def refuse(_lock):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked on this file system"):
+        assert prepare(tmp_path) is None
+    assert files(tmp_path) == ["run.json"]
 
 
 def test_a_folder_that_is_a_link_is_emptied_and_stays(tmp_path):

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {tests!r})
 from safetensors.torch import save_file
 from test_training import NoisyPatches, arguments, nafnet
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.training import train
 args, accelerator = arguments(sys.argv[1], **json.loads(sys.argv[2])), Accelerator()
 assert accelerator.num_processes == 2
@@ -49,8 +49,8 @@ accelerator.prepare = shard
 accelerator.state.distributed_type = DistributedType.FSDP
 accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
 checkpoint = check_output_dir(args)
-create_output_dir(args, accelerator)
-trained, _ = train(nafnet(), NoisyPatches(), args, accelerator, checkpoint)
+with open_output_dir(args, accelerator, checkpoint):
+    trained, _ = train(nafnet(), NoisyPatches(), args, accelerator, checkpoint)
 assert all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in trained.state_dict().values())
 if accelerator.is_main_process:
     save_file({{name: tensor.contiguous() for name, tensor in trained.state_dict().items()}}, sys.argv[3])

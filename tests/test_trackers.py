@@ -8,7 +8,7 @@ from PIL import Image
 from test_training import DiesAt, Killed, NoisyPatches, arguments, nafnet, rows
 
 from colora_peft.pairs import PairedImageFolder
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.trackers import create_accelerator, running_trackers
 from colora_peft.training import train
 
@@ -33,8 +33,8 @@ def test_tensorboard_holds_figures_and_pictures(tmp_path, eval_dir):
     args = arguments(tmp_path / "out", report_to="tensorboard", validation_steps=3)
     accelerator = create_accelerator(args)
     assert check_output_dir(args) is None and not (tmp_path / "out").exists()
-    create_output_dir(args, accelerator)
-    train(nafnet(), NoisyPatches(), args, accelerator, None, PairedImageFolder(eval_dir))
+    with open_output_dir(args, accelerator, None):
+        train(nafnet(), NoisyPatches(), args, accelerator, None, PairedImageFolder(eval_dir))
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "colora-peft")).Reload()
     (row,) = rows(tmp_path / "out")
     for name in ("loss", "psnr", "learning_rate", "patches_per_second"):
@@ -52,8 +52,8 @@ def start(folder, dataset, eval_dir, **flags):
     args = arguments(folder, **flags)
     accelerator = create_accelerator(args)
     checkpoint = check_output_dir(args)
-    create_output_dir(args, accelerator)
-    train(nafnet(), dataset, args, accelerator, checkpoint, PairedImageFolder(eval_dir))
+    with open_output_dir(args, accelerator, checkpoint):
+        train(nafnet(), dataset, args, accelerator, checkpoint, PairedImageFolder(eval_dir))
 
 
 def test_a_resumed_run_is_one_run_without_repeated_steps(tmp_path, eval_dir):

@@ -22,7 +22,7 @@ from colora_peft import checkpoint as checkpoint_module
 from colora_peft.checkpoint import list_checkpoints
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 from colora_peft.patches import PatchDataset
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.training import (
     DataFailed,
     TrainArguments,
@@ -71,8 +71,8 @@ def arguments(folder, **settings):
 def run(folder, model, dataset=None, **settings):
     args, accelerator = arguments(folder, **settings), Accelerator(cpu=True)
     checkpoint = check_output_dir(args)
-    create_output_dir(args, accelerator)
-    trained, _ = train(model, dataset or NoisyPatches(), args, accelerator, checkpoint)
+    with open_output_dir(args, accelerator, checkpoint):
+        trained, _ = train(model, dataset or NoisyPatches(), args, accelerator, checkpoint)
     return trained.state_dict()
 
 
@@ -225,7 +225,7 @@ from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
 from test_training import NoisyPatches, arguments, nafnet
 from colora_peft.pairs import PairedImageFolder, PairSubset
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.training import TrainingDiverged, TrainingStopped, train
 folder, what = sys.argv[1], json.loads(sys.argv[2])
 class Patches(NoisyPatches):
@@ -237,11 +237,11 @@ flags = dict(max_train_steps=4, per_device_train_batch_size=1) | what["flags"]
 args, accelerator = arguments(folder, **flags), Accelerator()
 assert accelerator.num_processes == 2
 checkpoint = check_output_dir(args)
-create_output_dir(args, accelerator)
 pairs = PairedImageFolder(what["eval_dir"]) if what["eval_dir"] else None
 pairs = pairs and PairSubset(pairs, range(what["eval_count"]))
 try:
-    train(nafnet(), Patches(broken=what["broken"]), args, accelerator, checkpoint, pairs)
+    with open_output_dir(args, accelerator, checkpoint):
+        train(nafnet(), Patches(broken=what["broken"]), args, accelerator, checkpoint, pairs)
 except (TrainingDiverged, TrainingStopped) as error:
     # A file each: what two processes print may come out interleaved.
     file = Path(args.output_dir).with_name(f"stopped{{accelerator.process_index}}")

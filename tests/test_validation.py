@@ -13,7 +13,7 @@ from test_training import DiesAt, Killed, NoisyPatches, arguments, assert_equal,
 from colora_peft import CoLoRAConfig
 from colora_peft.evaluation import evaluate
 from colora_peft.pairs import PairedImageFolder, PairSubset
-from colora_peft.run_folder import check_output_dir, create_output_dir
+from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.training import train
 
 LOG = "validation_log.jsonl"
@@ -55,8 +55,8 @@ def run(folder, model, pairs, dataset=None, tracker=None, **settings):
     args = arguments(folder, **settings)
     accelerator = Accelerator(cpu=True, log_with=tracker)
     checkpoint = check_output_dir(args)
-    create_output_dir(args, accelerator)
-    model, _ = train(model, dataset or NoisyPatches(), args, accelerator, checkpoint, pairs)
+    with open_output_dir(args, accelerator, checkpoint):
+        model, _ = train(model, dataset or NoisyPatches(), args, accelerator, checkpoint, pairs)
     return model
 
 
