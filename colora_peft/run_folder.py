@@ -32,14 +32,8 @@ _FREE = frozenset(
     {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
     | {"dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps"}
     | {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo"}
-    | {
-        "allow_changed_dataset",
-        "max_skipped_share",
-        "check_pictures",
-        "data_card",
-        "half_precision_weights",
-        "eval_dir",
-    }
+    | {"allow_changed_dataset", "max_skipped_share", "check_pictures"}
+    | {"data_card", "half_precision_weights", "eval_dir"}
 )
 _DATA = frozenset({"train_dir", "dataset_name", "dataset_config_name", "image_column"})
 _INPUTS = ("train_dir", "eval_dir", "dataset_name", "model_name_or_path", "config_name", "contributions")
@@ -88,8 +82,10 @@ def open_output_dir(args: TrainArguments, accelerator: Accelerator, checkpoint: 
         if accelerator.is_main_process:
             check_output_dir(args)
             lock = _lock(Path(args.output_dir))
-            found = check_output_dir(args)
     try:
+        with processes.failing_together():
+            if accelerator.is_main_process:
+                found = check_output_dir(args)
         found = processes.from_main(found)
         with processes.failing_together():
             if found != checkpoint:
