@@ -6,7 +6,6 @@ state and, where there are any, the averages of the weights. The frozen base of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import PARTIAL, share, write_json
+from .files import PARTIAL, share_weights, write_json
+from .fingerprint import digest_of_weights
 from .sharding import fill, whole
 
 _PREFIX = "checkpoint-"
@@ -36,12 +36,7 @@ def frozen_fingerprint(model: nn.Module) -> str | None:
     """A digest of the frozen parameters, which checkpoints leave out: whether they are those that training began with.
     None where there are none. Where the network is sharded, every process must call it."""
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    digest = hashlib.sha256()
-    for name in sorted(frozen):
-        tensor = whole(frozen[name].detach())
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.float().cpu().contiguous().numpy())
-    return digest.hexdigest()[:16] if frozen else None
+    return digest_of_weights(frozen)[:16] if frozen else None
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -85,7 +80,7 @@ def save_checkpoint(
     try:
         for file, tensors in files.items():
             save_file(_contiguous(tensors), partial / file)
-            share(partial / file)
+        share_weights(partial)
         write_json(partial / _STATE, state)
         _flush(partial)
     except BaseException as error:

@@ -40,16 +40,19 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def share(path: str | Path) -> None:
-    """Give a file the permissions that new files have here: safetensors writes some that only their owner can read."""
+def share_weights(folder: str | Path) -> None:
+    """Give the safetensors files in a folder the permissions that new files have here; they are written for their
+    owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    for path in Path(folder).glob("*.safetensors"):
+        os.chmod(path, 0o666 & ~umask)
 
 
 @contextmanager
 def writing_result(folder: str | Path) -> Iterator[None]:
     """Around what writes the result of a training: of a full disk it says where, and that the training is not lost.
+    Whoever reads new files here reads the result.
 
     Raises:
         OSError: in place of what was raised inside, by safetensors in its own way.
@@ -64,8 +67,7 @@ def writing_result(folder: str | Path) -> Iterator[None]:
             "unharmed: make room, and call the same command with --resume_from_checkpoint latest and without "
             "--overwrite_output_dir."
         ) from error
-    for path in Path(folder).glob("*.safetensors"):
-        share(path)
+    share_weights(folder)
 
 
 def relative_path(path: str | Path) -> str:

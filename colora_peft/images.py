@@ -119,9 +119,7 @@ def read_bytes(path: str | Path) -> bytes:
     except OSError as error:
         if error.errno in _LASTING:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check that the file is there.") from error
-        raise OSError(
-            error.errno, f"{path} cannot be read ({error.strerror}); try again when its disk is back"
-        ) from error
+        raise OSError(f"{path} cannot be read ({error.strerror}); try again when its disk is back.") from error
 
 
 def as_float(image: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import checkpoint_tensors, frozen_fingerprint, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
-from .files import share
+from .files import share_weights
 from .interruption import TrainingStopped
 from .pairs import PairSource
 from .patches import Position
@@ -201,8 +201,7 @@ class TrainingRun:
             with Processes(self.accelerator).failing_together():
                 if self.accelerator.is_main_process:
                     network.save_pretrained(folder)
-                    for file in folder.glob("*.safetensors"):
-                        share(file)
+                    share_weights(folder)
         return folder
 
     def stop(self, signum: int, step: int) -> None:
