@@ -106,9 +106,10 @@ def test_a_function_has_no_revision(networks):
         load_backbone("my_networks:convolution", revision="v1")
 
 
-def test_the_backbones_are_registered_without_importing_them(tiny_nafnet):
+def test_the_backbones_are_registered_without_importing_them(tiny_nafnet, tmp_path):
     code = f"from colora_peft.backbones import load_backbone; load_backbone({str(tiny_nafnet)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Away from the source tree, which `python -c` would import instead of the package that is installed.
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
