@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .engines import Engine, OptimizerState
 from .files import PARTIAL, share_weights, write_json
 from .fingerprint import digest_of_weights
 from .sharding import fill, whole
@@ -46,7 +48,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def checkpoint_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor] | None = None
+    model: nn.Module, optimizer: torch.optim.Optimizer | Engine, averages: dict[str, Tensor] | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds, by file name; `averages` are those of `ExponentialMovingAverage`, by parameter name.
 
@@ -124,7 +126,7 @@ def _hide(checkpoint: Path) -> Path:
 def load_checkpoint(
     path: str | Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Engine,
     averages: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint into `model`, `optimizer` and, where given, `averages`, and return its state.
@@ -185,12 +187,13 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Engine) -> dict[str, Tensor]:
     """Adam's moments under `<parameter name>/<moment>`: names outlive the order of parameters."""
+    state = optimizer.state  # asked for once: DeepSpeed's has to be gathered
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in state.get(parameter, {}).items()
     }
 
 
@@ -201,9 +204,9 @@ def _is_moment(key: str, value: Tensor, trained: dict[str, Tensor]) -> bool:
 
 
 def _load_optimizer_tensors(
-    trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
+    trained: dict[str, Tensor], optimizer: torch.optim.Optimizer | Engine, moments: dict[str, Tensor]
 ) -> None:
-    optimizer.state.clear()
+    state: OptimizerState = defaultdict(dict)
     for key, value in sorted(moments.items()):  # in one order on all processes, which fill sharded ones together
         name, _, moment = key.rpartition("/")
         parameter = trained[name]
@@ -213,4 +216,5 @@ def _load_optimizer_tensors(
         else:
             own = torch.empty_like(parameter.detach(), dtype=value.dtype)
             fill(own, value)
-        optimizer.state[parameter][moment] = own
+        state[parameter][moment] = own
+    optimizer.state = state

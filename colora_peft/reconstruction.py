@@ -55,13 +55,19 @@ def size_multiple(model: nn.Module) -> int:
     transformers, whose image processor pads for it, needs no attribute: it is the side of its windows.
     """
     network = model
-    while isinstance(network, nn.parallel.DistributedDataParallel) or hasattr(network, "_orig_mod"):
+    while _is_wrapper(network):
         network = getattr(network, "_orig_mod", None) or network.module  # compiled, shared out, or both
     multiple = getattr(network, "size_multiple", None)
     if multiple is not None:
         return multiple
     config = getattr(network, "config", None)
     return config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
+
+
+def _is_wrapper(network: nn.Module) -> bool:
+    is_shared_out = isinstance(network, nn.parallel.DistributedDataParallel)
+    # By name: the import of DeepSpeed takes seconds.
+    return is_shared_out or type(network).__name__ == "DeepSpeedEngine" or hasattr(network, "_orig_mod")
 
 
 def _hint(reconstruction: Tensor, pictures: Tensor) -> str:

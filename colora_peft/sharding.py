@@ -21,11 +21,11 @@ def check_distributed_type(accelerator: Accelerator) -> None:
     """Refuse launches under which a run would be wrong or could not be resumed.
 
     Raises:
-        ValueError: for FSDP version 1 (no whole tensors by name) and DeepSpeed and Megatron (they step inside the
-            backward pass, before a bad gradient is noticed, and keep Adam's moments for themselves).
+        ValueError: for FSDP version 1 (no whole tensors by name) and Megatron (it steps inside the backward pass,
+            before a bad gradient is noticed, and keeps Adam's moments for itself).
     """
     kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if kind == DistributedType.MEGATRON_LM:
         raise ValueError(
             f"Training under {kind.value} is not supported: launch with DDP, or with FSDP version 2 where the network "
             "does not fit (examples/accelerate_configs)."

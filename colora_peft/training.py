@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -22,15 +22,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .engines import Engine
 from .interruption import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
 from .pairs import PairSource
 from .patches import Batch, Position, StepSampler, collate, sample_generator
 from .processes import Processes
 from .reconstruction import reconstruct, restoration_loss
-from .sharding import WholeNetwork, check_distributed_type, is_sharding, whole
+from .sharding import WholeNetwork, check_distributed_type, is_sharding
 from .trackers import running_trackers
 from .train_arguments import TrainArguments
 from .training_run import StepFigures, TrainingRun
+from .zero import ZeroEngine, check_zero, is_zero
 
 __all__ = [
     "DataFailed",
@@ -84,16 +86,14 @@ def train(
     if args.validation_steps and eval_pairs is None:
         raise ValueError("--validation_steps needs pictures to evaluate on, and there are none; leave it out.")
     check_distributed_type(accelerator)
+    check_zero(accelerator)
     model = _to_device(model, accelerator).train()
     network = WholeNetwork(model, accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    # Only now: where the network was sharded, in place, its parameters are others than before.
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    run = TrainingRun(model, optimizer.optimizer, args, accelerator, dataset, network)
+    engine = (ZeroEngine if is_zero(accelerator) else Engine)(model, optimizer, args, accelerator)
+    run = TrainingRun(model, engine, args, accelerator, dataset, network)
     first_step = run.resume(checkpoint)
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     # The signals first: workers of the data loader that are forked must not have handlers of somebody else.
     batches, progress = _batches(dataset, args, accelerator, first_step, run.position), run.progress(first_step)
     with (
@@ -103,26 +103,24 @@ def train(
         closing(batches),
     ):
         for step in range(first_step, args.max_train_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate_at(step)
+            engine.set_learning_rate(args.learning_rate_at(step))
             # Dropout and the like draw from the global generator: seeded by step, a resumed run draws the same.
             torch.manual_seed(sample_generator(args.seed, step, accelerator.process_index).initial_seed())
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             try:
-                figures = _backward(prepared, batches, parameters, args, accelerator, signals)
+                figures = _backward(engine, batches, args, accelerator, signals)
             except DataFailed as error:
                 _restore(buffers)
                 _stop_without_data(run, step, first_step, error)
             if not figures.finite:
                 _restore(buffers)
                 _stop_diverged(run, step, figures)
-            optimizer.step()
-            optimizer.zero_grad()
+            engine.step()
             _after_step(run, step + 1, figures, eval_pairs)
     if run.averages is not None:
         run.averages.copy_to_model()
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # takes mixed precision off `model`
-    return network.get(model), run.seconds  # not what is around it: several processes, torch.compile
+    engine.release()
+    return network.get(model), run.seconds
 
 
 def _after_step(run: TrainingRun, done: int, figures: StepFigures, eval_pairs: PairSource | None) -> None:
@@ -165,16 +163,16 @@ def _stop_diverged(run: TrainingRun, step: int, figures: StepFigures) -> None:
 
 def _to_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     # Convolutions and channel-wise norms are faster with the channels last, on CPU and GPU. PyTorch refuses that
-    # layout for the five dimensions of Conv3d, and shards no parameter that has it.
-    if is_sharding(accelerator) or any(tensor.ndim == 5 for tensor in (*model.parameters(), *model.buffers())):
+    # layout for the five dimensions of Conv3d, and neither it nor DeepSpeed cuts up parameters that have it.
+    is_cut_up = is_sharding(accelerator) or is_zero(accelerator)
+    if is_cut_up or any(tensor.ndim == 5 for tensor in (*model.parameters(), *model.buffers())):
         return model.to(accelerator.device)
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
 def _backward(
-    model: nn.Module,
+    engine: Engine,
     batches: Iterator[Batch],
-    parameters: list[nn.Parameter],
     args: TrainArguments,
     accelerator: Accelerator,
     signals: StopSignals,
@@ -184,16 +182,14 @@ def _backward(
     totals = torch.zeros(2, device=accelerator.device)
     skipped: list[str] = []
     for number, batch in enumerate(islice(batches, count), start=1):
-        accelerator.sync_gradients = number == count
-        # The gradients of the processes meet once, in the last batch.
-        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-            reconstruction = reconstruct(model, batch["pixel_values"])
+        with engine.batch(is_last=number == count):
+            reconstruction = reconstruct(engine.network, batch["pixel_values"])
             loss = F.l1_loss(reconstruction, batch["labels"])
-            accelerator.backward(loss)  # of the loss divided by `count`: the mean over the batches
+            engine.backward(loss)
         error = (reconstruction.detach().float().clamp(0, 1) - batch["labels"]).square().mean(dim=(1, 2, 3))
         skipped += batch["skipped"]
         totals += torch.stack([loss.detach().float(), -10 * error.clamp_min(1e-10).log10().mean()]) / count
-    norm = whole(accelerator.clip_grad_norm_(parameters, args.max_grad_norm).detach()).float()
+    norm = engine.clip().float()
     # The mean over the processes: a loss that is NaN on one of them (its gradient need not be) stops them all, and so
     # does a signal.
     flags = torch.tensor([float(len(skipped)), *signals.flags()], device=accelerator.device)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import checkpoint_tensors, frozen_fingerprint, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
+from .engines import Engine
 from .files import share_weights
 from .interruption import TrainingStopped
 from .pairs import PairSource
@@ -49,11 +49,11 @@ class StepFigures:
 
 
 class TrainingRun:
-    """A run of `model` by `optimizer`; files and the progress bar are the main process's.
+    """A run of `model` by `engine`; files and the progress bar are the main process's.
 
     Args:
         model: The network, prepared by Accelerate, but not wrapped for several processes.
-        optimizer: Of the parameters that require gradients.
+        engine: Steps the parameters that require gradients.
         args: The run's settings.
         accelerator: The run's.
         dataset: What is trained on. It may have a `fingerprint` and a `max_skipped_share`.
@@ -63,7 +63,7 @@ class TrainingRun:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         args: TrainArguments,
         accelerator: Accelerator,
         dataset: Dataset,
@@ -71,7 +71,7 @@ class TrainingRun:
     ) -> None:
         self.model = model
         self.network = network
-        self.optimizer = optimizer
+        self.engine = engine
         self.args = args
         self.accelerator = accelerator
         self.averages = ExponentialMovingAverage(model, args.ema_decay) if args.use_ema else None
@@ -113,7 +113,7 @@ class TrainingRun:
             return 0
         self._check_comparable(checkpoint, read_state(checkpoint))
         averages = None if self.averages is None else self.averages.averages
-        state = load_checkpoint(checkpoint, self.model, self.optimizer, averages)
+        state = load_checkpoint(checkpoint, self.model, self.engine, averages)
         self._earlier_seconds = state.get("seconds", 0.0)
         if state.get("positions"):
             self.position = state["positions"][self.accelerator.process_index]
@@ -168,9 +168,7 @@ class TrainingRun:
         path = self.output_dir / f"checkpoint-{step}"
         processes = Processes(self.accelerator)
         positions = processes.lists_of_all([self.position])
-        files = checkpoint_tensors(
-            self.model, self.optimizer, None if self.averages is None else self.averages.averages
-        )
+        files = checkpoint_tensors(self.model, self.engine, None if self.averages is None else self.averages.averages)
         # Together: a process that ended earlier would have the launcher kill the one that writes.
         with processes.failing_together():
             if self.accelerator.is_main_process:
