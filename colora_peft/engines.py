@@ -1,9 +1,10 @@
-"""What steps a network over all processes of a run: `Engine`, by Accelerate. DeepSpeed's is in `colora_peft.zero`."""
+"""What steps a network over all processes of a run: Accelerate here, DeepSpeed in `colora_peft.zero`."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -16,11 +17,43 @@ from .train_arguments import TrainArguments
 OptimizerState = dict[nn.Parameter, dict[str, Tensor]]
 
 
-class Engine:
-    """A network and the optimizer of its trained parameters, under Accelerate.
+class Engine(ABC):
+    """A network and the AdamW of its trained parameters.
 
     Attributes:
-        network: What is called in place of `model`: around it may be several processes, autocast or torch.compile.
+        network: What is called in place of the model: around it may be several processes, autocast or torch.compile.
+        state: Adam's state by parameter: sharded as the parameters are, else whole. Every process must ask for it.
+    """
+
+    network: nn.Module
+    state: OptimizerState
+
+    @abstractmethod
+    def set_learning_rate(self, rate: float) -> None: ...
+
+    @abstractmethod
+    def batch(self, is_last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of each batch of a step."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss divided by the number of batches of a step: the mean over them."""
+
+    @abstractmethod
+    def clip(self) -> Tensor:
+        """Clip the gradients, at the latest in the step to come; their norm before, over all processes."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Step and forget the gradients."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Take off the model what was put on it."""
+
+
+class AccelerateEngine(Engine):
+    """One process, several by DDP, or a network that FSDP 2 has sharded.
 
     Args:
         model: The network, on its device.
@@ -40,7 +73,6 @@ class Engine:
 
     @property
     def state(self) -> OptimizerState:
-        """Adam's state: sharded as the parameters are, else whole. Every process must ask for it."""
         return self._optimizer.optimizer.state
 
     @state.setter
@@ -51,25 +83,22 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
-    def batch(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Around the forward and backward pass of each batch of a step."""
+    @contextmanager
+    def batch(self, is_last: bool) -> Iterator[None]:
         self._accelerator.sync_gradients = is_last
         # The gradients of the processes meet once, in the last batch.
-        return nullcontext() if is_last else self._accelerator.no_sync(self.network)
+        with nullcontext() if is_last else self._accelerator.no_sync(self.network):
+            yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the loss divided by the number of batches of a step: the mean over them."""
         self._accelerator.backward(loss)
 
     def clip(self) -> Tensor:
-        """Clip the gradients, at the latest in the step to come; their norm before, over all processes."""
         return whole(self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm).detach())
 
     def step(self) -> None:
-        """Step and forget the gradients."""
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def release(self) -> None:
-        """Take off the model what was put on it."""
         self._accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)

@@ -17,7 +17,9 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from .files import write_json
+from .sharding import check_distributed_type
 from .train_arguments import TrainArguments
+from .zero import check_zero
 
 _PROJECT = "colora-peft"
 _STATE_FILE = "trackers.json"
@@ -27,17 +29,25 @@ def create_accelerator(args: TrainArguments) -> Accelerator:
     """The accelerator of a run that reports to `--report_to`; precision and processes are the launcher's.
 
     Raises:
-        ValueError: if the tracker's package is not installed. Accelerate would leave the tracker out without a word.
+        ValueError: if the tracker's package is not installed (Accelerate would leave the tracker out without a word),
+            or if networks cannot be trained under such a launch.
     """
     if args.report_to == "none":
-        return Accelerator()
+        return _checked(Accelerator())
     if importlib.util.find_spec(args.report_to) is None:
         raise ValueError(
             f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed: "
             f"pip install {args.report_to}, or leave the flag out."
         )
     folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs"))
-    return Accelerator(log_with=args.report_to, project_config=folders)
+    return _checked(Accelerator(log_with=args.report_to, project_config=folders))
+
+
+def _checked(accelerator: Accelerator) -> Accelerator:
+    """Refuse launches that training does not support, before anything is loaded or deleted."""
+    check_distributed_type(accelerator)
+    check_zero(accelerator)
+    return accelerator
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .engines import Engine
+from .engines import AccelerateEngine, Engine
 from .interruption import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
 from .pairs import PairSource
 from .patches import Batch, Position, StepSampler, collate, sample_generator
@@ -91,7 +91,7 @@ def train(
     network = WholeNetwork(model, accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    engine = (ZeroEngine if is_zero(accelerator) else Engine)(model, optimizer, args, accelerator)
+    engine = (ZeroEngine if is_zero(accelerator) else AccelerateEngine)(model, optimizer, args, accelerator)
     run = TrainingRun(model, engine, args, accelerator, dataset, network)
     first_step = run.resume(checkpoint)
     # The signals first: workers of the data loader that are forked must not have handlers of somebody else.
@@ -164,8 +164,12 @@ def _stop_diverged(run: TrainingRun, step: int, figures: StepFigures) -> None:
 def _to_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     # Convolutions and channel-wise norms are faster with the channels last, on CPU and GPU. PyTorch refuses that
     # layout for the five dimensions of Conv3d, and neither it nor DeepSpeed cuts up parameters that have it.
-    is_cut_up = is_sharding(accelerator) or is_zero(accelerator)
-    if is_cut_up or any(tensor.ndim == 5 for tensor in (*model.parameters(), *model.buffers())):
+    tensors = (*model.parameters(), *model.buffers())
+    if is_sharding(accelerator) or is_zero(accelerator):
+        for tensor in tensors:
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+        return model.to(accelerator.device)
+    if any(tensor.ndim == 5 for tensor in tensors):
         return model.to(accelerator.device)
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
@@ -177,7 +181,8 @@ def _backward(
     accelerator: Accelerator,
     signals: StopSignals,
 ) -> StepFigures:
-    """Forward and backward of the batches of one step; leaves clipped gradients. The figures are of all processes."""
+    """Forward and backward of the batches of one step; leaves gradients that are clipped by then or in the step.
+    The figures are of all processes."""
     count = args.gradient_accumulation_steps
     totals = torch.zeros(2, device=accelerator.device)
     skipped: list[str] = []

@@ -52,7 +52,7 @@ class TrainingRun:
     """A run of `model` by `engine`; files and the progress bar are the main process's.
 
     Args:
-        model: The network, prepared by Accelerate, but not wrapped for several processes.
+        model: The network, without what the engine has put around it.
         engine: Steps the parameters that require gradients.
         args: The run's settings.
         accelerator: The run's.

@@ -1,14 +1,18 @@
 """DeepSpeed's ZeRO, stages 1 and 2: every process has the whole weights and steps a share of them.
 
 Only that share's moments of Adam are on a process, under stage 2 only its gradients, too. The weights stay float32 and
-bf16 is autocast, as without DeepSpeed, so that a run is the same and either goes on with a checkpoint of the other.
+bf16 is autocast, as without DeepSpeed, so that it trains alike and either goes on with a checkpoint of the other. Two
+things differ: evaluations in a bf16 run compute in float32, and dropout on a CPU draws other masks, since its pattern
+follows the layout in memory.
 
 Not yet run on GPUs; the tests run it over two processes of a CPU.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -34,8 +38,9 @@ def check_zero(accelerator: Accelerator) -> None:
     """Refuse what DeepSpeed would do otherwise than a run without it.
 
     Raises:
-        ValueError: for old versions of it, stages but 1 and 2 (3 shards the weights), offloading (another Adam), fp16
-            (the scale of the loss would be DeepSpeed's) and torch.compile (it would be left out without a word).
+        ValueError: for old versions of it, settings in a file of DeepSpeed's, stages but 1 and 2 (3 shards the
+            weights), offloading (another Adam), fp16 (the scale of the loss would be DeepSpeed's), fp8 and
+            torch.compile (they would be left out without a word).
     """
     if not is_zero(accelerator):
         return
@@ -44,16 +49,25 @@ def check_zero(accelerator: Accelerator) -> None:
             f"DeepSpeed {version('deepspeed')} is too old, at least {_OLDEST} is needed: "
             'pip install "colora-peft[deepspeed]".'
         )
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise ValueError(
+            "A file of settings for DeepSpeed is not supported: leave out `deepspeed_config_file` and set "
+            "`zero_stage` in the configuration of accelerate (examples/accelerate_configs/deepspeed_zero2.yaml)."
+        )
     plugin = accelerator.deepspeed_plugin
     if plugin.zero_stage not in (1, 2):
         raise ValueError(
             f"ZeRO stage {plugin.zero_stage} of DeepSpeed is not supported: set `zero_stage` to 1 or 2, or launch "
             "with FSDP version 2 where the network does not fit (examples/accelerate_configs)."
         )
-    if plugin.hf_ds_config.is_offload():
+    offloads = [plugin.get_value(f"zero_optimization.offload_{part}.device") for part in ("optimizer", "param")]
+    if any(device not in (None, "none") for device in offloads):
         raise ValueError("Offloading by DeepSpeed is not supported: set its devices to none.")
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("fp16 under DeepSpeed is not supported: launch with --mixed_precision bf16 or no.")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"{accelerator.mixed_precision} under DeepSpeed is not supported: launch with --mixed_precision "
+            "bf16 or no."
+        )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError("torch.compile under DeepSpeed is not supported: launch with --dynamo_backend no.")
 
@@ -63,6 +77,15 @@ class ZeroEngine(Engine):
 
     In place of all trained parameters DeepSpeed has put one tensor into AdamW, `_share`: the float32 weights that this
     process steps.
+
+    Args:
+        model: The network, on its device, its tensors contiguous.
+        optimizer: Of the parameters that require gradients, which must be float32.
+        args: The run's settings.
+        accelerator: The run's.
+
+    Raises:
+        ValueError: if a trained parameter is not float32.
     """
 
     def __init__(
@@ -70,12 +93,12 @@ class ZeroEngine(Engine):
     ) -> None:
         import deepspeed
 
-        self._parameters = optimizer.param_groups[0]["params"]
+        _check_float32(model)
+        self._model, self._adam, self._parameters = model, optimizer, optimizer.param_groups[0]["params"]
         # Not by Accelerate: its backward pass steps, before the gradient was looked at.
         self.network, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_configuration(args, accelerator)
         )
-        self._adam = optimizer
         (self._share,) = optimizer.param_groups[0]["params"]
 
     # DeepSpeed gives and takes a parameter's weights at any time, its moments only after a first step, which a resumed
@@ -83,18 +106,19 @@ class ZeroEngine(Engine):
 
     @property
     def state(self) -> OptimizerState:
-        """Adam's state, gathered. Every process must ask for it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         own = self._adam.state.get(self._share)
         if own is None:
             return {}
         state = {parameter: {"step": own["step"].clone()} for parameter in self._parameters}
+        weights = self._share.detach().clone()
         for key in _MOMENTS:
             self._share.data.copy_(own[key])
             for parameter in self._parameters:
-                state[parameter][key] = safe_get_full_fp32_param(parameter)
-        self._take_weights()
+                # Not to stay on a device, which may have room for its share alone.
+                state[parameter][key] = safe_get_full_fp32_param(parameter).cpu()
+        self._share.data.copy_(weights)
         return state
 
     @state.setter
@@ -110,18 +134,18 @@ class ZeroEngine(Engine):
                     safe_set_full_fp32_param(parameter, state.get(parameter, {}).get(key, torch.zeros_like(parameter)))
                 own[key] = self._share.detach().clone()
             self._adam.state[self._share] = own
-        self._take_weights()
-
-    def _take_weights(self) -> None:
         self.network.optimizer.refresh_fp32_params()
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self._adam.param_groups:
             group["lr"] = rate
 
-    def batch(self, is_last: bool) -> AbstractContextManager[Any]:
+    @contextmanager
+    def batch(self, is_last: bool) -> Iterator[None]:
+        for buffer in self._model.buffers():  # DDP does so by itself
+            torch.distributed.broadcast(buffer, 0)
         self.network.set_gradient_accumulation_boundary(is_last)
-        return nullcontext()
+        yield
 
     def backward(self, loss: Tensor) -> None:
         self.network.backward(loss)
@@ -140,19 +164,24 @@ class ZeroEngine(Engine):
             parameter.data = parameter.detach().clone()  # no longer a view of DeepSpeed's one tensor
 
 
+def _check_float32(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"DeepSpeed would train {name}, which is {str(parameter.dtype).removeprefix('torch.')}, in float32 "
+                "and round it after each step: load the network in float32, bf16 is for --mixed_precision."
+            )
+
+
 def _configuration(args: TrainArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """DeepSpeed's, from that of the launch and the run's settings."""
-    batch_size, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    settings = accelerator.deepspeed_plugin.deepspeed_config
+    """DeepSpeed's, which would round the weights to bf16 by its section of that name."""
     return {
-        **settings,
-        "zero_optimization": {"reduce_bucket_size": _BUCKET, **settings["zero_optimization"]},
-        "train_batch_size": batch_size * batches * accelerator.num_processes,
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": batches,
-        "gradient_clipping": args.max_grad_norm,
+        "zero_optimization": {"stage": accelerator.deepspeed_plugin.zero_stage, "reduce_bucket_size": _BUCKET},
         "zero_allow_untested_optimizer": True,  # AdamW of PyTorch
-        "bf16": {"enabled": False},  # would round the weights
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+        "timers": {"throughput": {"enabled": False}},  # would wait for the device in each step
         "torch_autocast": {
             "enabled": accelerator.mixed_precision == "bf16",
             "dtype": "bfloat16",

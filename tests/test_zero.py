@@ -1,5 +1,5 @@
 """A run under DeepSpeed over two processes is that of one process without it, and each goes on with the other's
-checkpoints. Accelerate launches it as on GPUs, but for the backend."""
+checkpoints. Two processes are launched by torchrun, since Accelerate launches but one under DeepSpeed on a CPU."""
 
 import importlib.util
 import json
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +16,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend
+from conftest import EXAMPLES
 from peft import get_peft_model
 from safetensors.torch import load_file
 from test_sharding import assert_close
-from test_training import InfiniteGradient, nafnet, run
+from test_training import InfiniteGradient, assert_equal, nafnet, run
 from torch import nn
 
 from colora_peft import CoLoRAConfig, zero
 from colora_peft.checkpoint import list_checkpoints
 from colora_peft.reconstruction import size_multiple
-from colora_peft.zero import check_zero
+from colora_peft.zero import ZeroEngine, check_zero
 
 SCRIPT = """
 import json, os, sys
@@ -71,7 +73,24 @@ def adapted():
     return get_peft_model(nafnet(), CoLoRAConfig(parameter_budget=0.3))
 
 
-NETWORKS = {"nafnet": nafnet, "adapted": adapted, "infinite": InfiniteGradient}
+class Drifting(nn.Module):
+    """A buffer that training moves and uses; and weights in the layout that examples/finetune.py hands over."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)
+        self.register_buffer("drift", torch.zeros(1))
+
+    def forward(self, x):
+        y = self.layer(x) * (1 + self.drift)
+        if self.training:
+            self.drift.mul_(0.5).add_(x.detach().mean())
+        return y
+
+
+CONFIG = EXAMPLES / "accelerate_configs" / "deepspeed_zero2.yaml"
+NETWORKS = {"nafnet": nafnet, "adapted": adapted, "infinite": InfiniteGradient, "drifting": Drifting}
 FLAGS = {
     "max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "ema_decay": 0.6, "lr_warmup_steps": 2,
     "max_grad_norm": 0.05,
@@ -102,8 +121,18 @@ def launch(tmp_path, cases):
 
 
 def assert_same_checkpoint(one, other, step=4):
-    for name in ("model", "optimizer", "ema"):
-        assert_close(*(load_file(folder / f"checkpoint-{step}" / f"{name}.safetensors") for folder in (one, other)))
+    folders = [folder / f"checkpoint-{step}" for folder in (one, other)]
+    for name in ("model", "ema"):
+        assert_close(*(load_file(folder / f"{name}.safetensors") for folder in folders))
+    found, expected = (load_file(folder / "optimizer.safetensors") for folder in folders)
+    assert found.keys() == expected.keys() != set()
+    largest = {}
+    for key, value in expected.items():
+        moment = key.rpartition("/")[2]
+        largest[moment] = max(largest.get(moment, 0), value.abs().max().item())
+    for key, value in expected.items():
+        tolerance = 1e-4 * largest[key.rpartition("/")[2]]
+        torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance, msg=key)
 
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
@@ -171,6 +200,29 @@ def test_bf16_is_autocast_as_without_deepspeed(tmp_path):
     assert_same_checkpoint(under, alone, step=2)
 
 
+@needs_deepspeed
+@pytest.mark.slow
+def test_buffers_are_those_of_the_main_process_whether_resumed_or_not(tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    launch(tmp_path, [case(whole, network="drifting", **TWO)])
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    launch(tmp_path, [case(resumed, network="drifting", **TWO, **RESUMED)])
+    assert_equal(load_file(f"{resumed}.safetensors"), load_file(f"{whole}.safetensors"))
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_finetune_is_launched_by_the_configuration(train_dir, eval_dir, tiny_nafnet, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--num_processes", "1"]
+    command += [EXAMPLES / "finetune.py", "--train_dir", train_dir, "--eval_dir", eval_dir]
+    command += ["--model_name_or_path", tiny_nafnet, "--resolution", "32", "--per_device_train_batch_size", "2"]
+    command += ["--max_train_steps", "2", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def launched(precision="no", backend=DynamoBackend.NO, **settings):
     return SimpleNamespace(
         distributed_type=DistributedType.DEEPSPEED,
@@ -181,19 +233,31 @@ def launched(precision="no", backend=DynamoBackend.NO, **settings):
 
 
 @needs_deepspeed
-def test_what_deepspeed_would_do_otherwise_is_refused():
+def test_what_deepspeed_would_do_otherwise_is_refused(monkeypatch):
     for stage in (0, 3):
         with pytest.raises(ValueError, match=f"stage {stage} of DeepSpeed is not .* or launch with FSDP version 2"):
             check_zero(launched(zero_stage=stage))
-    for part in ("optimizer", "param"):
+    for stage, part in product((1, 2), ("optimizer", "param")):
         with pytest.raises(ValueError, match="Offloading"):
-            check_zero(launched(zero_stage=2, **{f"offload_{part}_device": "cpu"}))
-    with pytest.raises(ValueError, match="fp16"):
-        check_zero(launched("fp16", zero_stage=2))
+            check_zero(launched(zero_stage=stage, **{f"offload_{part}_device": "cpu"}))
+    for precision in ("fp16", "fp8"):
+        with pytest.raises(ValueError, match=f"{precision} under DeepSpeed is not supported"):
+            check_zero(launched(precision, zero_stage=2))
     with pytest.raises(ValueError, match="torch.compile under DeepSpeed is not supported"):
         check_zero(launched(backend=DynamoBackend.INDUCTOR, zero_stage=2))
     for stage in (1, 2):
         check_zero(launched("bf16", zero_stage=stage))
+    plain = launched(zero_stage=2)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "zero.json")
+    with pytest.raises(ValueError, match="leave out `deepspeed_config_file`"):
+        check_zero(plain)
+
+
+@needs_deepspeed
+def test_trained_parameters_must_be_float32():
+    network = nn.Sequential(nn.Linear(2, 2).bfloat16().requires_grad_(False), nn.Linear(2, 2).bfloat16())
+    with pytest.raises(ValueError, match="would train 1.weight, which is bfloat16"):
+        ZeroEngine(network, torch.optim.AdamW(network[1].parameters()), None, None)
 
 
 @needs_deepspeed
