@@ -213,14 +213,23 @@ def test_buffers_are_those_of_the_main_process_whether_resumed_or_not(tmp_path):
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_finetune_is_launched_by_the_configuration(train_dir, eval_dir, tiny_nafnet, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--num_processes", "1"]
-    command += [EXAMPLES / "finetune.py", "--train_dir", train_dir, "--eval_dir", eval_dir]
-    command += ["--model_name_or_path", tiny_nafnet, "--resolution", "32", "--per_device_train_batch_size", "2"]
-    command += ["--max_train_steps", "2", "--output_dir", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
+def test_finetune_is_launched_or_refused_before_a_result_is_lost(train_dir, eval_dir, tiny_nafnet, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--num_processes", "1"]
+    script = [EXAMPLES / "finetune.py", "--train_dir", train_dir, "--eval_dir", eval_dir]
+    script += ["--model_name_or_path", tiny_nafnet, "--resolution", "32", "--per_device_train_batch_size", "2"]
+    script += ["--max_train_steps", "2", "--output_dir", tmp_path / "out", "--overwrite_output_dir"]
+
+    def run_with(*flags):
+        command = map(str, [*launch, *flags, *script])
+        return subprocess.run(list(command), capture_output=True, text=True, timeout=280)
+
+    done = run_with()
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    saved = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    # The same launch is one of DeepSpeed, and what it refuses costs no earlier result.
+    refused = run_with("--zero_stage", "3")
+    assert refused.returncode != 0 and "ZeRO stage 3 of DeepSpeed is not supported" in refused.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == saved
 
 
 def launched(precision="no", backend=DynamoBackend.NO, **settings):
