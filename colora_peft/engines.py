@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .sharding import whole
+from .processes import whole
 from .train_arguments import TrainArguments
 
 # Adam's state by parameter, as an optimizer of PyTorch has it.

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .metrics import psnr, ssim
 from .pairs import PairSource
-from .reconstruction import reconstruct
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in, also those that were frozen alone."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:  # parents first: `train` sets the children too, who then get their own
-            if module.training != training:
-                module.train(training)
+from .reconstruction import evaluation_mode, reconstruct
 
 
 @torch.inference_mode()

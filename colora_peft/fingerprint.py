@@ -6,22 +6,21 @@ The fingerprint tells them apart. It is ours: PEFT stores a name alone, which sa
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .digest import digest_of_weights
 from .offloading import is_offloaded
-from .sharding import whole
 
 if TYPE_CHECKING:
     from .config import CoLoRAConfig
 
-__all__ = ["base_fingerprint", "digest_of_weights", "is_other_base", "note_base"]
+__all__ = ["base_fingerprint", "is_other_base", "note_base"]
 
 SCHEME = "sha256-float32"
 """Names the way of counting. A fingerprint of another scheme cannot be compared."""
@@ -61,17 +60,6 @@ def base_fingerprint(model: nn.Module) -> str | None:
     if any(is_offloaded(module) for module in model.modules()):
         return None
     return f"{SCHEME}:{digest_of_weights(weights)}"
-
-
-def digest_of_weights(weights: Mapping[str, Tensor]) -> str:
-    """Of their names, shapes and float32 values, in the order of the names; 64 hexadecimal digits. Where they are
-    sharded, every process must call it."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        weight = whole(weights[name].detach())
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(weight.float().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def is_other_base(adapter: str | None, base: str | None) -> bool:

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import evaluation_mode
 from .picture_statistics import is_global_pool
-from .reconstruction import reconstruct, size_multiple
+from .reconstruction import evaluation_mode, reconstruct, size_multiple
 
 __all__ = ["LocalMean", "local_pooling", "pools_locally", "size_multiple_of", "sliding_mean"]
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "fill", "whole"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,18 @@ class Processes:
     def tensor_from_main(self, value: Tensor) -> Tensor:
         """The main process's tensor, on every process; `value` is overwritten."""
         return value if self.count == 1 else broadcast(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself or, of a sharded one, all of it. For a sharded one every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor) -> None:
+    """Overwrite a tensor, sharded or not, by a whole `value`. For a sharded one every process must call it."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
+    target.copy_(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from .padding import pad_to_multiple
 
-__all__ = ["output_pictures", "reconstruct", "restoration_loss", "size_multiple"]
+__all__ = ["evaluation_mode", "output_pictures", "reconstruct", "restoration_loss", "size_multiple"]
 
 
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -84,3 +86,16 @@ def _hint(reconstruction: Tensor, pictures: Tensor) -> str:
 def restoration_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean absolute error between the restored `pixel_values` and `labels`: the loss of training and of the scores."""
     return F.l1_loss(reconstruct(model, batch["pixel_values"]), batch["labels"])
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it was in, also those that were frozen alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # parents first: `train` sets the children too, who then get their own
+            if module.training != training:
+                module.train(training)

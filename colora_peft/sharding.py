@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import nn
+
+from .processes import fill, whole
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
@@ -32,21 +33,6 @@ def check_distributed_type(accelerator: Accelerator) -> None:
         )
     if is_sharding(accelerator) and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported: set `fsdp_version: 2` in the configuration of accelerate.")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself or, of a sharded one, all of it. For a sharded one every process must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-@torch.no_grad()
-def fill(target: Tensor, value: Tensor) -> None:
-    """Overwrite a tensor, sharded or not, by a whole `value`. For a sharded one every process must call it."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
-    target.copy_(value)
 
 
 class WholeNetwork:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .evaluation import evaluation_mode
 from .local_pooling import local_pooling, pools_locally, size_multiple_of
 from .padding import reflected_indices
 from .picture_statistics import PictureStatistics, Rectangle
-from .reconstruction import reconstruct
+from .reconstruction import evaluation_mode, reconstruct
 from .self_ensemble import EIGHT, Transform
 from .tile_grid import TileAxis, check_tile, lay_tiles
 

@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .cli import check_at_least, check_seed
+
 
 @dataclass
 class TrainArguments:
@@ -99,15 +101,3 @@ class TrainArguments:
             return self.learning_rate * (step + 1) / self.lr_warmup_steps
         progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def check_at_least(args: object, name: str, least: int) -> None:
-    """Refuse a flag whose value is below `least`."""
-    if getattr(args, name) < least:
-        raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that NumPy or torch would refuse."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed must be at least 0 and below 2**32, got {seed}.")

@@ -7,8 +7,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
+from .before_after import save_before_after
 from .evaluation import evaluate, restore_some
-from .figures import save_before_after
 from .pairs import PairSource, PairSubset
 from .processes import Processes
 from .run_log import append_row

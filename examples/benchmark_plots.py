@@ -11,8 +11,8 @@ from grid_report import Key, Results
 from matplotlib.figure import Figure
 from torch import nn
 
+from colora_peft.before_after import save_before_after
 from colora_peft.evaluation import restore_some
-from colora_peft.figures import save_before_after
 from colora_peft.metrics import psnr
 from colora_peft.pairs import PairSource
 

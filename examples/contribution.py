@@ -37,10 +37,10 @@ from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings
 from colora_peft.backbones import load_backbone
+from colora_peft.cli import check_at_least
 from colora_peft.files import relative_path
 from colora_peft.patches import PairedPatches
 from colora_peft.targets import resolve_ranks
-from colora_peft.train_arguments import check_at_least
 from colora_peft.training import use_all_cores
 
 # Above it, the scores of a path say less than they could.

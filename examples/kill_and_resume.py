@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from colora_peft.checkpoint import list_checkpoints, read_state
+from colora_peft.cli import check_at_least
 from colora_peft.files import write_json
 from colora_peft.models import NAFNetConfig
-from colora_peft.train_arguments import check_at_least
 
 HERE = Path(__file__).parent
 _STEPS_BETWEEN_CHECKPOINTS = 3

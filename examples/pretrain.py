@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.backbones import load_backbone
 from colora_peft.cards import RunFacts, backbone_card, hardware_name, loading_code
+from colora_peft.cli import check_at_least
 from colora_peft.config import PRIOR_CONTRIBUTIONS
 from colora_peft.corpus import HubPictures, ImageFiles, PictureSource, check_pictures
 from colora_peft.figures import check_figures_can_be_drawn
@@ -35,7 +36,7 @@ from colora_peft.prod import RandomOrderDegradation
 from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.streams import PictureStream, StreamPatches
 from colora_peft.trackers import create_accelerator
-from colora_peft.train_arguments import TrainArguments, check_at_least
+from colora_peft.train_arguments import TrainArguments
 from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
 
 MOST_CHECKED = 5_000  # pictures; to decode so many photos takes a minute or two

@@ -18,6 +18,7 @@ from colora_peft import (
     weight_matrix_shape,
 )
 from colora_peft.backbones import load_backbone
+from colora_peft.cli import check_at_least, check_seed
 from colora_peft.contribution import Estimator
 from colora_peft.figures import check_figures_can_be_drawn as check_figures_can_be_drawn  # for contribution.py
 from colora_peft.figures import plot_contributions
@@ -26,7 +27,6 @@ from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.pairs import PairedHubDataset, PairedImageFolder, PairSource, check_pairs, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.report import format_allocation_table
-from colora_peft.train_arguments import check_at_least, check_seed
 from colora_peft.training import restoration_loss
 
 HERE = Path(__file__).parent

@@ -30,13 +30,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import HfArgumentParser
 
+from colora_peft.before_after import save_before_after
 from colora_peft.checkpoint import list_checkpoints
+from colora_peft.cli import check_at_least
 from colora_peft.evaluation import evaluate
-from colora_peft.figures import save_before_after
 from colora_peft.files import relative_path, write_text
 from colora_peft.pairs import PairedImageFolder, PairSource, draw_pairs
 from colora_peft.reconstruction import reconstruct
-from colora_peft.train_arguments import check_at_least
 from colora_peft.training import DataFailed, TrainingDiverged
 
 SHIPPED = HERE / "adapters"

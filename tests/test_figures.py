@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from colora_peft.figures import _layer_groups, plot_contributions, save_before_after
+from colora_peft.before_after import save_before_after
+from colora_peft.figures import _layer_groups, plot_contributions
 from colora_peft.report import format_allocation_table
 
 SHAPES = {"intro": (8, 27), "encoders.0.0.conv1": (16, 8), "encoders.0.0.conv3": (8, 8), "ending": (3, 72)}

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from test_training import assert_equal, nafnet, run
 from torch import nn
 
-from colora_peft.sharding import WholeNetwork, check_distributed_type, fill, whole
+from colora_peft.processes import fill, whole
+from colora_peft.sharding import WholeNetwork, check_distributed_type
 
 SHARDED = """
 import json, os, sys
