@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageToImage
 
+from colora_peft.utils import some
+
 from .hub_files import ADAPTER_FILES, NETWORK_FILES, Source, fetch
-from .messages import some
 
 __all__ = ["load_backbone", "load_from_folder", "register_backbones"]
 

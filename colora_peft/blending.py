@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from colora_peft.utils import some
+
 from .adaptable import weight_matrix_shape
 from .allocation import is_dense, stored_rank
 from .config import CoLoRAConfig
 from .delta_store import check_adapter_name
 from .layer import CoLoRALayer
-from .messages import some
 from .scaling import adapter_scaling
 
 __all__ = ["COMBINATION_TYPES", "Blend", "blend_adapters"]

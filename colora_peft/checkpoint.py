@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .digest import digest_of_weights
+from colora_peft.utils import PARTIAL, digest_of_weights, fill, share_weights, whole, write_json
+
 from .engines import Engine, OptimizerState
-from .files import PARTIAL, share_weights, write_json
-from .processes import fill, whole
 
 _PREFIX = "checkpoint-"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .files import write_bytes
+from colora_peft.utils import write_bytes
+
 from .images import to_pil
 
 __all__ = ["save_comparison"]

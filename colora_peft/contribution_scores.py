@@ -11,8 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args
 
-from .files import write_text
-from .messages import some
+from colora_peft.utils import some, write_text
 
 __all__ = ["ContributionScores", "check_scores", "mean_scores"]
 

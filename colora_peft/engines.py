@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .processes import whole
+from colora_peft.utils import whole
+
 from .train_arguments import TrainArguments
 
 # Adam's state by parameter, as an optimizer of PyTorch has it.

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .files import write_bytes
+from colora_peft.utils import write_bytes
+
 from .padding import pad_to_multiple
 from .reconstruction import output_pictures, reconstruct, size_multiple
 

@@ -14,7 +14,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .digest import digest_of_weights
+from colora_peft.utils import digest_of_weights
+
 from .offloading import is_offloaded
 
 if TYPE_CHECKING:

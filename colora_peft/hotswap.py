@@ -15,13 +15,14 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
+from colora_peft.utils import some
+
 from .adaptable import adaptable_layers, weight_matrix_shape
 from .allocation import is_dense
 from .config import CoLoRAConfig
 from .fingerprint import note_base
 from .layer import CoLoRALayer
 from .loading import check_adapter_weights, weights_by_adapter
-from .messages import some
 from .model import CoLoRAModel, tuner_of
 from .offloading import check_nothing_offloaded
 from .targets import resolve_ranks

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .messages import some
+from colora_peft.utils import some
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NETWORK_FILES = ("config.json", "model.safetensors")

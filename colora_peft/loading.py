@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .messages import some
+from colora_peft.utils import some
 
 __all__ = ["check_adapter_weights", "weights_by_adapter"]
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from colora_peft.utils import Processes
+
 from .loader_generators import LoaderGenerators
-from .processes import Processes
 from .weight_path import BufferCopies, moving_parameters, seed_rngs, sum_dtype
 
 __all__ = ["GradientSums", "LossFn", "MeanLoss", "backward", "checked_loss", "no_batches_message"]

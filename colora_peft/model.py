@@ -13,13 +13,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from colora_peft.utils import some
+
 from .blending import Blend, blend_adapters
 from .config import CoLoRAConfig
 from .delta_store import check_adapter_name
 from .fingerprint import base_fingerprint, note_base
 from .layer import CoLoRALayer
 from .loading import check_adapter_weights, weights_by_adapter
-from .messages import some
 from .mixed_batch import BASE_NAME, pass_adapter_names
 from .offloading import check_nothing_offloaded, is_offloaded
 from .targets import check_not_offloaded, matches, resolve_ranks

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from .messages import some
+from colora_peft.utils import some
 
 __all__ = ["check_nothing_offloaded", "is_offloaded", "onloaded"]
 

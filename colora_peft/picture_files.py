@@ -29,8 +29,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from colora_peft.utils import write_bytes
+
 from .exif import block_of_tiff, upright
-from .files import write_bytes
 from .icc_profiles import fitting_profile
 from .images import PICTURE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
 from .picture_formats import FORMATS, Content, PictureFormat, format_of, png_chunks

@@ -3,9 +3,10 @@
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
+from colora_peft.utils import some
+
 from .delta_store import check_adapter_name, rename_key
 from .layer import CoLoRALayer
-from .messages import some
 from .model import tuner_of
 from .offloading import check_nothing_offloaded
 

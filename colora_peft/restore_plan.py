@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from colora_peft.utils import some
+
 from .images import IMAGE_SUFFIXES
-from .messages import some
 from .picture_formats import FORMATS
 
 __all__ = ["COMPARISONS", "Job", "plan_jobs"]

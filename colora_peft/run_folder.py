@@ -14,9 +14,9 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
+from colora_peft.utils import PARTIAL, Processes, write_json
+
 from .checkpoint import list_checkpoints, read_state
-from .files import PARTIAL, write_json
-from .processes import Processes
 from .train_arguments import TrainArguments
 
 _RUN_FILE = "run.json"

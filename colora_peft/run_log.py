@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from colora_peft.utils import write_text
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

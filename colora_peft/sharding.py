@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from .processes import fill, whole
+from colora_peft.utils import fill, whole
 
 
 def is_sharding(accelerator: Accelerator) -> bool:

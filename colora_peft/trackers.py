@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
-from .files import write_json
+from colora_peft.utils import write_json
+
 from .sharding import check_distributed_type
 from .train_arguments import TrainArguments
 from .zero import check_zero

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .cli import check_at_least, check_seed
+from colora_peft.utils import check_at_least, check_seed
 
 
 @dataclass

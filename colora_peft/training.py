@@ -22,11 +22,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from colora_peft.utils import Processes
+
 from .engines import AccelerateEngine, Engine
 from .interruption import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
 from .pairs import PairSource
 from .patches import Batch, Position, StepSampler, collate, sample_generator
-from .processes import Processes
 from .reconstruction import reconstruct, restoration_loss
 from .sharding import WholeNetwork, check_distributed_type, is_sharding
 from .trackers import running_trackers

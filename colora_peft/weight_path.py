@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .messages import some
+from colora_peft.utils import some
 
 __all__ = [
     "BufferCopies",

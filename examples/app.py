@@ -35,8 +35,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from colora_peft.cli import check_at_least
-from colora_peft.files import relative_path
+from colora_peft.utils import check_at_least, relative_path
 
 HERE = Path(__file__).parent
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -29,10 +29,10 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from colora_peft.cards import hardware_name
-from colora_peft.files import write_json, write_text
 from colora_peft.images import list_images, read_image
 from colora_peft.patches import random_patch, sample_generator
 from colora_peft.prod import RandomOrderDegradation, default_degradations
+from colora_peft.utils import write_json, write_text
 
 Row = dict[str, object]
 PHOTOS = Path(__file__).parent / "data" / "underwater" / "train" / "target"

@@ -14,7 +14,7 @@ from grid_cells import Cell
 from grid_report import Key, Results, Settings, difference, over_tasks, results_of, spread
 from tuned_grid import CELLS_FILE, SETTINGS_FILE
 
-from colora_peft.files import write_text
+from colora_peft.utils import write_text
 
 SETTINGS = Settings(
     ("task", "train_pairs", "network", "method", "parameter_budget"),

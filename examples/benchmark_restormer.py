@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 from colora_peft.cards import hardware_name
-from colora_peft.files import write_json, write_text
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.attention_restormer import ChannelAttention
 from colora_peft.models.restormer.modeling_restormer import GatedFeedForward
 from colora_peft.training import restoration_loss
+from colora_peft.utils import write_json, write_text
 
 VARIANTS = ("frugal", "straightforward", "and gate")
 Row = dict[str, object]

@@ -42,10 +42,10 @@ from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.evaluation import evaluate
-from colora_peft.files import write_text
 from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
 from colora_peft.training import DataFailed, use_all_cores
+from colora_peft.utils import write_text
 
 DENSE = 10**6
 """A rank so high that every layer is dense."""

@@ -38,7 +38,6 @@ from colora_peft.before_after import save_before_after
 from colora_peft.cards import AdaptedNetwork, RunFacts, adapted_card, hardware_name
 from colora_peft.evaluation import evaluate, restore_some
 from colora_peft.figures import check_figures_can_be_drawn
-from colora_peft.files import write_json, write_text, writing_result
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.pairs import PairSource
 from colora_peft.patches import PairedPatches
@@ -47,6 +46,7 @@ from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments
 from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
 from colora_peft.tuning import LEARNING_RATES, Method, prepare_for_tuning, trained_parameters
+from colora_peft.utils import write_json, write_text, writing_result
 
 
 @dataclass

@@ -25,9 +25,8 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from colora_peft.checkpoint import list_checkpoints, read_state
-from colora_peft.cli import check_at_least
-from colora_peft.files import write_json
 from colora_peft.models import NAFNetConfig
+from colora_peft.utils import check_at_least, write_json
 
 HERE = Path(__file__).parent
 _STEPS_BETWEEN_CHECKPOINTS = 3

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 from colora_peft.cards import hardware_name
-from colora_peft.files import write_text
 from colora_peft.run_layer import factors_save_time, run_with_factors, run_with_weight
+from colora_peft.utils import write_text
 
 
 @dataclass

@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 from colora_peft import CoLoRAConfig
 from colora_peft.backbones import load_backbone
 from colora_peft.cards import hardware_name
-from colora_peft.files import relative_path, write_text
+from colora_peft.utils import relative_path, write_text
 
 SHIPPED = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")
 BUDGETS = (0.07, 0.02)

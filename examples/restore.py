@@ -32,8 +32,6 @@ from transformers.utils import logging as transformers_logging
 
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
 from colora_peft.backbones import load_backbone
-from colora_peft.cli import check_at_least
-from colora_peft.files import write_json
 from colora_peft.hub import load_base
 from colora_peft.local_pooling import size_multiple_of
 from colora_peft.picture_files import DEFAULT_MAX_PIXELS
@@ -41,6 +39,7 @@ from colora_peft.restore_plan import plan_jobs
 from colora_peft.restore_record import RestoreRecord
 from colora_peft.tile_grid import check_tile
 from colora_peft.tiling import Pooling
+from colora_peft.utils import check_at_least, write_json
 
 SUMMARY_FILE = "summary.json"
 SHIPPED_NETWORK = str(Path(__file__).resolve().parent / "checkpoints" / "nafnet-small-prod")

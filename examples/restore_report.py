@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from colora_peft.messages import some
+from colora_peft.utils import some
 
 _LONGEST_NAME = 40
 _FIGURES = {"psnr_input": ("input dB", ".2f"), "psnr": ("PSNR dB", ".2f"), "ssim": ("SSIM", ".3f")}

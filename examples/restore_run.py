@@ -12,7 +12,6 @@ from torch import Tensor
 
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet
 from colora_peft.comparison import save_comparison
-from colora_peft.files import write_bytes
 from colora_peft.icc_profiles import fitting_profile
 from colora_peft.metrics import SSIM_WINDOW_PX, psnr, ssim
 from colora_peft.picture_files import Picture, encode_picture, read_picture
@@ -20,6 +19,7 @@ from colora_peft.picture_formats import format_of
 from colora_peft.restore_plan import Job
 from colora_peft.restore_record import RestoreRecord, file_digest
 from colora_peft.tiling import restore_image
+from colora_peft.utils import write_bytes
 
 if TYPE_CHECKING:
     from restore import RestoreArguments

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tuned_grid import CELLS_FILE, SETTINGS_FILE
 
 from colora_peft import ContributionScores
-from colora_peft.files import write_text
+from colora_peft.utils import write_text
 
 SCORES_FOLDER = "scores"
 SETTINGS = Settings(

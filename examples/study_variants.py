@@ -10,8 +10,8 @@ from grid_cells import RESULTS, Cell, task_name
 from study_report import BUDGET, others_of
 
 from colora_peft import CoLoRAConfig
-from colora_peft.cli import check_at_least
 from colora_peft.metrics import SSIM_WINDOW_PX
+from colora_peft.utils import check_at_least
 
 RANDOM = "random"
 """Scores of the default estimator, dealt out to the layers at random."""

@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from grid_cells import Cell, CellFile, PairCentres, split_pairs
 
-from colora_peft.files import write_json
 from colora_peft.pairs import PairedImageFolder, PairSource, draw_pairs
 from colora_peft.patches import PairedPatches
 from colora_peft.training import DataFailed, TrainingDiverged
+from colora_peft.utils import write_json
 
 MIN_TUNING_PAIRS = 4
 """A learning rate that was chosen on fewer says nothing."""

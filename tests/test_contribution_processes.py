@@ -11,7 +11,7 @@ from torch import nn
 
 from colora_peft import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
 from colora_peft.mean_loss import GradientSums, MeanLoss
-from colora_peft.processes import Processes
+from colora_peft.utils.distributed import Processes
 
 NUM_BATCHES = (1, 5)
 """Fewer batches than processes, and a number that they cannot share evenly."""

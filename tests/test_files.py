@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from colora_peft.files import relative_path, write_bytes, write_json, write_text, writing_result
+from colora_peft.utils.files import relative_path, write_bytes, write_json, write_text, writing_result
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):

@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from colora_peft import FaigSettings, ProbeSettings, estimate_contributions
 from colora_peft.mean_loss import GradientSums, MeanLoss
-from colora_peft.processes import Processes
+from colora_peft.utils.distributed import Processes
 from colora_peft.weight_path import moving_parameters, restored_afterwards
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")

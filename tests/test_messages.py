@@ -1,6 +1,6 @@
 """Lists in error messages are cut and counted."""
 
-from colora_peft.messages import some, some_sentences
+from colora_peft.utils.text import some, some_sentences
 
 
 def test_names_are_listed_up_to_the_limit():

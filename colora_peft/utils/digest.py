@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .processes import whole
+from .distributed import whole
 
 
 def digest_of_weights(weights: Mapping[str, Tensor]) -> str:
