@@ -6,8 +6,8 @@ Importing this package makes the method known to PEFT: `peft.get_peft_model(mode
 
 from importlib.metadata import version
 
-from .adaptable import adaptable_layers, weight_matrix_shape
-from .allocation import adapter_parameters, allocate_ranks
+from colora_peft.ranks import adaptable_layers, adapter_parameters, allocate_ranks, weight_matrix_shape
+
 from .config import CoLoRAConfig
 from .contribution import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
 from .fingerprint import base_fingerprint

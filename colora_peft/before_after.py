@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .figures import _figure_class
+from colora_peft.ranks.figure import _figure_class
+
 from .images import to_pil
 from .metrics import psnr
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from colora_peft.ranks import is_dense, stored_rank, weight_matrix_shape
 from colora_peft.utils import some
 
-from .adaptable import weight_matrix_shape
-from .allocation import is_dense, stored_rank
 from .config import CoLoRAConfig
 from .delta_store import check_adapter_name
 from .layer import CoLoRALayer

@@ -8,7 +8,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from .contribution_scores import ContributionScores, check_scores
+from colora_peft.ranks import ContributionScores, check_scores
+
 from .registration import COLORA, SAVES_BIASES
 
 BIAS_MODES = ("none", "all", "colora_only")

@@ -23,10 +23,9 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 
+from colora_peft.ranks import SUPPORTED_LAYERS, ContributionScores, adaptable_layers
 from colora_peft.utils import Processes, some
 
-from .adaptable import SUPPORTED_LAYERS, adaptable_layers
-from .contribution_scores import ContributionScores
 from .mean_loss import LossFn, MeanLoss
 from .one_pass import ONE_PASS_ESTIMATORS, OnePassEstimator, score_in_one_pass
 from .path_estimators import integrate_path, tuned_weights

@@ -10,8 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .adaptable import weight_matrix_shape
-from .allocation import is_dense, stored_rank
+from colora_peft.ranks import is_dense, stored_rank, weight_matrix_shape
+
 from .scaling import STD_OF_A, adapter_scaling
 
 __all__ = ["DeltaStore", "check_adapter_name", "rename_key"]

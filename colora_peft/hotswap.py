@@ -15,10 +15,9 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
+from colora_peft.ranks import adaptable_layers, is_dense, weight_matrix_shape
 from colora_peft.utils import some
 
-from .adaptable import adaptable_layers, weight_matrix_shape
-from .allocation import is_dense
 from .config import CoLoRAConfig
 from .fingerprint import note_base
 from .layer import CoLoRALayer

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .contribution_scores import ContributionScores
+from colora_peft.ranks import ContributionScores
+
 from .mean_loss import GradientSums, MeanLoss, backward, checked_loss, no_batches_message
 from .scored_layers import checked_score, filter_score, scored_weights, unreached_layers
 from .weight_path import load_path_point, load_weights, moving_parameters

@@ -2,7 +2,7 @@
 
 import math
 
-from .allocation import is_dense
+from colora_peft.ranks import is_dense
 
 __all__ = ["STD_OF_A", "adapter_scaling"]
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .adaptable import adaptable_layers
+from colora_peft.ranks import adaptable_layers
+
 from .weight_path import moving_parameters
 
 __all__ = ["checked_score", "filter_score", "scored_weights", "unreached_layers"]

@@ -13,10 +13,19 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
-from .allocation import allocate_ranks, check_same_names, names_hint, stored_rank, unknown_layer_message
+from colora_peft.ranks import (
+    adaptable_layers,
+    allocate_ranks,
+    check_same_names,
+    check_scores,
+    names_hint,
+    stored_rank,
+    unknown_layer_message,
+    weight_matrix_shape,
+    why_not_adaptable,
+)
+
 from .config import PRIOR_CONTRIBUTIONS, CoLoRAConfig
-from .contribution_scores import check_scores
 from .layer import CoLoRALayer
 from .offloading import is_offloaded
 

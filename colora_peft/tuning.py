@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .adaptable import adaptable_layers, weight_matrix_shape
-from .allocation import common_rank
+from colora_peft.ranks import adaptable_layers, common_rank, weight_matrix_shape
+
 from .config import CoLoRAConfig
 from .targets import resolve_ranks
 

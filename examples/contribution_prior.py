@@ -22,9 +22,9 @@ from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores
 from colora_peft.config import PRIOR_CONTRIBUTIONS
-from colora_peft.contribution_scores import mean_scores
 from colora_peft.pairs import PairedImageFolder
 from colora_peft.patches import PairedPatches
+from colora_peft.ranks import mean_scores
 from colora_peft.training import use_all_cores
 from colora_peft.utils import write_json
 

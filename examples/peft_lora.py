@@ -8,7 +8,7 @@ from fractions import Fraction
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from colora_peft.adaptable import adaptable_layers, weight_matrix_shape
+from colora_peft.ranks import adaptable_layers, weight_matrix_shape
 
 LORA_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 

@@ -19,12 +19,11 @@ from colora_peft import (
 )
 from colora_peft.backbones import load_backbone
 from colora_peft.contribution import Estimator
-from colora_peft.figures import check_figures_can_be_drawn as check_figures_can_be_drawn  # for contribution.py
-from colora_peft.figures import plot_contributions
 from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.pairs import PairedHubDataset, PairedImageFolder, PairSource, check_pairs, draw_pairs
 from colora_peft.patches import PairedPatches
-from colora_peft.report import format_allocation_table
+from colora_peft.ranks import check_figures_can_be_drawn as check_figures_can_be_drawn
+from colora_peft.ranks import format_allocation_table, plot_contributions
 from colora_peft.training import restoration_loss
 from colora_peft.utils import check_at_least, check_seed, relative_path
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from colora_peft.allocation import adapter_parameters, allocate_ranks, is_dense, stored_rank
+from colora_peft.ranks.allocation import adapter_parameters, allocate_ranks, is_dense, stored_rank
 
 SEEDS = range(40)
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 from test_allocation import next_level, random_network, spent, total
 
-from colora_peft.allocation import adapter_parameters, allocate_ranks, stored_rank
+from colora_peft.ranks.allocation import adapter_parameters, allocate_ranks, stored_rank
 
 SEEDS = range(60)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
-from colora_peft.contribution_scores import mean_scores
+from colora_peft.ranks.scores import mean_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")
 

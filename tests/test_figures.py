@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from colora_peft.before_after import save_before_after
-from colora_peft.figures import _layer_groups, plot_contributions
-from colora_peft.report import format_allocation_table
+from colora_peft.ranks.figure import _layer_groups, plot_contributions
+from colora_peft.ranks.report import format_allocation_table
 
 SHAPES = {"intro": (8, 27), "encoders.0.0.conv1": (16, 8), "encoders.0.0.conv3": (8, 8), "ending": (3, 72)}
 SCORES = {"intro": 2e-4, "encoders.0.0.conv1": 3e-7, "encoders.0.0.conv3": 0.0, "ending": 1e-4}
@@ -37,7 +37,7 @@ def test_contribution_figure_takes_130_layers_and_all_zeros(tmp_path):
 
 def test_the_figure_leaves_pyplot_alone(tmp_path):
     code = (
-        "import sys, colora_peft.figures as f; assert not any(m.startswith('matplotlib') for m in sys.modules)\n"
+        "import sys, colora_peft.ranks.figure as f; assert not any(m.startswith('matplotlib') for m in sys.modules)\n"
         f"f.plot_contributions(None, {RANKS}, {SHAPES}, {str(tmp_path / 'x.png')!r})\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

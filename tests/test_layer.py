@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from colora_peft.adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
 from colora_peft.layer import CoLoRALayer
+from colora_peft.ranks.adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
 from colora_peft.run_layer import run_with_weight
 from colora_peft.scaling import adapter_scaling
 

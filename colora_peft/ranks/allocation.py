@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
-from .contribution_scores import check_scores
+from .scores import check_scores
 
 
 class RankStep(NamedTuple):

@@ -51,7 +51,7 @@ def plot_contributions(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: names that do not agree (see `colora_peft.report.check_layers`).
+        ValueError: names that do not agree (see `colora_peft.ranks.report.check_layers`).
     """
     check_layers(scores, ranks, shapes)
     figure, colormap, norm = _new_contribution_figure(len(shapes), num_panels=1 if scores is None else 2)
