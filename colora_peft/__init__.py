@@ -6,10 +6,16 @@ Importing this package makes the method known to PEFT: `peft.get_peft_model(mode
 
 from importlib.metadata import version
 
+from colora_peft.contribution import (
+    ESTIMATORS,
+    ContributionScores,
+    FaigSettings,
+    ProbeSettings,
+    estimate_contributions,
+)
 from colora_peft.ranks import adaptable_layers, adapter_parameters, allocate_ranks, weight_matrix_shape
 
 from .config import CoLoRAConfig
-from .contribution import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
 from .fingerprint import base_fingerprint
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .hub import load

@@ -8,9 +8,9 @@ from test_contribution import mse, restorer_task
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from colora_peft import FaigSettings, ProbeSettings, estimate_contributions
-from colora_peft.mean_loss import GradientSums, MeanLoss
+from colora_peft.contribution.mean_loss import GradientSums, MeanLoss
+from colora_peft.contribution.weight_space import moving_parameters, restored_afterwards
 from colora_peft.utils.distributed import Processes
-from colora_peft.weight_path import moving_parameters, restored_afterwards
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")
 

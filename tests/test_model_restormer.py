@@ -21,7 +21,7 @@ from colora_peft import (
     estimate_contributions,
     weight_matrix_shape,
 )
-from colora_peft.contribution import ESTIMATORS
+from colora_peft.contribution.estimate import ESTIMATORS
 from colora_peft.evaluation import evaluate
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.modeling_restormer import RestormerBlock

@@ -11,7 +11,7 @@ from tiny_networks import NETWORKS, network
 from torch import nn
 
 from colora_peft import ESTIMATORS, FaigSettings, ProbeSettings, adaptable_layers, estimate_contributions
-from colora_peft.one_pass import ONE_PASS_ESTIMATORS
+from colora_peft.contribution.one_pass import ONE_PASS_ESTIMATORS
 
 QUICK = {"faig": FaigSettings(2), "probe": ProbeSettings(num_steps=3, num_path_steps=2)}
 

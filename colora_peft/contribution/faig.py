@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 
 from colora_peft.ranks import ContributionScores
 
+from .layer_scores import checked_score, filter_score, scored_weights, unreached_layers
 from .mean_loss import GradientSums, MeanLoss, backward, checked_loss, no_batches_message
-from .scored_layers import checked_score, filter_score, scored_weights, unreached_layers
-from .weight_path import load_path_point, load_weights, moving_parameters
+from .weight_space import load_path_point, load_weights, moving_parameters
 
 __all__ = ["integrate_path", "tuned_weights"]
 

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from colora_peft.ranks import SUPPORTED_LAYERS, ContributionScores, adaptable_layers
 from colora_peft.utils import Processes, some
 
+from .faig import integrate_path, tuned_weights
 from .mean_loss import LossFn, MeanLoss
 from .one_pass import ONE_PASS_ESTIMATORS, OnePassEstimator, score_in_one_pass
-from .path_estimators import integrate_path, tuned_weights
-from .weight_path import checked_end_weights, load_weights, restored_afterwards
+from .weight_space import checked_end_weights, load_weights, restored_afterwards
 
 __all__ = [
     "ESTIMATORS",

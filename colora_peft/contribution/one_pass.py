@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 
 from colora_peft.ranks import ContributionScores
 
+from .layer_scores import checked_score, filter_score, scored_weights, unreached_layers
 from .mean_loss import GradientSums, MeanLoss
-from .scored_layers import checked_score, filter_score, scored_weights, unreached_layers
-from .weight_path import moving_parameters, sum_dtype
+from .weight_space import moving_parameters, sum_dtype
 
 __all__ = ["ONE_PASS_ESTIMATORS", "OnePassEstimator", "score_in_one_pass"]
 

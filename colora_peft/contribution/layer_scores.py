@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from colora_peft.ranks import adaptable_layers
 
-from .weight_path import moving_parameters
+from .weight_space import moving_parameters
 
 __all__ = ["checked_score", "filter_score", "scored_weights", "unreached_layers"]
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from colora_peft.utils import Processes
 
 from .loader_generators import LoaderGenerators
-from .weight_path import BufferCopies, moving_parameters, seed_rngs, sum_dtype
+from .weight_space import BufferCopies, moving_parameters, seed_rngs, sum_dtype
 
 __all__ = ["GradientSums", "LossFn", "MeanLoss", "backward", "checked_loss", "no_batches_message"]
 
