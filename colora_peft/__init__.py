@@ -14,17 +14,20 @@ from colora_peft.contribution import (
     estimate_contributions,
 )
 from colora_peft.ranks import adaptable_layers, adapter_parameters, allocate_ranks, weight_matrix_shape
+from colora_peft.tuner import (
+    CoLoRAConfig,
+    CoLoRALayer,
+    CoLoRAModel,
+    base_fingerprint,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    register_colora,
+    rename_adapter,
+    save_as_lora,
+)
 
-from .config import CoLoRAConfig
-from .fingerprint import base_fingerprint
-from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .hub import load
-from .layer import CoLoRALayer
 from .local_pooling import local_pooling
-from .lora_export import save_as_lora
-from .model import CoLoRAModel
-from .registration import register_colora
-from .renaming import rename_adapter
 from .tiling import restore_image
 
 __version__ = version("colora-peft")

@@ -17,11 +17,10 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from colora_peft.tuner import CoLoRAConfig, CoLoRAModel, base_fingerprint, is_other_base
+
 from .backbones import load_backbone, load_from_folder
-from .config import CoLoRAConfig
-from .fingerprint import base_fingerprint, is_other_base
 from .hub_files import ADAPTER_FILES, CLIENT_ERRORS, NETWORK_FILES, Source, fetch, in_words
-from .model import CoLoRAModel
 
 __all__ = ["create_hub_repo", "load", "load_base", "peft_type_of", "push_folder"]
 

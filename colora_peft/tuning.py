@@ -10,9 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from colora_peft.ranks import adaptable_layers, common_rank, weight_matrix_shape
-
-from .config import CoLoRAConfig
-from .targets import resolve_ranks
+from colora_peft.tuner import CoLoRAConfig, resolve_ranks
 
 Method = Literal["colora", "lora", "full", "decoder", "bias"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -3,7 +3,7 @@
     python examples/compare_scaling.py --train_dir path/to/underwater/train
 
 What a layer's step is worth depends on the factor before its delta and on how A is drawn. The rules compared here are
-described in `RULES`; that of the package, and why, in colora_peft/scaling.py. On training pairs only: some are
+described in `RULES`; that of the package, and why, in colora_peft/tuner/scaling.py. On training pairs only: some are
 trained on, others validate. Cells are kept in one JSON file and not run again; several processes may share it
 (--part 0/2 and --part 1/2, say, one on each core).
 """

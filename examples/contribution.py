@@ -38,8 +38,8 @@ from transformers import HfArgumentParser
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings
 from colora_peft.backbones import load_backbone
 from colora_peft.patches import PairedPatches
-from colora_peft.targets import resolve_ranks
 from colora_peft.training import use_all_cores
+from colora_peft.tuner import resolve_ranks
 from colora_peft.utils import check_at_least, relative_path
 
 # Above it, the scores of a path say less than they could.

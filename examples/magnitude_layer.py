@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from colora_peft.layer import CoLoRALayer
+from colora_peft.tuner import CoLoRALayer
 
 
 class MagnitudeLayer(CoLoRALayer):

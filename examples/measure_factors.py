@@ -3,7 +3,7 @@
     python examples/measure_factors.py
 
 Forward and backward pass of one layer with its adapter, as in training: by `run_with_factors`, and by building the
-weight and leaving the rest to autograd. The rule of `colora_peft.run_layer.factors_save_time` was read from such a
+weight and leaving the rest to autograd. The rule of `colora_peft.tuner.functional.factors_save_time` was read from such a
 table; the last column says what the rule does.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 from colora_peft.cards import hardware_name
-from colora_peft.run_layer import factors_save_time, run_with_factors, run_with_weight
+from colora_peft.tuner import factors_save_time, run_with_factors, run_with_weight
 from colora_peft.utils import write_text
 
 

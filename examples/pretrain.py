@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.backbones import load_backbone
 from colora_peft.cards import RunFacts, backbone_card, hardware_name, loading_code
-from colora_peft.config import PRIOR_CONTRIBUTIONS
 from colora_peft.corpus import HubPictures, ImageFiles, PictureSource, check_pictures
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.images import list_images
@@ -35,6 +34,7 @@ from colora_peft.streams import PictureStream, StreamPatches
 from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments
 from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
+from colora_peft.tuner import PRIOR_CONTRIBUTIONS
 from colora_peft.utils import Processes, check_at_least, relative_path, write_text, writing_result
 
 MOST_CHECKED = 5_000  # pictures; to decode so many photos takes a minute or two

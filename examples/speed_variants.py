@@ -19,9 +19,9 @@ from colora_peft import (
     prepare_model_for_compiled_hotswap,
     weight_matrix_shape,
 )
-from colora_peft.lora_export import lora_obstacle
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 from colora_peft.training import reconstruct, restoration_loss
+from colora_peft.tuner import lora_obstacle
 
 TRAINED = ("full", "lora", "colora")
 """Variants of a training step. The floor is besides them: forward pass and gradient of the input alone."""

@@ -71,7 +71,7 @@ def load_example(name: str):
 def factored_gradients_for_any_size(request, monkeypatch):
     """Let the tiny networks of the tests train their factors as large ones do, unless marked `real_sizes`."""
     if "real_sizes" not in request.keywords:
-        monkeypatch.setattr("colora_peft.run_layer.MINIMUM_MULTIPLICATIONS", 0)
+        monkeypatch.setattr("colora_peft.tuner.functional.MINIMUM_MULTIPLICATIONS", 0)
 
 
 @pytest.fixture(params=[True, False], ids=["grad", "no_grad"])

@@ -13,7 +13,7 @@ from tiny_networks import network
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.ranks.allocation import is_dense
-from colora_peft.scaling import STD_OF_A, adapter_scaling
+from colora_peft.tuner.scaling import STD_OF_A, adapter_scaling
 
 compare_scaling = load_example("compare_scaling")
 

@@ -8,7 +8,7 @@ import pytest
 from peft import PeftConfig, PeftType
 
 from colora_peft import CoLoRAConfig, ContributionScores
-from colora_peft.registration import SAVES_BIASES
+from colora_peft.tuner.registration import SAVES_BIASES
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_out_of_range_is_one_sentence_that_names_the_culprit(settings, message):
 
 
 def test_bias_is_refused_where_peft_would_lose_it(monkeypatch):
-    monkeypatch.setattr("colora_peft.config.SAVES_BIASES", False)
+    monkeypatch.setattr("colora_peft.tuner.config.SAVES_BIASES", False)
     with pytest.raises(ValueError, match="bias is 'all'.*peft>=0.21"):
         CoLoRAConfig(bias="all")
     CoLoRAConfig(bias="none")

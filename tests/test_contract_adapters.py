@@ -22,7 +22,7 @@ from contract_networks import (
 from peft import get_peft_model
 
 from colora_peft import adaptable_layers
-from colora_peft.registration import SAVES_BIASES
+from colora_peft.tuner.registration import SAVES_BIASES
 
 # --- which adapters are active --------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageToImage
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import CoLoRAConfig, hotswap_adapter
-from colora_peft.fingerprint import base_fingerprint, is_other_base
+from colora_peft.tuner.fingerprint import base_fingerprint, is_other_base
 
 
 class TinyNet(nn.Module):

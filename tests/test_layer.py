@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from colora_peft.layer import CoLoRALayer
 from colora_peft.ranks.adaptable import adaptable_layers, weight_matrix_shape, why_not_adaptable
-from colora_peft.run_layer import run_with_weight
-from colora_peft.scaling import adapter_scaling
+from colora_peft.tuner.functional import run_with_weight
+from colora_peft.tuner.layer import CoLoRALayer
+from colora_peft.tuner.scaling import adapter_scaling
 
 
 class ScaledConv(nn.Conv2d):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from colora_peft.layer import CoLoRALayer
-from colora_peft.run_layer import run_with_weight
+from colora_peft.tuner.functional import run_with_weight
+from colora_peft.tuner.layer import CoLoRALayer
 
 
 def adapted(bare, rank=1, name="default", **settings):

@@ -12,7 +12,7 @@ from tiny_networks import Sequence, network
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from colora_peft import CoLoRAConfig, CoLoRALayer, hotswap_adapter
-from colora_peft.loading import check_adapter_weights, weights_by_adapter
+from colora_peft.tuner.load_checks import check_adapter_weights, weights_by_adapter
 
 RANKS = {"conv": 2, "up": 1000, "head": 1, "gate": 0}
 

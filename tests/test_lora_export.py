@@ -17,10 +17,10 @@ from tiny_networks import Restorer, network, tiny_nafnet
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-import colora_peft.lora_export as lora_export
+import colora_peft.tuner.lora_export as lora_export
 from colora_peft import CoLoRAConfig
-from colora_peft.lora_export import lora_obstacle, save_as_lora
-from colora_peft.registration import SAVES_BIASES
+from colora_peft.tuner.lora_export import lora_obstacle, save_as_lora
+from colora_peft.tuner.registration import SAVES_BIASES
 
 needs_biases = pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT does not save trained biases")
 WEIGHTS = "adapter_model.safetensors"

@@ -17,8 +17,8 @@ from colora_peft import (
     rename_adapter,
     save_as_lora,
 )
-from colora_peft.offloading import is_offloaded, onloaded
-from colora_peft.run_layer import run_with_weight
+from colora_peft.tuner.functional import run_with_weight
+from colora_peft.tuner.offloading import is_offloaded, onloaded
 
 
 def test_weights_are_here_inside_and_elsewhere_outside_also_after_an_error():

@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
 import colora_peft
-from colora_peft import registration
+from colora_peft.tuner import registration
 
 
 def test_member_behaves_as_those_peft_defines():
@@ -95,7 +95,7 @@ def test_method_of_another_package_is_not_overwritten():
     class Stranger:
         pass
 
-    with pytest.raises(ImportError, match="already has a method COLORA from colora_peft.model"):
+    with pytest.raises(ImportError, match="already has a method COLORA from colora_peft.tuner.model"):
         registration.register_colora(colora_peft.CoLoRAConfig, Stranger)
 
 

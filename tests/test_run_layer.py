@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from colora_peft.layer import CoLoRALayer
-from colora_peft.run_layer import factors_save_time, run_with_factors, run_with_weight
+from colora_peft.tuner.functional import factors_save_time, run_with_factors, run_with_weight
+from colora_peft.tuner.layer import CoLoRALayer
 
 CASES = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),

@@ -21,7 +21,7 @@ from colora_peft.utils import some
 from .config import CoLoRAConfig
 from .fingerprint import note_base
 from .layer import CoLoRALayer
-from .loading import check_adapter_weights, weights_by_adapter
+from .load_checks import check_adapter_weights, weights_by_adapter
 from .model import CoLoRAModel, tuner_of
 from .offloading import check_nothing_offloaded
 from .targets import resolve_ranks

@@ -21,7 +21,7 @@ from colora_peft.ranks import is_dense, stored_rank, weight_matrix_shape
 from colora_peft.utils import some
 
 from .config import CoLoRAConfig
-from .delta_store import check_adapter_name
+from .deltas import check_adapter_name
 from .layer import CoLoRALayer
 from .scaling import adapter_scaling
 

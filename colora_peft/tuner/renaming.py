@@ -5,7 +5,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from colora_peft.utils import some
 
-from .delta_store import check_adapter_name, rename_key
+from .deltas import check_adapter_name, rename_key
 from .layer import CoLoRALayer
 from .model import tuner_of
 from .offloading import check_nothing_offloaded

@@ -14,10 +14,10 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .delta_store import DeltaStore
-from .kept_weight import KeptWeight, keep_weight
+from .deltas import DeltaStore
+from .functional import factors_save_time, run_with_factors, run_with_weight
 from .offloading import is_offloaded, onloaded
-from .run_layer import factors_save_time, run_with_factors, run_with_weight
+from .weight_cache import KeptWeight, keep_weight
 
 
 class CoLoRALayer(DeltaStore):
@@ -32,7 +32,7 @@ class CoLoRALayer(DeltaStore):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self._kept: KeptWeight | None = None
-        # See colora_peft.hotswap. Not persistent: it follows from the other weights.
+        # See colora_peft.tuner.hotswap. Not persistent: it follows from the other weights.
         self.register_buffer("pinned_weight", None, persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -179,7 +179,7 @@ class CoLoRALayer(DeltaStore):
     def pin_weight(self, pinned: bool = True) -> None:
         """Run, compiled for evaluation, on a buffer that changes its content and never its place.
 
-        See colora_peft.hotswap.
+        See colora_peft.tuner.hotswap.
         """
         if not pinned:
             self.pinned_weight = None

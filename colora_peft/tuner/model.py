@@ -1,6 +1,6 @@
 """The tuner: what PEFT calls to wrap a network, and what it forwards from `PeftModel` to here.
 
-Which layer gets which rank is decided in `colora_peft.targets`, before the first layer is wrapped.
+Which layer gets which rank is decided in `colora_peft.tuner.targets`, before the first layer is wrapped.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from colora_peft.utils import some
 
 from .blending import Blend, blend_adapters
 from .config import CoLoRAConfig
-from .delta_store import check_adapter_name
+from .deltas import check_adapter_name
 from .fingerprint import base_fingerprint, note_base
 from .layer import CoLoRALayer
-from .loading import check_adapter_weights, weights_by_adapter
+from .load_checks import check_adapter_weights, weights_by_adapter
 from .mixed_batch import BASE_NAME, pass_adapter_names
 from .offloading import check_nothing_offloaded, is_offloaded
 from .targets import check_not_offloaded, matches, resolve_ranks
@@ -168,7 +168,7 @@ class CoLoRAModel(BaseTuner):
         combination_type: Literal["cat", "linear", "svd"] = "cat",
         svd_rank: int | None = None,
     ) -> None:
-        """Add an adapter that is a weighted sum of others; see `colora_peft.blending.blend_adapters`.
+        """Add an adapter that is a weighted sum of others; see `colora_peft.tuner.blending.blend_adapters`.
 
         As in PEFT's LoRA, but for the default "cat" (there "svd"): it is exact and costs nothing at inference, because
         the delta lives on the weight. The new adapter is frozen and not active; `set_adapter` activates it.

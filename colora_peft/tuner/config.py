@@ -16,7 +16,7 @@ BIAS_MODES = ("none", "all", "colora_only")
 METHOD_VERSION = 2
 """Of what an adapter's files mean. Raised when packages before and after would read each other's wrongly.
 
-2: another factor before the delta (`colora_peft.scaling`).
+2: another factor before the delta (`colora_peft.tuner.scaling`).
 """
 
 PRIOR_CONTRIBUTIONS = "colora_contributions"
@@ -54,7 +54,7 @@ class CoLoRAConfig(PeftConfig):
             the next, where `ranks` is not given.
         max_rank_pattern: Ranks that some layers get at most, a dense delta counting as rank min(d, k). What they leave
             of the budget goes to the others.
-        colora_alpha: Gain of the delta; see `colora_peft.scaling.adapter_scaling`.
+        colora_alpha: Gain of the delta; see `colora_peft.tuner.scaling.adapter_scaling`.
         bias: Which biases are trained: "none", "all", or "colora_only", those of the adapted layers.
         modules_to_save: Modules besides the adapter that are trained whole and saved with it.
         layers_to_transform: Indices of the blocks to adapt, for layers inside an nn.ModuleList or nn.Sequential.
@@ -62,7 +62,7 @@ class CoLoRAConfig(PeftConfig):
         init_weights: False draws B at random, so that a new adapter is not the identity: for tests.
         method_version: Written by the package, so that another can refuse what it would misread.
         base_fingerprint: Written by the package: which weights the adapter belongs to, whatever their name; see
-            `colora_peft.fingerprint.base_fingerprint`. None: not known.
+            `colora_peft.tuner.fingerprint.base_fingerprint`. None: not known.
 
     Raises:
         ValueError: A field is out of its range, or two fields contradict each other.

@@ -1,0 +1,38 @@
+"""Adapt: the PEFT method itself.
+
+`CoLoRAConfig` says what is adapted, `CoLoRAModel` is the tuner that PEFT calls, `CoLoRALayer` the adapted layer.
+Importing this package registers the method with PEFT.
+"""
+
+from .config import METHOD_VERSION, PRIOR_CONTRIBUTIONS, CoLoRAConfig
+from .fingerprint import base_fingerprint, is_other_base
+from .functional import factors_save_time, run_with_factors, run_with_weight
+from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from .layer import CoLoRALayer
+from .lora_export import lora_obstacle, save_as_lora
+from .model import CoLoRAModel
+from .registration import register_colora
+from .renaming import rename_adapter
+from .scaling import adapter_scaling
+from .targets import resolve_ranks
+
+__all__ = [
+    "CoLoRAConfig",
+    "CoLoRALayer",
+    "CoLoRAModel",
+    "METHOD_VERSION",
+    "PRIOR_CONTRIBUTIONS",
+    "adapter_scaling",
+    "base_fingerprint",
+    "factors_save_time",
+    "hotswap_adapter",
+    "is_other_base",
+    "lora_obstacle",
+    "prepare_model_for_compiled_hotswap",
+    "register_colora",
+    "rename_adapter",
+    "resolve_ranks",
+    "run_with_factors",
+    "run_with_weight",
+    "save_as_lora",
+]
