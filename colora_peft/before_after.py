@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from colora_peft.images import to_pil
 from colora_peft.ranks.figure import _figure_class
 
-from .images import to_pil
 from .metrics import psnr
 
 __all__ = ["save_before_after"]

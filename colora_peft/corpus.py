@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from colora_peft.images import decode_stored, read_stored
 from colora_peft.utils import some_sentences
-
-from .images import decode_stored, read_stored
 
 _PAUSES_S = (1.0, 4.0)  # between the tries to reach an address
 _SILENTLY_CHECKED = 100  # pictures; with more of them the check shows a bar

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from colora_peft.images import as_float, list_images
 from colora_peft.utils import some, some_sentences
 
 from .corpus import ImageFiles, column_lines, fingerprint_of, read_cell, undecoded
-from .images import as_float, list_images
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from colora_peft.images import as_float
+
 from .corpus import PictureSource, check_size, first_usable
-from .images import as_float
 from .pairs import Pair, PairSource
 from .prod import RandomOrderDegradation
 

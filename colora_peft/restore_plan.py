@@ -9,10 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from colora_peft.images import FORMATS, IMAGE_SUFFIXES
 from colora_peft.utils import some
-
-from .images import IMAGE_SUFFIXES
-from .picture_formats import FORMATS
 
 __all__ = ["COMPARISONS", "Job", "plan_jobs"]
 
@@ -54,7 +52,7 @@ def plan_jobs(
             hidden files, what is called otherwise than pictures are, and the output folder are left out.
         output_dir: Where the results go.
         subfolders: One below `output_dir` for each adapter; "" is `output_dir` itself.
-        file_format: A key of `colora_peft.picture_formats.FORMATS`; None keeps each file's own.
+        file_format: A key of `colora_peft.images.formats.FORMATS`; None keeps each file's own.
         targets: Folder of pictures of the same names, with any suffix: at the same path below it, or else,
             where no other input has that name, anywhere below it.
 

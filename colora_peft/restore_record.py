@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .images import read_bytes
+from colora_peft.images import read_bytes
 
 __all__ = ["RECORD_FILE", "RestoreRecord", "file_digest", "fingerprint"]
 

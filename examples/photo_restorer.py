@@ -13,10 +13,7 @@ from adapter_switch import AdapterSwitch
 from PIL import Image
 
 from colora_peft import restore_image
-from colora_peft.icc_profiles import fitting_profile
-from colora_peft.images import to_pil
-from colora_peft.picture_files import Picture, read_picture, write_picture
-from colora_peft.picture_formats import FORMATS
+from colora_peft.images import FORMATS, Picture, fitting_profile, read_picture, to_pil, write_picture
 
 MAX_OTHER_ADAPTERS = 8
 """Adapters that users add; the oldest goes for the next one, so that nobody fills the memory."""

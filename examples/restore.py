@@ -3,7 +3,7 @@
     python examples/restore.py --input photo.jpg folder "more/**/*.tif" --adapter outputs/finetune
 
 Folders are searched with all below them. Results are files of the same kind under the same names in --output_dir, with
-EXIF, colour profile, transparency and 16 bits kept where the format holds them (colora_peft/picture_files.py says what
+EXIF, colour profile, transparency and 16 bits kept where the format holds them (colora_peft/images/image_file.py says what
 else is decided). A run that was interrupted goes on where it was: results that are there are kept.
 
 Several adapters, with the bare network ("none") beside them, side by side and measured against targets:
@@ -33,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
 from colora_peft.backbones import load_backbone
 from colora_peft.hub import load_base
+from colora_peft.images import DEFAULT_MAX_PIXELS
 from colora_peft.local_pooling import size_multiple_of
-from colora_peft.picture_files import DEFAULT_MAX_PIXELS
 from colora_peft.restore_plan import plan_jobs
 from colora_peft.restore_record import RestoreRecord
 from colora_peft.tile_grid import check_tile

@@ -11,11 +11,8 @@ from restore_report import Row
 from torch import Tensor
 
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet
-from colora_peft.comparison import save_comparison
-from colora_peft.icc_profiles import fitting_profile
+from colora_peft.images import Picture, encode_picture, fitting_profile, format_of, read_picture, save_comparison
 from colora_peft.metrics import SSIM_WINDOW_PX, psnr, ssim
-from colora_peft.picture_files import Picture, encode_picture, read_picture
-from colora_peft.picture_formats import format_of
 from colora_peft.restore_plan import Job
 from colora_peft.restore_record import RestoreRecord, file_digest
 from colora_peft.tiling import restore_image

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from colora_peft.images import to_pil
+from colora_peft.images.reading import to_pil
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # The scripts import their neighbours.

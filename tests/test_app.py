@@ -12,7 +12,7 @@ from conftest import EXAMPLES, load_example
 from PIL import Image
 from test_adapter_switch import adapters as adapters  # a fixture
 
-from colora_peft.images import to_pil
+from colora_peft.images.reading import to_pil
 
 gr = pytest.importorskip("gradio", reason="the extra demo is not installed")
 app = load_example("app")

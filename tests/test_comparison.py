@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from test_icc_profiles import srgb
 
-from colora_peft.comparison import save_comparison
+from colora_peft.images.sheets import save_comparison
 
 
 def plain(height, width, *colour):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from colora_peft.images import to_pil
+from colora_peft.images.reading import to_pil
 from colora_peft.prod import RandomOrderDegradation, default_degradations
 from colora_peft.prod.contact_sheet import STRENGTHS, draw_contact_sheet, recipe_caption, setting
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from colora_peft.exif import Entry, block_entries, block_of_tiff, integers, pack_directory, upright
+from colora_peft.images.exif import Entry, block_entries, block_of_tiff, integers, pack_directory, upright
 
 ORIENTATION, EXIF, GPS = 0x0112, 0x8769, 0x8825
 THUMBNAIL = b"\xff\xd8 the picture as it was \xff\xd9"

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from PIL import ImageCms
 
-from colora_peft.icc_profiles import fitting_profile, profile_space
+from colora_peft.images.icc import fitting_profile, profile_space
 
 
 @cache  # it holds the second in which it was made

@@ -14,8 +14,16 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from colora_peft.images import PICTURE_FORMATS, _oriented, decode_image, from_pil, list_images, read_image, to_pil
-from colora_peft.picture_files import read_picture
+from colora_peft.images.image_file import read_picture
+from colora_peft.images.reading import (
+    PICTURE_FORMATS,
+    _oriented,
+    decode_image,
+    from_pil,
+    list_images,
+    read_image,
+    to_pil,
+)
 
 ORIENTATION = 0x0112
 HEIGHT, WIDTH = 5, 7

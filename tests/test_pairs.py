@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from colora_peft.images import read_image
+from colora_peft.images.reading import read_image
 from colora_peft.pairs import (
     PairedHubDataset,
     PairedImageFolder,

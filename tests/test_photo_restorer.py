@@ -12,7 +12,7 @@ from PIL import Image
 from test_adapter_switch import adapters as adapters  # a fixture
 
 from colora_peft import restore_image
-from colora_peft.images import read_image, to_pil
+from colora_peft.images.reading import read_image, to_pil
 
 module = load_example("photo_restorer")
 switching = load_example("adapter_switch")

@@ -13,8 +13,8 @@ from test_icc_profiles import profile, srgb
 from test_images import png_bytes
 from test_picture_formats import pixels
 
-from colora_peft.images import read_image
-from colora_peft.picture_files import read_picture, write_picture
+from colora_peft.images.image_file import read_picture, write_picture
+from colora_peft.images.reading import read_image
 
 HEIGHT, WIDTH = 13, 17
 TURNED = 6  # the orientation of test_exif's blocks: height and width change places

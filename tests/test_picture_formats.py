@@ -10,8 +10,8 @@ from PIL import Image
 from test_exif import block, read
 from test_icc_profiles import srgb
 
-from colora_peft.exif import upright
-from colora_peft.picture_formats import FORMATS, Content, format_of, png_chunks
+from colora_peft.images.exif import upright
+from colora_peft.images.formats import FORMATS, Content, format_of, png_chunks
 
 
 def pixels(dtype, channels, height=13, width=17, seed=0):

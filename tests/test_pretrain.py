@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageToImage, HfArgumentParser
 
-from colora_peft.images import list_images
+from colora_peft.images.reading import list_images
 
 pretrain = load_example("pretrain")
 

@@ -4,7 +4,7 @@ What survives, and what we decided:
 
 - Bit depth: 8 or 16 in PNG and TIFF. JPEG, WebP and BMP hold 8; a note says so.
 - EXIF, with the orientation set to 1, since it was applied, and without the thumbnail, which shows the input. In and
-  out of TIFF the descriptive entries survive (see `colora_peft.exif`). XMP, IPTC and comments do not.
+  out of TIFF the descriptive entries survive (see `colora_peft.images.exif`). XMP, IPTC and comments do not.
 - The ICC profile. No colour management takes place: the network sees the values of the file, and the profile goes on
   describing them. One that is damaged or describes something else (CMYK that was converted) is left out.
 - Transparency: the network restores the colours below it, and it is put back as it was. Formats that hold none get the
@@ -32,9 +32,9 @@ from torch import Tensor
 from colora_peft.utils import write_bytes
 
 from .exif import block_of_tiff, upright
-from .icc_profiles import fitting_profile
-from .images import PICTURE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
-from .picture_formats import FORMATS, Content, PictureFormat, format_of, png_chunks
+from .formats import FORMATS, Content, PictureFormat, format_of, png_chunks
+from .icc import fitting_profile
+from .reading import PICTURE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
 
 __all__ = ["DEFAULT_MAX_PIXELS", "Picture", "encode_picture", "read_picture", "write_picture"]
 
@@ -76,7 +76,7 @@ class Picture:
 
     @property
     def on_white(self) -> Tensor:
-        """(3, H, W) as `colora_peft.images.read_image` gives it, up to the rounding of half transparent 8 bits."""
+        """(3, H, W) as `colora_peft.images.reading.read_image` gives it, up to the rounding of half transparent 8 bits."""
         return self.colour if self.opacity is None else on_white(self.colour, self.opacity)
 
 
@@ -87,7 +87,7 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIX
     """Read a picture and what must survive.
 
     Args:
-        path: A file of any kind that `colora_peft.images.read_image` reads.
+        path: A file of any kind that `colora_peft.images.reading.read_image` reads.
         max_pixels: Larger pictures are refused before they are decoded. Holds instead of Pillow's own limit, which is
             global to the process and suspended meanwhile.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colora_peft.utils import write_bytes
 
-from .images import to_pil
+from .reading import to_pil
 
 __all__ = ["save_comparison"]
 

@@ -1,0 +1,31 @@
+"""Image files to tensors and back.
+
+A tensor is float32 RGB (3, H, W) in [0, 1]. `read_image` and `to_pil` convert values alone; `image_file` keeps what
+else a file holds: bit depth, EXIF, colour profile, transparency.
+"""
+
+from .formats import FORMATS, format_of
+from .icc import fitting_profile
+from .image_file import DEFAULT_MAX_PIXELS, Picture, encode_picture, read_picture, write_picture
+from .reading import IMAGE_SUFFIXES, as_float, decode_stored, list_images, read_bytes, read_image, read_stored, to_pil
+from .sheets import save_comparison
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "FORMATS",
+    "IMAGE_SUFFIXES",
+    "Picture",
+    "as_float",
+    "decode_stored",
+    "encode_picture",
+    "fitting_profile",
+    "format_of",
+    "list_images",
+    "read_bytes",
+    "read_image",
+    "read_picture",
+    "read_stored",
+    "save_comparison",
+    "to_pil",
+    "write_picture",
+]
