@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from colora_peft.data import PairSource
+
 from .metrics import psnr, ssim
-from .pairs import PairSource
 from .reconstruction import evaluation_mode, reconstruct
 
 

@@ -1,7 +1,7 @@
 """The training loop of `examples/pretrain.py` and `examples/finetune.py`, on Accelerate.
 
 A run is counted in optimiser steps. The samples of a step and the learning rate are functions of its number
-(`colora_peft.patches`), so a checkpoint is weights, Adam's moments, their averages and one integer, and a resumed run
+(`colora_peft.data.patches`), so a checkpoint is weights, Adam's moments, their averages and one integer, and a resumed run
 goes on exactly where it stopped: bitwise on one CPU set-up, up to the non-determinism of its kernels on a GPU.
 """
 
@@ -22,12 +22,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from colora_peft.data import Batch, PairSource, Position, StepSampler, collate, sample_generator
 from colora_peft.utils import Processes
 
 from .engines import AccelerateEngine, Engine
 from .interruption import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
-from .pairs import PairSource
-from .patches import Batch, Position, StepSampler, collate, sample_generator
 from .reconstruction import reconstruct, restoration_loss
 from .sharding import WholeNetwork, check_distributed_type, is_sharding
 from .trackers import running_trackers

@@ -15,14 +15,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from colora_peft.data import PairSource, Position
 from colora_peft.utils import Processes, share_weights
 
 from .checkpoint import checkpoint_tensors, frozen_fingerprint, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .engines import Engine
 from .interruption import TrainingStopped
-from .pairs import PairSource
-from .patches import Position
 from .run_log import append_row, cut_rows
 from .sharding import WholeNetwork
 from .skipped import SkippedPictures, TooManySkipped

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from colora_peft.before_after import save_before_after
+from colora_peft.data import PairSource
 from colora_peft.evaluation import restore_some
 from colora_peft.metrics import psnr
-from colora_peft.pairs import PairSource
 
 Rows = dict[str, Callable[[str, int], Key]]
 

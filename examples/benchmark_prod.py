@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from colora_peft.cards import hardware_name
+from colora_peft.data import random_patch, sample_generator
 from colora_peft.images import list_images, read_image
-from colora_peft.patches import random_patch, sample_generator
 from colora_peft.prod import RandomOrderDegradation, default_degradations
 from colora_peft.utils import write_json, write_text
 

@@ -32,8 +32,7 @@ from restoration_task import measure_contributions
 from search_learning_rates import SearchArguments, cell_settings
 from transformers import HfArgumentParser
 
-from colora_peft.pairs import PairedImageFolder, PairSource, check_pairs
-from colora_peft.patches import PairedPatches
+from colora_peft.data import PairedImageFolder, PairedPatches, PairSource, check_pairs
 from colora_peft.training import DataFailed, use_all_cores
 from colora_peft.tuning import prepare_for_tuning
 from colora_peft.utils import write_text

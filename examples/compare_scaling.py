@@ -41,9 +41,8 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
+from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate
-from colora_peft.pairs import PairSource
-from colora_peft.patches import PairedPatches
 from colora_peft.training import DataFailed, use_all_cores
 from colora_peft.utils import write_text
 

@@ -21,8 +21,7 @@ from restoration_task import TaskArguments, load_network, measure_contributions
 from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores
-from colora_peft.pairs import PairedImageFolder
-from colora_peft.patches import PairedPatches
+from colora_peft.data import PairedImageFolder, PairedPatches
 from colora_peft.ranks import mean_scores
 from colora_peft.training import use_all_cores
 from colora_peft.tuner import PRIOR_CONTRIBUTIONS

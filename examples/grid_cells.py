@@ -19,9 +19,8 @@ from finetune import FinetuneArguments
 from torch import nn
 
 from colora_peft.cards import hardware_name
+from colora_peft.data import Pair, PairedImageFolder, PairedPatches, PairSource, PairSubset, draw_pairs
 from colora_peft.evaluation import evaluate
-from colora_peft.pairs import Pair, PairedImageFolder, PairSource, PairSubset, draw_pairs
-from colora_peft.patches import PairedPatches
 from colora_peft.training import TrainingDiverged, train
 from colora_peft.tuning import trained_parameters
 from colora_peft.utils import relative_path, write_json

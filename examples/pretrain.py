@@ -22,15 +22,22 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.backbones import load_backbone
 from colora_peft.cards import RunFacts, backbone_card, hardware_name, loading_code
-from colora_peft.corpus import HubPictures, ImageFiles, PictureSource, check_pictures
+from colora_peft.data import (
+    DegradedPatches,
+    DegradedPictures,
+    HubPictures,
+    ImageFiles,
+    PictureSource,
+    PictureStream,
+    StreamPatches,
+    check_pictures,
+)
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.images import list_images
 from colora_peft.metrics import SSIM_WINDOW_PX
-from colora_peft.patches import DegradedPatches, DegradedPictures
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.ranks import check_figures_can_be_drawn
 from colora_peft.run_folder import check_output_dir, open_output_dir
-from colora_peft.streams import PictureStream, StreamPatches
 from colora_peft.trackers import create_accelerator
 from colora_peft.train_arguments import TrainArguments
 from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores

@@ -18,7 +18,7 @@ from torch import nn
 from tuned_grid import draw
 
 from colora_peft import CoLoRAConfig, ContributionScores
-from colora_peft.patches import PairedPatches
+from colora_peft.data import PairedPatches
 from colora_peft.ranks import mean_scores
 from colora_peft.training import train
 from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning

@@ -14,8 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from grid_cells import Cell, CellFile, PairCentres, split_pairs
 
-from colora_peft.pairs import PairedImageFolder, PairSource, draw_pairs
-from colora_peft.patches import PairedPatches
+from colora_peft.data import PairedImageFolder, PairedPatches, PairSource, draw_pairs
 from colora_peft.training import DataFailed, TrainingDiverged
 from colora_peft.utils import write_json
 

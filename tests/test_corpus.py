@@ -13,9 +13,9 @@ from PIL import Image
 from test_pairs import save
 from torch.utils.data import DataLoader
 
-from colora_peft.corpus import HubPictures, ImageFiles, check_pictures, first_usable, read_cell
+from colora_peft.data.patches import DegradedPatches, StepSampler, collate, random_patch, sample_generator
+from colora_peft.data.sources import HubPictures, ImageFiles, check_pictures, first_usable, read_cell
 from colora_peft.images.reading import as_float, list_images, read_image
-from colora_peft.patches import DegradedPatches, StepSampler, collate, random_patch, sample_generator
 from colora_peft.prod import RandomOrderDegradation
 
 

@@ -22,10 +22,10 @@ from colora_peft import (
     weight_matrix_shape,
 )
 from colora_peft.contribution.estimate import ESTIMATORS
+from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation import evaluate
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.modeling_restormer import RestormerBlock
-from colora_peft.pairs import PairedImageFolder
 from colora_peft.ranks.allocation import stored_rank
 from colora_peft.training import restoration_loss
 from colora_peft.tuning import prepare_for_tuning, trained_parameters

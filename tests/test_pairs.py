@@ -9,15 +9,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from colora_peft.data.pairs import PairedHubDataset, PairedImageFolder, PairSubset, check_pair, check_pairs, draw_pairs
 from colora_peft.images.reading import read_image
-from colora_peft.pairs import (
-    PairedHubDataset,
-    PairedImageFolder,
-    PairSubset,
-    check_pair,
-    check_pairs,
-    draw_pairs,
-)
 
 
 def save(path, height=10, width=12, seed=0, dtype=np.uint8):

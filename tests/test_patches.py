@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from colora_peft.patches import (
+from colora_peft.data.patches import (
     DegradedPatches,
     DegradedPictures,
     PairedPatches,

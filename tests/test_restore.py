@@ -17,11 +17,11 @@ from test_images import png_bytes
 from test_picture_formats import pixels
 from transformers import HfArgumentParser
 
+from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation import evaluate
 from colora_peft.images.image_file import read_picture
 from colora_peft.images.reading import read_image
 from colora_peft.metrics import ssim
-from colora_peft.pairs import PairedImageFolder
 
 restore = load_example("restore")
 restore_run = sys.modules["restore_run"]

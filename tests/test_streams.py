@@ -13,9 +13,9 @@ from test_training import Killed, assert_equal, nafnet
 from test_training import run as run_training
 from torch.utils.data import DataLoader
 
-from colora_peft.patches import StepSampler, collate
+from colora_peft.data.patches import StepSampler, collate
+from colora_peft.data.streams import PictureStream, StreamPatches
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.streams import PictureStream, StreamPatches
 
 
 def cell(number, size=12, kind="png"):

@@ -10,8 +10,8 @@ import torch
 from conftest import load_example, write_pairs
 from PIL import Image
 
+from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation import evaluate
-from colora_peft.pairs import PairedImageFolder
 
 tasks = load_example("tasks")
 

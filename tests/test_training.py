@@ -20,8 +20,8 @@ from torch import nn
 from colora_peft import CoLoRAConfig
 from colora_peft import checkpoint as checkpoint_module
 from colora_peft.checkpoint import list_checkpoints
+from colora_peft.data.patches import PatchDataset
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.patches import PatchDataset
 from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.training import (
     DataFailed,

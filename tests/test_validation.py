@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_training import DiesAt, Killed, NoisyPatches, arguments, assert_equal, launch_two, nafnet, plain, rows
 
 from colora_peft import CoLoRAConfig
+from colora_peft.data.pairs import PairedImageFolder, PairSubset
 from colora_peft.evaluation import evaluate
-from colora_peft.pairs import PairedImageFolder, PairSubset
 from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.training import train
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from colora_peft.images import as_float
+from colora_peft.prod import RandomOrderDegradation
 
-from .corpus import PictureSource, check_size, first_usable
 from .pairs import Pair, PairSource
-from .prod import RandomOrderDegradation
+from .sources import PictureSource, check_size, first_usable
 
 # "pixel_values" and "labels", (3, S, S) in [0, 1]; "skipped", why pictures were, if any; of a stream "position".
 Sample = dict[str, Any]

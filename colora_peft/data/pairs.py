@@ -15,7 +15,7 @@ from torch import Tensor
 from colora_peft.images import as_float, list_images
 from colora_peft.utils import some, some_sentences
 
-from .corpus import ImageFiles, column_lines, fingerprint_of, read_cell, undecoded
+from .sources import ImageFiles, column_lines, fingerprint_of, read_cell, undecoded
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .corpus import check_column, fingerprint_of, first_usable, read_cell, undecoded
+from colora_peft.prod import RandomOrderDegradation
+
 from .patches import Candidate, Position, Sample, StepSampler, degraded_sample, sample_generator
-from .prod import RandomOrderDegradation
+from .sources import check_column, fingerprint_of, first_usable, read_cell, undecoded
 
 _MOST_SHARDS = 4096  # a folder has a shard for each file; so many of them are read as one that no more are left
 _SPARES = 8  # pictures of a block that may stand in for one that cannot be used
