@@ -13,6 +13,7 @@ from colora_peft.contribution import (
     ProbeSettings,
     estimate_contributions,
 )
+from colora_peft.inference import local_pooling, restore_image
 from colora_peft.ranks import adaptable_layers, adapter_parameters, allocate_ranks, weight_matrix_shape
 from colora_peft.tuner import (
     CoLoRAConfig,
@@ -27,8 +28,6 @@ from colora_peft.tuner import (
 )
 
 from .hub import load
-from .local_pooling import local_pooling
-from .tiling import restore_image
 
 __version__ = version("colora-peft")
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from colora_peft.data import PairSource
+from colora_peft.inference import evaluation_mode, reconstruct
 
 from .metrics import psnr, ssim
-from .reconstruction import evaluation_mode, reconstruct
 
 
 @torch.inference_mode()

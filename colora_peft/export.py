@@ -22,10 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from colora_peft.inference import output_pictures, pad_to_multiple, reconstruct, size_multiple
 from colora_peft.utils import write_bytes
-
-from .padding import pad_to_multiple
-from .reconstruction import output_pictures, reconstruct, size_multiple
 
 __all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "SizeCheck", "export_network"]
 

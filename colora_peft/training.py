@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from colora_peft.data import Batch, PairSource, Position, StepSampler, collate, sample_generator
+from colora_peft.inference import reconstruct, restoration_loss
 from colora_peft.utils import Processes
 
 from .engines import AccelerateEngine, Engine
 from .interruption import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
-from .reconstruction import reconstruct, restoration_loss
 from .sharding import WholeNetwork, check_distributed_type, is_sharding
 from .trackers import running_trackers
 from .train_arguments import TrainArguments

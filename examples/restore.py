@@ -34,11 +34,9 @@ from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
 from colora_peft.backbones import load_backbone
 from colora_peft.hub import load_base
 from colora_peft.images import DEFAULT_MAX_PIXELS
-from colora_peft.local_pooling import size_multiple_of
+from colora_peft.inference import Pooling, check_tile, size_multiple_of
 from colora_peft.restore_plan import plan_jobs
 from colora_peft.restore_record import RestoreRecord
-from colora_peft.tile_grid import check_tile
-from colora_peft.tiling import Pooling
 from colora_peft.utils import check_at_least, write_json
 
 SUMMARY_FILE = "summary.json"

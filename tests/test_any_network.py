@@ -27,8 +27,8 @@ from colora_peft import (
 )
 from colora_peft.backbones import load_backbone
 from colora_peft.images.reading import read_image, to_pil
+from colora_peft.inference.network import reconstruct, restoration_loss
 from colora_peft.ranks.adaptable import weight_matrix_shape
-from colora_peft.reconstruction import reconstruct, restoration_loss
 from colora_peft.tuning import prepare_for_tuning, trained_parameters
 
 finetune = load_example("finetune")

@@ -13,7 +13,7 @@ from torch import nn
 
 from colora_peft import CoLoRAConfig
 from colora_peft.export import METADATA_FILE, ExportError, ExportSettings, export_network
-from colora_peft.reconstruction import reconstruct
+from colora_peft.inference.network import reconstruct
 
 FORMATS = ["onnx", "torch_export"]
 

@@ -1,4 +1,4 @@
-"""colora_peft/local_pooling.py: laws of local means, and networks under them."""
+"""colora_peft/inference/local_pooling.py: laws of local means, and networks under them."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from peft import get_peft_model
 from tiny_networks import tiny_nafnet, trained
 from torch import nn
 
-from colora_peft import CoLoRAConfig, local_pooling
-from colora_peft.local_pooling import pools_locally, sliding_mean
+from colora_peft import CoLoRAConfig
+from colora_peft.inference import local_pooling
+from colora_peft.inference.local_pooling import pools_locally, sliding_mean
 
 
 class Gated(nn.Module):

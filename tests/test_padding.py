@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from colora_peft.padding import pad_to_multiple, reflected_indices
+from colora_peft.inference.padding import pad_to_multiple, reflected_indices
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 6), (1, 5), (9, 16)])

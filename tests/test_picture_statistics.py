@@ -1,11 +1,11 @@
-"""colora_peft/picture_statistics.py: what is gathered tile by tile is the mean over the picture."""
+"""colora_peft/inference/global_pooling.py: what is gathered tile by tile is the mean over the picture."""
 
 import pytest
 import torch
 from torch import nn
 
 from colora_peft import restore_image
-from colora_peft.picture_statistics import PictureStatistics
+from colora_peft.inference.global_pooling import PictureStatistics
 
 
 class Products(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_transformers import tiny_swin2sr
 from torch import nn
 
-from colora_peft.reconstruction import reconstruct, size_multiple
+from colora_peft.inference.network import reconstruct, size_multiple
 
 
 class Halves(nn.Module):

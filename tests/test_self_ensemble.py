@@ -1,8 +1,8 @@
-"""colora_peft/self_ensemble.py."""
+"""colora_peft/inference/self_ensemble.py."""
 
 import torch
 
-from colora_peft.self_ensemble import EIGHT
+from colora_peft.inference.self_ensemble import EIGHT
 
 
 def test_they_are_the_eight_and_each_can_be_undone():

@@ -1,9 +1,9 @@
-"""colora_peft/tile_grid.py: laws of the tiles over many sizes."""
+"""colora_peft/inference/tile_grid.py: laws of the tiles over many sizes."""
 
 import pytest
 import torch
 
-from colora_peft.tile_grid import lay_tiles
+from colora_peft.inference.tile_grid import lay_tiles
 
 GRIDS = [
     (size, tile, overlap, multiple)

@@ -1,4 +1,4 @@
-"""colora_peft/tiling.py: laws of restored pictures, then errors."""
+"""colora_peft/inference/tiling.py: laws of restored pictures, then errors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from colora_peft import CoLoRAConfig, restore_image
-from colora_peft.reconstruction import reconstruct
+from colora_peft.inference.network import reconstruct
 
 
 class Local(nn.Module):
@@ -255,7 +255,7 @@ def test_broken_networks_are_named_and_left_as_they_were():
 
 
 def test_statistics_and_local_pooling_exclude_each_other():
-    from colora_peft import local_pooling
+    from colora_peft.inference import local_pooling
 
     model, image = tiny_nafnet(), picture(24, 24)
     expected = restore_image(model, image, tile=16, overlap=8, pooling="local", pooling_window=8)

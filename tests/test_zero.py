@@ -25,7 +25,7 @@ from torch import nn
 
 from colora_peft import CoLoRAConfig, zero
 from colora_peft.checkpoint import list_checkpoints
-from colora_peft.reconstruction import size_multiple
+from colora_peft.inference.network import size_multiple
 from colora_peft.zero import ZeroEngine, check_zero
 
 SCRIPT = """

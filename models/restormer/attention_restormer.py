@@ -11,7 +11,7 @@ for the backward pass is Q, K, V as the convolution before leaves them, and matr
 
 All that the attention takes from the whole picture are means over its pixels, of the products Q_i K_j and of the
 squares of Q_i and K_j: `PixelMeans` makes them, so that tiles of a picture can be given the means of all
-(`colora_peft.picture_statistics`).
+(`colora_peft.inference.global_pooling`).
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .global_pooling import PictureStatistics, Rectangle
 from .local_pooling import local_pooling, pools_locally, size_multiple_of
+from .network import evaluation_mode, reconstruct
 from .padding import reflected_indices
-from .picture_statistics import PictureStatistics, Rectangle
-from .reconstruction import evaluation_mode, reconstruct
 from .self_ensemble import EIGHT, Transform
 from .tile_grid import TileAxis, check_tile, lay_tiles
 
@@ -51,7 +51,7 @@ def restore_image(
     with `tile=None, size_multiple=1`.
 
     Args:
-        model: Any network that `colora_peft.reconstruction.reconstruct` takes, bare or with adapters.
+        model: Any network that `colora_peft.inference.network.reconstruct` takes, bare or with adapters.
         image: The degraded picture.
         tile: Side of the square tiles in pixels, rounded down to the size multiple; None is the whole picture at once.
         overlap: Pixels that neighbouring tiles share, at least.
@@ -62,8 +62,8 @@ def restore_image(
             1707.02921, section 3.4). Eight times the time.
         pooling: What layers that average over all they see are given. "picture": the mean over the whole picture,
             which `statistics_passes` gather before; "tile": that of their tile alone; "local": windows of
-            `pooling_window` (see `colora_peft.local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also
-            about modules that say so (see `colora_peft.picture_statistics`), such as that of Restormer's attention.
+            `pooling_window` (see `colora_peft.inference.local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also
+            about modules that say so (see `colora_peft.inference.global_pooling`), such as that of Restormer's attention.
             Other layers see their tile alone.
         pooling_window: Side of the windows in pixels.
         statistics_passes: Passes over the picture before that which restores it, each as long; more come closer to the

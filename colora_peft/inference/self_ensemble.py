@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .picture_statistics import Rectangle
+from .global_pooling import Rectangle
 
 __all__ = ["EIGHT", "Transform"]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .picture_statistics import is_global_pool
-from .reconstruction import evaluation_mode, reconstruct, size_multiple
+from .global_pooling import is_global_pool
+from .network import evaluation_mode, reconstruct, size_multiple
 
 __all__ = ["LocalMean", "local_pooling", "pools_locally", "size_multiple_of", "sliding_mean"]
 
@@ -71,7 +71,7 @@ def size_multiple_of(model: nn.Module) -> int:
     """What the sides of tiles must be multiples of, for every level of the network to be cut alike.
 
     `config.size_multiple`, up to which a network pads by itself, and what it needs others to pad to (see
-    `colora_peft.reconstruction.size_multiple`); 1 where neither is given.
+    `colora_peft.inference.network.size_multiple`); 1 where neither is given.
     """
     return math.lcm(getattr(getattr(model, "config", None), "size_multiple", 1), size_multiple(model))
 

@@ -1,0 +1,25 @@
+"""Run a restoration network on images of any size.
+
+`restore_image` is the entry: blended tiles, pooling over the whole image, self-ensembles. `network` holds the contract
+of a restoration network: what goes in, what comes out, and its loss.
+"""
+
+from .local_pooling import local_pooling, size_multiple_of
+from .network import evaluation_mode, output_pictures, reconstruct, restoration_loss, size_multiple
+from .padding import pad_to_multiple
+from .tile_grid import check_tile
+from .tiling import Pooling, restore_image
+
+__all__ = [
+    "Pooling",
+    "check_tile",
+    "evaluation_mode",
+    "local_pooling",
+    "output_pictures",
+    "pad_to_multiple",
+    "reconstruct",
+    "restoration_loss",
+    "restore_image",
+    "size_multiple",
+    "size_multiple_of",
+]
