@@ -8,10 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from colora_peft.data import PairSource, PairSubset
+from colora_peft.evaluation import evaluate, restore_some, save_before_after
 from colora_peft.utils import Processes
 
-from .before_after import save_before_after
-from .evaluation import evaluate, restore_some
 from .run_log import append_row
 from .trackers import log_figures, log_picture
 

@@ -11,10 +11,8 @@ from grid_report import Key, Results
 from matplotlib.figure import Figure
 from torch import nn
 
-from colora_peft.before_after import save_before_after
 from colora_peft.data import PairSource
-from colora_peft.evaluation import restore_some
-from colora_peft.metrics import psnr
+from colora_peft.evaluation import psnr, restore_some, save_before_after
 
 Rows = dict[str, Callable[[str, int], Key]]
 

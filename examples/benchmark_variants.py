@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from finetune import FinetuneArguments
 from grid_cells import RESULTS, Cell
 
-from colora_peft.metrics import SSIM_WINDOW_PX
+from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.tuning import METHODS
 from colora_peft.utils import check_at_least
 

@@ -32,9 +32,9 @@ from colora_peft.data import (
     StreamPatches,
     check_pictures,
 )
+from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.images import list_images
-from colora_peft.metrics import SSIM_WINDOW_PX
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.ranks import check_figures_can_be_drawn
 from colora_peft.run_folder import check_output_dir, open_output_dir

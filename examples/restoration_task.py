@@ -20,7 +20,7 @@ from colora_peft import (
 from colora_peft.backbones import load_backbone
 from colora_peft.contribution import Estimator
 from colora_peft.data import PairedHubDataset, PairedImageFolder, PairedPatches, PairSource, check_pairs, draw_pairs
-from colora_peft.metrics import SSIM_WINDOW_PX
+from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.ranks import check_figures_can_be_drawn as check_figures_can_be_drawn
 from colora_peft.ranks import format_allocation_table, plot_contributions
 from colora_peft.training import restoration_loss

@@ -10,7 +10,7 @@ from grid_cells import RESULTS, Cell, task_name
 from study_report import BUDGET, others_of
 
 from colora_peft import CoLoRAConfig
-from colora_peft.metrics import SSIM_WINDOW_PX
+from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.utils import check_at_least
 
 RANDOM = "random"

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import EXAMPLES, load_example
 
-from colora_peft.metrics import PSNR_CAP_DB
+from colora_peft.evaluation.metrics import PSNR_CAP_DB
 
 benchmark_tiles = load_example("benchmark_tiles")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from colora_peft.evaluation import evaluate, restore_some
+from colora_peft.evaluation.evaluate import evaluate, restore_some
 
 
 class Shift(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from colora_peft.before_after import save_before_after
+from colora_peft.evaluation.before_after import save_before_after
 from colora_peft.ranks.figure import _layer_groups, plot_contributions
 from colora_peft.ranks.report import format_allocation_table
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from colora_peft.metrics import PSNR_CAP_DB, psnr, ssim
+from colora_peft.evaluation.metrics import PSNR_CAP_DB, psnr, ssim
 
 
 def noisy_pair(height=40, width=53, seed=0):

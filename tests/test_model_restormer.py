@@ -23,7 +23,7 @@ from colora_peft import (
 )
 from colora_peft.contribution.estimate import ESTIMATORS
 from colora_peft.data.pairs import PairedImageFolder
-from colora_peft.evaluation import evaluate
+from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.modeling_restormer import RestormerBlock
 from colora_peft.ranks.allocation import stored_rank

@@ -18,10 +18,10 @@ from test_picture_formats import pixels
 from transformers import HfArgumentParser
 
 from colora_peft.data.pairs import PairedImageFolder
-from colora_peft.evaluation import evaluate
+from colora_peft.evaluation.evaluate import evaluate
+from colora_peft.evaluation.metrics import ssim
 from colora_peft.images.image_file import read_picture
 from colora_peft.images.reading import read_image
-from colora_peft.metrics import ssim
 
 restore = load_example("restore")
 restore_run = sys.modules["restore_run"]

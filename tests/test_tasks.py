@@ -11,7 +11,7 @@ from conftest import load_example, write_pairs
 from PIL import Image
 
 from colora_peft.data.pairs import PairedImageFolder
-from colora_peft.evaluation import evaluate
+from colora_peft.evaluation.evaluate import evaluate
 
 tasks = load_example("tasks")
 
