@@ -13,6 +13,7 @@ from colora_peft.contribution import (
     ProbeSettings,
     estimate_contributions,
 )
+from colora_peft.hub import load
 from colora_peft.inference import local_pooling, restore_image
 from colora_peft.ranks import adaptable_layers, adapter_parameters, allocate_ranks, weight_matrix_shape
 from colora_peft.tuner import (
@@ -26,8 +27,6 @@ from colora_peft.tuner import (
     rename_adapter,
     save_as_lora,
 )
-
-from .hub import load
 
 __version__ = version("colora-peft")
 

@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 
-from .hub import load, peft_type_of
-from .hub_files import ADAPTER_FILES, Source, fetch
+from colora_peft.hub import ADAPTER_FILES, Source, fetch, load, peft_type_of
+
 from .restore_record import fingerprint
 
 __all__ = ["NO_ADAPTER", "AdapterSet", "adapter_labels"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from colora_peft import CoLoRALayer, load
 from colora_peft.adapter_set import NO_ADAPTER
-from colora_peft.backbones import load_backbone
+from colora_peft.hub import load_backbone
 
 MAX_STRENGTH = 1.5
 

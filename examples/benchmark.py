@@ -33,9 +33,9 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
 
 from colora_peft import CoLoRAConfig, base_fingerprint
-from colora_peft.backbones import load_backbone, register_backbones
 from colora_peft.data import DegradedPictures, ImageFiles, PairedImageFolder, PairSource, check_pairs
 from colora_peft.evaluation import evaluate
+from colora_peft.hub import load_backbone, register_backbones
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.training import DataFailed, use_all_cores

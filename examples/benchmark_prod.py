@@ -28,8 +28,8 @@ from prod_library import library_transforms, to_network
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from colora_peft.cards import hardware_name
 from colora_peft.data import random_patch, sample_generator
+from colora_peft.hub import hardware_name
 from colora_peft.images import list_images, read_image
 from colora_peft.prod import RandomOrderDegradation, default_degradations
 from colora_peft.utils import write_json, write_text

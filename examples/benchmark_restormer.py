@@ -30,7 +30,7 @@ from speed_variants import Mode, pictures, training_step
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from colora_peft.cards import hardware_name
+from colora_peft.hub import hardware_name
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.attention_restormer import ChannelAttention
 from colora_peft.models.restormer.modeling_restormer import GatedFeedForward

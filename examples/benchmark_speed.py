@@ -41,7 +41,7 @@ from speed_variants import (
 from transformers import HfArgumentParser
 
 from colora_peft import hotswap_adapter, prepare_model_for_compiled_hotswap
-from colora_peft.cards import hardware_name
+from colora_peft.hub import hardware_name
 from colora_peft.utils import write_json, write_text
 
 Row = dict[str, object]

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, restore_image
-from colora_peft.backbones import load_backbone
-from colora_peft.cards import hardware_name
 from colora_peft.data import PairedImageFolder
 from colora_peft.evaluation import psnr
+from colora_peft.hub import hardware_name, load_backbone
 from colora_peft.utils import relative_path, write_json, write_text
 
 HERE = Path(__file__).parent

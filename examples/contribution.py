@@ -36,8 +36,8 @@ from restoration_task import (
 from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings
-from colora_peft.backbones import load_backbone
 from colora_peft.data import PairedPatches
+from colora_peft.hub import load_backbone
 from colora_peft.training import use_all_cores
 from colora_peft.tuner import resolve_ranks
 from colora_peft.utils import check_at_least, relative_path

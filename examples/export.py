@@ -19,8 +19,8 @@ from peft import PeftModel
 from transformers import HfArgumentParser
 
 from colora_peft import load
-from colora_peft.backbones import load_backbone
 from colora_peft.export import EXPORT_SUFFIXES, ExportSettings, export_network
+from colora_peft.hub import load_backbone
 
 
 @dataclass

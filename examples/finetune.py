@@ -33,10 +33,9 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, adaptable_layers
-from colora_peft.cards import AdaptedNetwork, RunFacts, adapted_card, hardware_name
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate, restore_some, save_before_after
-from colora_peft.hub import create_hub_repo, push_folder
+from colora_peft.hub import AdaptedNetwork, RunFacts, adapted_card, create_hub_repo, hardware_name, push_folder
 from colora_peft.ranks import check_figures_can_be_drawn, check_same_names
 from colora_peft.run_folder import check_output_dir, open_output_dir
 from colora_peft.trackers import create_accelerator

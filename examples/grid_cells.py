@@ -18,9 +18,9 @@ from filelock import FileLock
 from finetune import FinetuneArguments
 from torch import nn
 
-from colora_peft.cards import hardware_name
 from colora_peft.data import Pair, PairedImageFolder, PairedPatches, PairSource, PairSubset, draw_pairs
 from colora_peft.evaluation import evaluate
+from colora_peft.hub import hardware_name
 from colora_peft.training import TrainingDiverged, train
 from colora_peft.tuning import trained_parameters
 from colora_peft.utils import relative_path, write_json

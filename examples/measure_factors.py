@@ -20,7 +20,7 @@ from benchmark_speed import take_turns
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from colora_peft.cards import hardware_name
+from colora_peft.hub import hardware_name
 from colora_peft.tuner import factors_save_time, run_with_factors, run_with_weight
 from colora_peft.utils import write_text
 

@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model
 
 import colora_peft
 from colora_peft import CoLoRAConfig
-from colora_peft.backbones import load_backbone
+from colora_peft.hub import load_backbone
 
 NETWORK = Path(__file__).parent / "checkpoints" / "nafnet-small-prod"
 

@@ -24,8 +24,7 @@ from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig
-from colora_peft.backbones import load_backbone
-from colora_peft.cards import hardware_name
+from colora_peft.hub import hardware_name, load_backbone
 from colora_peft.utils import relative_path, write_text
 
 SHIPPED = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")

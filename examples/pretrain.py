@@ -20,8 +20,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
-from colora_peft.backbones import load_backbone
-from colora_peft.cards import RunFacts, backbone_card, hardware_name, loading_code
 from colora_peft.data import (
     DegradedPatches,
     DegradedPictures,
@@ -33,7 +31,15 @@ from colora_peft.data import (
     check_pictures,
 )
 from colora_peft.evaluation import SSIM_WINDOW_PX
-from colora_peft.hub import create_hub_repo, push_folder
+from colora_peft.hub import (
+    RunFacts,
+    backbone_card,
+    create_hub_repo,
+    hardware_name,
+    load_backbone,
+    loading_code,
+    push_folder,
+)
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.ranks import check_figures_can_be_drawn

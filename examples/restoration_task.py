@@ -17,10 +17,10 @@ from colora_peft import (
     estimate_contributions,
     weight_matrix_shape,
 )
-from colora_peft.backbones import load_backbone
 from colora_peft.contribution import Estimator
 from colora_peft.data import PairedHubDataset, PairedImageFolder, PairedPatches, PairSource, check_pairs, draw_pairs
 from colora_peft.evaluation import SSIM_WINDOW_PX
+from colora_peft.hub import load_backbone
 from colora_peft.ranks import check_figures_can_be_drawn as check_figures_can_be_drawn
 from colora_peft.ranks import format_allocation_table, plot_contributions
 from colora_peft.training import restoration_loss

@@ -31,8 +31,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
-from colora_peft.backbones import load_backbone
-from colora_peft.hub import load_base
+from colora_peft.hub import load_backbone, load_base
 from colora_peft.images import DEFAULT_MAX_PIXELS
 from colora_peft.inference import Pooling, check_tile, size_multiple_of
 from colora_peft.restore_plan import plan_jobs

@@ -6,7 +6,7 @@ from conftest import load_example
 from peft import PeftModel, get_peft_model
 
 from colora_peft import CoLoRAConfig
-from colora_peft.backbones import load_backbone
+from colora_peft.hub.networks import load_backbone
 
 switching = load_example("adapter_switch")
 

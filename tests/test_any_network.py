@@ -25,7 +25,7 @@ from colora_peft import (
     estimate_contributions,
     load,
 )
-from colora_peft.backbones import load_backbone
+from colora_peft.hub.networks import load_backbone
 from colora_peft.images.reading import read_image, to_pil
 from colora_peft.inference.network import reconstruct, restoration_loss
 from colora_peft.ranks.adaptable import weight_matrix_shape

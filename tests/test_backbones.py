@@ -14,7 +14,7 @@ from transformers import AutoModelForImageToImage
 import colora_peft
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft import CoLoRAConfig
-from colora_peft.backbones import load_backbone
+from colora_peft.hub.networks import load_backbone
 
 NETWORKS = """
 from torch import nn
@@ -107,7 +107,7 @@ def test_a_function_has_no_revision(networks):
 
 
 def test_the_backbones_are_registered_without_importing_them(tiny_nafnet, tmp_path):
-    code = f"from colora_peft.backbones import load_backbone; load_backbone({str(tiny_nafnet)!r})"
+    code = f"from colora_peft.hub.networks import load_backbone; load_backbone({str(tiny_nafnet)!r})"
     # Away from the source tree, which `python -c` would import instead of the package that is installed.
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
-from colora_peft.cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, command_line, hardware_name
+from colora_peft.hub.cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, command_line, hardware_name
 
 FACTS = RunFacts(data="12 photos | of: mine, CC0", hardware="an abacus", seconds=90.0, processes=2)
 METRICS = {

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig
-from colora_peft.backbones import load_backbone
 from colora_peft.export import METADATA_FILE
+from colora_peft.hub.networks import load_backbone
 
 export = load_example("export")
 

@@ -1,6 +1,6 @@
 """Use somebody else's adapter, or share one's own: from an id on the Hub, or a folder, to a network that restores.
 
-What comes from elsewhere is not trusted: `colora_peft.hub_files` fetches JSON and safetensors alone, a base that would
+What comes from elsewhere is not trusted: `colora_peft.hub.source` fetches JSON and safetensors alone, a base that would
 have to be built by a function is not built, and a base with other weights than the adapter was trained on is refused.
 """
 
@@ -19,8 +19,8 @@ from torch import nn
 
 from colora_peft.tuner import CoLoRAConfig, CoLoRAModel, base_fingerprint, is_other_base
 
-from .backbones import load_backbone, load_from_folder
-from .hub_files import ADAPTER_FILES, CLIENT_ERRORS, NETWORK_FILES, Source, fetch, in_words
+from .networks import load_backbone, load_from_folder
+from .source import ADAPTER_FILES, CLIENT_ERRORS, NETWORK_FILES, Source, fetch, in_words
 
 __all__ = ["create_hub_repo", "load", "load_base", "peft_type_of", "push_folder"]
 

@@ -17,17 +17,17 @@ from transformers import AutoModelForImageToImage
 
 from colora_peft.utils import some
 
-from .hub_files import ADAPTER_FILES, NETWORK_FILES, Source, fetch
+from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 __all__ = ["load_backbone", "load_from_folder", "register_backbones"]
 
-_ENTRY_POINTS = "colora_peft.backbones"
+_ENTRY_POINTS = "colora_peft.hub.networks"
 _MODULE_AND_FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
 
 
 @cache
 def register_backbones() -> None:
-    """Import every module that installed packages name under the entry point group `colora_peft.backbones`.
+    """Import every module that installed packages name under the entry point group `colora_peft.hub.networks`.
 
     Such a module registers its networks with transformers' Auto classes when it is imported; `colora_peft.models` is
     one of them. By entry point, because the method itself does not depend on any backbone.

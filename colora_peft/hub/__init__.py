@@ -1,0 +1,29 @@
+"""The trust boundary: adapters and networks from folders and the Hub, and back.
+
+`load` gives a network that restores from a name; only JSON and safetensors are read, and never code. `push_folder`
+shares a result, and `cards` writes its model card.
+"""
+
+from .cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, hardware_name, loading_code
+from .loading import create_hub_repo, load, load_base, peft_type_of, push_folder
+from .networks import load_backbone, register_backbones
+from .source import ADAPTER_FILES, Source, fetch
+
+__all__ = [
+    "ADAPTER_FILES",
+    "AdaptedNetwork",
+    "RunFacts",
+    "Source",
+    "adapted_card",
+    "backbone_card",
+    "create_hub_repo",
+    "fetch",
+    "hardware_name",
+    "load",
+    "load_backbone",
+    "load_base",
+    "loading_code",
+    "peft_type_of",
+    "push_folder",
+    "register_backbones",
+]
