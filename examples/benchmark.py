@@ -38,9 +38,8 @@ from colora_peft.evaluation import evaluate
 from colora_peft.hub import load_backbone, register_backbones
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.training import DataFailed, use_all_cores
+from colora_peft.training import DataFailed, prepare_for_tuning, use_all_cores
 from colora_peft.tuner import METHOD_VERSION, adapter_scaling
-from colora_peft.tuning import prepare_for_tuning
 
 
 def shared_settings(args: BenchmarkArguments, accelerator: Accelerator) -> Cell:

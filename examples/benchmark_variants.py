@@ -10,7 +10,7 @@ from finetune import FinetuneArguments
 from grid_cells import RESULTS, Cell
 
 from colora_peft.evaluation import SSIM_WINDOW_PX
-from colora_peft.tuning import METHODS
+from colora_peft.training import METHODS
 from colora_peft.utils import check_at_least
 
 NONE = "none"
@@ -130,7 +130,7 @@ class Variant(NamedTuple):
     train_pairs: int
     network: str
     method: str
-    """As in `colora_peft.tuning`."""
+    """As in `colora_peft.training.methods`."""
     parameter_budget: float | None = None
 
     def settings(self) -> Cell:

@@ -33,8 +33,7 @@ from search_learning_rates import SearchArguments, cell_settings
 from transformers import HfArgumentParser
 
 from colora_peft.data import PairedImageFolder, PairedPatches, PairSource, check_pairs
-from colora_peft.training import DataFailed, use_all_cores
-from colora_peft.tuning import prepare_for_tuning
+from colora_peft.training import DataFailed, prepare_for_tuning, use_all_cores
 from colora_peft.utils import write_text
 
 PLAIN, MAGNITUDE = VARIANTS = ("plain", "magnitude")

@@ -37,11 +37,20 @@ from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate, restore_some, save_before_after
 from colora_peft.hub import AdaptedNetwork, RunFacts, adapted_card, create_hub_repo, hardware_name, push_folder
 from colora_peft.ranks import check_figures_can_be_drawn, check_same_names
-from colora_peft.run_folder import check_output_dir, open_output_dir
-from colora_peft.trackers import create_accelerator
-from colora_peft.train_arguments import TrainArguments
-from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
-from colora_peft.tuning import LEARNING_RATES, Method, prepare_for_tuning, trained_parameters
+from colora_peft.training import (
+    LEARNING_RATES,
+    DataFailed,
+    Method,
+    TrainArguments,
+    TrainingDiverged,
+    check_output_dir,
+    create_accelerator,
+    open_output_dir,
+    prepare_for_tuning,
+    train,
+    trained_parameters,
+    use_all_cores,
+)
 from colora_peft.utils import write_json, write_text, writing_result
 
 

@@ -21,8 +21,7 @@ from torch import nn
 from colora_peft.data import Pair, PairedImageFolder, PairedPatches, PairSource, PairSubset, draw_pairs
 from colora_peft.evaluation import evaluate
 from colora_peft.hub import hardware_name
-from colora_peft.training import TrainingDiverged, train
-from colora_peft.tuning import trained_parameters
+from colora_peft.training import TrainingDiverged, train, trained_parameters
 from colora_peft.utils import relative_path, write_json
 
 RESULTS = Path(__file__).parent / "benchmark_results"

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from colora_peft.checkpoint import list_checkpoints, read_state
 from colora_peft.models import NAFNetConfig
+from colora_peft.training import list_checkpoints, read_state
 from colora_peft.utils import check_at_least, write_json
 
 HERE = Path(__file__).parent

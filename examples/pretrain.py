@@ -43,10 +43,16 @@ from colora_peft.hub import (
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.ranks import check_figures_can_be_drawn
-from colora_peft.run_folder import check_output_dir, open_output_dir
-from colora_peft.trackers import create_accelerator
-from colora_peft.train_arguments import TrainArguments
-from colora_peft.training import DataFailed, TrainingDiverged, train, use_all_cores
+from colora_peft.training import (
+    DataFailed,
+    TrainArguments,
+    TrainingDiverged,
+    check_output_dir,
+    create_accelerator,
+    open_output_dir,
+    train,
+    use_all_cores,
+)
 from colora_peft.tuner import PRIOR_CONTRIBUTIONS
 from colora_peft.utils import Processes, check_at_least, relative_path, write_text, writing_result
 

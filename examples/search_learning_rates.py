@@ -36,8 +36,7 @@ from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig
 from colora_peft.data import PairedPatches
-from colora_peft.training import DataFailed, use_all_cores
-from colora_peft.tuning import METHODS, prepare_for_tuning
+from colora_peft.training import METHODS, DataFailed, prepare_for_tuning, use_all_cores
 from colora_peft.utils import write_text
 
 

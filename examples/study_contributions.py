@@ -40,9 +40,8 @@ from transformers import HfArgumentParser
 from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
 
 from colora_peft import CoLoRAConfig, FaigSettings, ProbeSettings
-from colora_peft.training import DataFailed, use_all_cores
+from colora_peft.training import LEARNING_RATES, DataFailed, prepare_for_tuning, use_all_cores
 from colora_peft.tuner import adapter_scaling
-from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
 
 
 def shared_settings(args: StudyArguments) -> Cell:

@@ -20,8 +20,7 @@ from tuned_grid import draw
 from colora_peft import CoLoRAConfig, ContributionScores
 from colora_peft.data import PairedPatches
 from colora_peft.ranks import mean_scores
-from colora_peft.training import train
-from colora_peft.tuning import LEARNING_RATES, prepare_for_tuning
+from colora_peft.training import LEARNING_RATES, prepare_for_tuning, train
 
 
 def contributions_of(

@@ -72,7 +72,7 @@ class Variant(NamedTuple):
 
     task: str
     method: str
-    """As in `colora_peft.tuning`, or SAME_SHARE."""
+    """As in `colora_peft.training.methods`, or SAME_SHARE."""
     parameter_budget: float | None = None
     estimator: str | None = None
     """Or RANDOM."""

@@ -30,11 +30,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import HfArgumentParser
 
-from colora_peft.checkpoint import list_checkpoints
 from colora_peft.data import PairedImageFolder, PairSource, draw_pairs
 from colora_peft.evaluation import evaluate, save_before_after
 from colora_peft.inference import reconstruct
-from colora_peft.training import DataFailed, TrainingDiverged
+from colora_peft.training import DataFailed, TrainingDiverged, list_checkpoints
 from colora_peft.utils import check_at_least, relative_path, write_text
 
 SHIPPED = HERE / "adapters"

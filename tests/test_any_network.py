@@ -29,7 +29,7 @@ from colora_peft.hub.networks import load_backbone
 from colora_peft.images.reading import read_image, to_pil
 from colora_peft.inference.network import reconstruct, restoration_loss
 from colora_peft.ranks.adaptable import weight_matrix_shape
-from colora_peft.tuning import prepare_for_tuning, trained_parameters
+from colora_peft.training.methods import prepare_for_tuning, trained_parameters
 
 finetune = load_example("finetune")
 

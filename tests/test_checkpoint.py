@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from colora_peft import checkpoint as checkpoint_module
-from colora_peft.checkpoint import (
+from colora_peft.training import checkpoint as checkpoint_module
+from colora_peft.training.checkpoint import (
     checkpoint_tensors,
     frozen_fingerprint,
     list_checkpoints,

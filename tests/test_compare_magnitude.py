@@ -13,7 +13,7 @@ from conftest import EXAMPLES, load_example, write_pairs
 from test_layer import STORAGES, make_case, shake
 
 from colora_peft import adaptable_layers
-from colora_peft.tuning import trained_parameters
+from colora_peft.training.methods import trained_parameters
 
 SCRIPT = EXAMPLES / "compare_magnitude.py"
 compare_magnitude = load_example("compare_magnitude")

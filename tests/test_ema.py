@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from colora_peft.ema import ExponentialMovingAverage
+from colora_peft.training.ema import ExponentialMovingAverage
 
 
 def network():

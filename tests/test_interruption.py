@@ -13,8 +13,8 @@ from conftest import EXAMPLES
 from safetensors.torch import load_file
 from test_training import NoisyPatches, assert_equal, launch_two, nafnet, run
 
-from colora_peft.checkpoint import list_checkpoints
-from colora_peft.interruption import StopSignals, TrainingStopped
+from colora_peft.training.checkpoint import list_checkpoints
+from colora_peft.training.signals import StopSignals, TrainingStopped
 
 
 class SignalsAt(NoisyPatches):

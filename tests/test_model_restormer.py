@@ -27,8 +27,8 @@ from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.modeling_restormer import RestormerBlock
 from colora_peft.ranks.allocation import stored_rank
-from colora_peft.training import restoration_loss
-from colora_peft.tuning import prepare_for_tuning, trained_parameters
+from colora_peft.training.loop import restoration_loss
+from colora_peft.training.methods import prepare_for_tuning, trained_parameters
 
 RANKS = {name: (1000, 1, 0)[i % 3] for i, name in enumerate(adaptable_layers(tiny_restormer()))}
 """Dense, factors and nothing in turn."""

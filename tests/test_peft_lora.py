@@ -8,7 +8,7 @@ from conftest import load_example
 from tiny_networks import tiny_nafnet
 
 from colora_peft.ranks.adaptable import adaptable_layers
-from colora_peft.tuning import trained_parameters
+from colora_peft.training.methods import trained_parameters
 
 add_peft_lora = load_example("peft_lora").add_peft_lora
 

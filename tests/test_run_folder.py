@@ -9,9 +9,9 @@ import pytest
 from accelerate import Accelerator
 from conftest import load_example
 
-from colora_peft import run_folder
-from colora_peft.run_folder import check_output_dir, open_output_dir
-from colora_peft.training import TrainArguments
+from colora_peft.training import output_dir as run_folder
+from colora_peft.training.loop import TrainArguments
+from colora_peft.training.output_dir import check_output_dir, open_output_dir
 
 PretrainArguments = load_example("pretrain").PretrainArguments
 

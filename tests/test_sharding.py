@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_training import assert_equal, nafnet, run
 from torch import nn
 
-from colora_peft.sharding import WholeNetwork, check_distributed_type
+from colora_peft.training.fsdp import WholeNetwork, check_distributed_type
 from colora_peft.utils.distributed import fill, whole
 
 SHARDED = """

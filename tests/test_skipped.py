@@ -5,7 +5,7 @@ import json
 import pytest
 from test_training import Killed, NoisyPatches, assert_equal, nafnet, rows, run
 
-from colora_peft.skipped import SKIPPED_LOG, SkippedPictures, TooManySkipped
+from colora_peft.training.skipped_images import SKIPPED_LOG, SkippedPictures, TooManySkipped
 
 
 class SomeBad(NoisyPatches):

@@ -8,9 +8,9 @@ from PIL import Image
 from test_training import DiesAt, Killed, NoisyPatches, arguments, nafnet, rows
 
 from colora_peft.data.pairs import PairedImageFolder
-from colora_peft.run_folder import check_output_dir, open_output_dir
-from colora_peft.trackers import create_accelerator, running_trackers
-from colora_peft.training import train
+from colora_peft.training.loop import train
+from colora_peft.training.output_dir import check_output_dir, open_output_dir
+from colora_peft.training.trackers import create_accelerator, running_trackers
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])

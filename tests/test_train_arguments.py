@@ -5,7 +5,7 @@ import warnings
 import pytest
 from transformers import HfArgumentParser
 
-from colora_peft.train_arguments import TrainArguments
+from colora_peft.training.arguments import TrainArguments
 
 REQUIRED = {
     "output_dir": "out",

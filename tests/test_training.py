@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from colora_peft import CoLoRAConfig
-from colora_peft import checkpoint as checkpoint_module
-from colora_peft.checkpoint import list_checkpoints
 from colora_peft.data.patches import PatchDataset
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.run_folder import check_output_dir, open_output_dir
-from colora_peft.training import (
+from colora_peft.training import checkpoint as checkpoint_module
+from colora_peft.training.checkpoint import list_checkpoints
+from colora_peft.training.loop import (
     DataFailed,
     TrainArguments,
     TrainingDiverged,
@@ -31,6 +30,7 @@ from colora_peft.training import (
     restoration_loss,
     train,
 )
+from colora_peft.training.output_dir import check_output_dir, open_output_dir
 
 
 class NoisyPatches(PatchDataset):

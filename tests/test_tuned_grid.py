@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from conftest import load_example, write_pairs
 
-from colora_peft.training import TrainingDiverged
+from colora_peft.training.loop import TrainingDiverged
 
 grid_cells = load_example("grid_cells")
 tuned_grid = load_example("tuned_grid")

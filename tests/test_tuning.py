@@ -10,7 +10,7 @@ from torch import nn
 from colora_peft import CoLoRAConfig, adaptable_layers, adapter_parameters, weight_matrix_shape
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 from colora_peft.ranks.allocation import stored_rank
-from colora_peft.tuning import LEARNING_RATES, METHODS, prepare_for_tuning, trained_parameters
+from colora_peft.training.methods import LEARNING_RATES, METHODS, prepare_for_tuning, trained_parameters
 
 
 def nafnet():

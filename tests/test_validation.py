@@ -13,8 +13,8 @@ from test_training import DiesAt, Killed, NoisyPatches, arguments, assert_equal,
 from colora_peft import CoLoRAConfig
 from colora_peft.data.pairs import PairedImageFolder, PairSubset
 from colora_peft.evaluation.evaluate import evaluate
-from colora_peft.run_folder import check_output_dir, open_output_dir
-from colora_peft.training import train
+from colora_peft.training.loop import train
+from colora_peft.training.output_dir import check_output_dir, open_output_dir
 
 LOG = "validation_log.jsonl"
 

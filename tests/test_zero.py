@@ -23,10 +23,11 @@ from test_sharding import assert_close
 from test_training import InfiniteGradient, assert_equal, nafnet, run
 from torch import nn
 
-from colora_peft import CoLoRAConfig, zero
-from colora_peft.checkpoint import list_checkpoints
+from colora_peft import CoLoRAConfig
 from colora_peft.inference.network import size_multiple
-from colora_peft.zero import ZeroEngine, check_zero
+from colora_peft.training import engine_deepspeed as zero
+from colora_peft.training.checkpoint import list_checkpoints
+from colora_peft.training.engine_deepspeed import ZeroEngine, check_zero
 
 SCRIPT = """
 import json, os, sys

@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 from colora_peft.data import PairSource, Position
 from colora_peft.utils import Processes, share_weights
 
+from .arguments import TrainArguments
 from .checkpoint import checkpoint_tensors, frozen_fingerprint, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
-from .engines import Engine
-from .interruption import TrainingStopped
-from .run_log import append_row, cut_rows
-from .sharding import WholeNetwork
-from .skipped import SkippedPictures, TooManySkipped
+from .engine import Engine
+from .fsdp import WholeNetwork
+from .log import append_row, cut_rows
+from .signals import TrainingStopped
+from .skipped_images import SkippedPictures, TooManySkipped
 from .trackers import log_figures
-from .train_arguments import TrainArguments
 from .validation import VALIDATION_LOG, validate
 
 _LOG_FILE = "train_log.jsonl"

@@ -1,4 +1,4 @@
-"""What steps a network over all processes of a run: Accelerate here, DeepSpeed in `colora_peft.zero`."""
+"""What steps a network over all processes of a run: Accelerate here, DeepSpeed in `colora_peft.training.engine_deepspeed`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colora_peft.utils import whole
 
-from .train_arguments import TrainArguments
+from .arguments import TrainArguments
 
 # Adam's state by parameter, as an optimizer of PyTorch has it.
 OptimizerState = dict[nn.Parameter, dict[str, Tensor]]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from colora_peft.utils import PARTIAL, digest_of_weights, fill, share_weights, whole, write_json
 
-from .engines import Engine, OptimizerState
+from .engine import Engine, OptimizerState
 
 _PREFIX = "checkpoint-"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"

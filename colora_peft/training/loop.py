@@ -26,13 +26,13 @@ from colora_peft.data import Batch, PairSource, Position, StepSampler, collate, 
 from colora_peft.inference import reconstruct, restoration_loss
 from colora_peft.utils import Processes
 
-from .engines import AccelerateEngine, Engine
-from .interruption import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
-from .sharding import WholeNetwork, check_distributed_type, is_sharding
+from .arguments import TrainArguments
+from .engine import AccelerateEngine, Engine
+from .engine_deepspeed import ZeroEngine, check_zero, is_zero
+from .fsdp import WholeNetwork, check_distributed_type, is_sharding
+from .run import StepFigures, TrainingRun
+from .signals import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
 from .trackers import running_trackers
-from .train_arguments import TrainArguments
-from .training_run import StepFigures, TrainingRun
-from .zero import ZeroEngine, check_zero, is_zero
 
 __all__ = [
     "DataFailed",

@@ -22,8 +22,8 @@ from accelerate.utils import DistributedType, DynamoBackend
 from packaging.version import Version
 from torch import Tensor, nn
 
-from .engines import Engine, OptimizerState
-from .train_arguments import TrainArguments
+from .arguments import TrainArguments
+from .engine import Engine, OptimizerState
 
 _OLDEST = "0.19.8"  # those before may give a norm of 1 where the gradient is not finite
 _BUCKET = 2**24  # numbers that processes add up at a time; for those of its own DeepSpeed would set aside 2 GB

@@ -11,7 +11,7 @@ from colora_peft.data import PairSource, PairSubset
 from colora_peft.evaluation import evaluate, restore_some, save_before_after
 from colora_peft.utils import Processes
 
-from .run_log import append_row
+from .log import append_row
 from .trackers import log_figures, log_picture
 
 VALIDATION_LOG = "validation_log.jsonl"

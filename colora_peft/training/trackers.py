@@ -18,9 +18,9 @@ from PIL import Image
 
 from colora_peft.utils import write_json
 
-from .sharding import check_distributed_type
-from .train_arguments import TrainArguments
-from .zero import check_zero
+from .arguments import TrainArguments
+from .engine_deepspeed import check_zero
+from .fsdp import check_distributed_type
 
 _PROJECT = "colora-peft"
 _STATE_FILE = "trackers.json"

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 
 from colora_peft.utils import PARTIAL, Processes, write_json
 
+from .arguments import TrainArguments
 from .checkpoint import list_checkpoints, read_state
-from .train_arguments import TrainArguments
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".run.lock"

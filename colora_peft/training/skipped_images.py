@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .run_log import append_row, cut_rows, read_rows
+from .log import append_row, cut_rows, read_rows
 
 SKIPPED_LOG = "skipped_pictures.jsonl"
 _JUDGED_OVER = 1_000  # samples; the first picture of a run may be the one bad one in a million
