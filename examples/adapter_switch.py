@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from colora_peft import CoLoRALayer, load
-from colora_peft.adapter_set import NO_ADAPTER
 from colora_peft.hub import load_backbone
+from colora_peft.restore import NO_ADAPTER
 
 MAX_STRENGTH = 1.5
 

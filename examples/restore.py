@@ -30,12 +30,10 @@ from torch import nn
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from colora_peft.adapter_set import NO_ADAPTER, AdapterSet, adapter_labels
 from colora_peft.hub import load_backbone, load_base
 from colora_peft.images import DEFAULT_MAX_PIXELS
 from colora_peft.inference import Pooling, check_tile, size_multiple_of
-from colora_peft.restore_plan import plan_jobs
-from colora_peft.restore_record import RestoreRecord
+from colora_peft.restore import NO_ADAPTER, AdapterSet, RestoreRecord, adapter_labels, plan_jobs
 from colora_peft.utils import check_at_least, write_json
 
 SUMMARY_FILE = "summary.json"

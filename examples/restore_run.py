@@ -10,12 +10,10 @@ import torch
 from restore_report import Row
 from torch import Tensor
 
-from colora_peft.adapter_set import NO_ADAPTER, AdapterSet
 from colora_peft.evaluation import SSIM_WINDOW_PX, psnr, ssim
 from colora_peft.images import Picture, encode_picture, fitting_profile, format_of, read_picture, save_comparison
 from colora_peft.inference import restore_image
-from colora_peft.restore_plan import Job
-from colora_peft.restore_record import RestoreRecord, file_digest
+from colora_peft.restore import NO_ADAPTER, AdapterSet, Job, RestoreRecord, file_digest
 from colora_peft.utils import write_bytes
 
 if TYPE_CHECKING:

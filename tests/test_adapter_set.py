@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from colora_peft import CoLoRAConfig
-from colora_peft.adapter_set import AdapterSet, adapter_labels
+from colora_peft.restore.adapters import AdapterSet, adapter_labels
 
 
 def network():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from colora_peft.restore_plan import plan_jobs
+from colora_peft.restore.plan import plan_jobs
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from colora_peft.restore_record import RECORD_FILE, RestoreRecord, fingerprint
+from colora_peft.restore.record import RECORD_FILE, RestoreRecord, fingerprint
 
 SETTINGS = {"weights": "abc", "tile": 512}
 

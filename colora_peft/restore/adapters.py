@@ -15,7 +15,7 @@ from torch import nn
 
 from colora_peft.hub import ADAPTER_FILES, Source, fetch, load, peft_type_of
 
-from .restore_record import fingerprint
+from .record import fingerprint
 
 __all__ = ["NO_ADAPTER", "AdapterSet", "adapter_labels"]
 
