@@ -1,8 +1,8 @@
 """Export a restoration network to one file that other runtimes run: ONNX, or a program of `torch.export` (.pt2).
 
-Pictures go in and come out as float32 RGB (B, 3, H, W) in [0, 1], not clamped, under the names `pixel_values` and
+Images go in and come out as float32 RGB (B, 3, H, W) in [0, 1], not clamped, under the names `pixel_values` and
 `reconstruction`. Nothing is written before the file's own content, run by its own runtime, has given what PyTorch
-gives, on pictures of several sizes.
+gives, on images of several sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from colora_peft.inference import output_pictures, pad_to_multiple, reconstruct, size_multiple
+from colora_peft.inference import output_images, pad_to_multiple, reconstruct, size_multiple
 from colora_peft.utils import write_bytes
 
 __all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "SizeCheck", "export_network"]
@@ -33,7 +33,7 @@ METADATA_FILE = "colora_peft.json"
 """Where the metadata lies in a .pt2 file; an .onnx file has them as its properties."""
 
 # Batch, height and width of the checks: multiples of any usual stride and not, one side each, and more than one
-# picture. The network is traced at a size of its own (`_trace_shape`), which is not among them.
+# image. The network is traced at a size of its own (`_trace_shape`), which is not among them.
 _CHECKED = ((1, 64, 64), (2, 96, 128), (1, 77, 101), (3, 64, 83), (1, 131, 72))
 # Less than most strides. Padding by reflection takes another branch there, which a trace at a larger size does not
 # hold; not all networks take it either.
@@ -52,9 +52,9 @@ class ExportSettings:
 
     Args:
         format: "onnx", or "torch_export", which `torch.export.load` reads.
-        fixed_size: Height and width of the pictures, one at a time, for runtimes and networks that cannot have them
-            open. None: pictures of any size and number.
-        half_precision: Weights and arithmetic in float16: half the file. Pictures stay float32.
+        fixed_size: Height and width of the images, one at a time, for runtimes and networks that cannot have them
+            open. None: images of any size and number.
+        half_precision: Weights and arithmetic in float16: half the file. Images stay float32.
         tolerance: Greatest difference to PyTorch in float32 that is accepted, of pixel values in [0, 1]. None: 1e-4,
             or 2e-2 in half precision; the second is ours, five levels of 8 bits.
         metadata: Written into the file besides what is known here.
@@ -103,39 +103,39 @@ def export_network(network: nn.Module, path: str | Path, settings: ExportSetting
     """Export a network, check the result against it, and write it to `path`, replacing what is there.
 
     Args:
-        network: Any network that `reconstruct` understands, of float32 RGB pictures, on the CPU, without adapters:
+        network: Any network that `reconstruct` understands, of float32 RGB images, on the CPU, without adapters:
             merge them before (`merge_and_unload`). It is not changed, and run in evaluation mode.
         path: The file; its folder is made.
         settings: Default: ONNX, any size, float32.
 
     Returns:
-        One check for each size. Where the last, of 3 x 40 pixels, is missing, the file is not right for pictures so
+        One check for each size. Where the last, of 3 x 40 pixels, is missing, the file is not right for images so
         small. The metadata name the least side that was checked.
 
     Raises:
         ExportError: The network or one of its layers cannot be exported, or the result differs by more than the
             tolerance. Nothing is written.
         ImportError: Packages for ONNX are missing.
-        ValueError: The network does not restore pictures of 3 channels and the sizes that are checked.
+        ValueError: The network does not restore images of 3 channels and the sizes that are checked.
         OSError: The file cannot be written.
     """
     settings = settings or ExportSettings()
     if settings.format == "onnx":
         _check_onnx_packages()
     network = copy.deepcopy(network).eval()
-    pictures = [_pictures(shape) for shape in settings.checked_shapes()]
+    images = [_images(shape) for shape in settings.checked_shapes()]
     with torch.no_grad():
-        expected = [reconstruct(network, picture) for picture in pictures]
+        expected = [reconstruct(network, image) for image in images]
         small = _restored_small(network) if settings.fixed_size is None else None
         restorer = _Restorer(network.to(settings.dtype))
         program = _trace(restorer, settings)
         if small is not None and _restores_small(program, small, settings):
-            pictures.append(_pictures(_SMALL))
+            images.append(_images(_SMALL))
             expected.append(small)
-    metadata = _metadata(settings, min(min(picture.shape[-2:]) for picture in pictures))
+    metadata = _metadata(settings, min(min(image.shape[-2:]) for image in images))
     data = _onnx_bytes(program, settings, metadata) if settings.format == "onnx" else _pt2_bytes(program, metadata)
     run = _onnx_runner(data) if settings.format == "onnx" else _pt2_runner(data)
-    checks = [_check(run, picture, wanted, settings) for picture, wanted in zip(pictures, expected, strict=True)]
+    checks = [_check(run, image, wanted, settings) for image, wanted in zip(images, expected, strict=True)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
     return checks
@@ -145,7 +145,7 @@ def export_network(network: nn.Module, path: str | Path, settings: ExportSetting
 
 
 class _Restorer(nn.Module):
-    """The network from pictures to pictures as a tensor, as `reconstruct` runs it, in the precision of its weights."""
+    """The network from images to images as a tensor, as `reconstruct` runs it, in the precision of its weights."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class _Restorer(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         padded = pad_to_multiple(pixel_values.to(self.dtype), self.multiple)
-        restored = output_pictures(self.network, self.network(padded))
+        restored = output_images(self.network, self.network(padded))
         if self.multiple > 1:
             restored = restored[..., : pixel_values.shape[-2], : pixel_values.shape[-1]]
         return restored.to(pixel_values.dtype)
@@ -166,7 +166,7 @@ def _trace(restorer: _Restorer, settings: ExportSettings) -> ExportedProgram:
     if settings.fixed_size is None:
         _check_size_can_be_open(restorer.network)
         dynamic = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
-    example = _pictures(_trace_shape(restorer.multiple, settings))
+    example = _images(_trace_shape(restorer.multiple, settings))
     try:
         program = torch.export.export(restorer, (example,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises whatever the network and its own passes raise
@@ -179,17 +179,17 @@ def _trace(restorer: _Restorer, settings: ExportSettings) -> ExportedProgram:
 
 
 def _restored_small(network: nn.Module) -> Tensor | None:
-    """What the network makes of a picture smaller than its stride; None where it takes none."""
+    """What the network makes of an image smaller than its stride; None where it takes none."""
     try:
-        return reconstruct(network, _pictures(_SMALL))
+        return reconstruct(network, _images(_SMALL))
     except Exception:  # of the user's network
         return None
 
 
 def _restores_small(program: ExportedProgram, expected: Tensor, settings: ExportSettings) -> bool:
-    """Whether what was traced is right for that picture, too."""
+    """Whether what was traced is right for that image, too."""
     try:
-        restored = program.module()(_pictures(_SMALL))
+        restored = program.module()(_images(_SMALL))
     except Exception:  # of the operators, on shapes that they were not traced for
         return False
     return restored.shape == expected.shape and (restored - expected).abs().max() <= settings.greatest_difference
@@ -274,7 +274,7 @@ def _onnx_runner(data: bytes) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return lambda pictures: torch.from_numpy(session.run([_OUTPUT], {_INPUT: pictures.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run([_OUTPUT], {_INPUT: images.numpy()})[0])
 
 
 def _pt2_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
@@ -306,8 +306,8 @@ class _quiet(warnings.catch_warnings):
 # ----------------------------------------------------------------------------------------------------- check, write
 
 
-def _pictures(shape: tuple[int, int, int]) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] with large forms and noise, the same at each call."""
+def _images(shape: tuple[int, int, int]) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] with large forms and noise, the same at each call."""
     batch, height, width = shape
     generator = torch.Generator().manual_seed(height * width)
     forms = nn.functional.interpolate(torch.rand(batch, 3, 8, 8, generator=generator), (height, width), mode="bicubic")
@@ -315,21 +315,21 @@ def _pictures(shape: tuple[int, int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def _check(run: Callable[[Tensor], Tensor], pictures: Tensor, expected: Tensor, settings: ExportSettings) -> SizeCheck:
-    batch, _, height, width = pictures.shape
+def _check(run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor, settings: ExportSettings) -> SizeCheck:
+    batch, _, height, width = images.shape
     what = f"{batch} x {height} x {width} (batch, height, width)"
     try:
-        restored = run(pictures)
+        restored = run(images)
     except Exception as error:  # of the runtime
         raise ExportError(
-            f"The exported network fails on pictures of {what}, which PyTorch restores: export it with a fixed_size. "
+            f"The exported network fails on images of {what}, which PyTorch restores: export it with a fixed_size. "
             f"The reason: {str(error).strip().splitlines()[0]}"
         ) from error
     same_shape = restored.shape == expected.shape
     difference = (restored - expected).abs().max().item() if same_shape else float("inf")
     if not difference <= settings.greatest_difference:  # also refuses NaN
         raise ExportError(
-            f"The exported network differs from PyTorch by {difference:.2g} on pictures of {what}, more than the "
+            f"The exported network differs from PyTorch by {difference:.2g} on images of {what}, more than the "
             f"tolerance of {settings.greatest_difference:g}: "
             + ("leave half precision out" if settings.half_precision else "export it with a fixed_size")
             + ", or raise the tolerance if that is good enough."

@@ -94,8 +94,8 @@ def restore(
     with shown_as_message():
         restored = restorer.restore_file(photo, adapter, strength, progress=True)
     line = ". ".join([f"{restored.width} × {restored.height} pixels, {restored.seconds:.1f} s", *restored.notes])
-    pictures = (str(restored.before), str(restored.after))
-    return pictures, line, gr.DownloadButton(value=str(restored.result), interactive=True)
+    images = (str(restored.before), str(restored.after))
+    return images, line, gr.DownloadButton(value=str(restored.result), interactive=True)
 
 
 def nothing_restored() -> tuple[None, str, dict[str, object]]:
@@ -137,7 +137,7 @@ def choices(restorer: PhotoRestorer) -> list[tuple[str, str]]:
 
 
 def photo_input() -> gr.Image:
-    """A picture to drop, whose file we read ourselves: gradio answers what is no picture with a stack trace."""
+    """An image to drop, whose file we read ourselves: gradio answers what is no image with a stack trace."""
     photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=240, elem_id="photo", buttons=[])
     # Not in a class of our own, for which gradio would write a file beside this one. Holds as long as no event changes
     # other properties of the component than its value: gradio would make a new one.

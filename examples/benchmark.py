@@ -4,7 +4,7 @@
 
 Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
 each method, network and task is the best of --learning_rates on pairs held out of the training folder, with a seed of
-its own; the test folder is touched by the other seeds alone, at that rate. Pictures are evaluated on their centres
+its own; the test folder is touched by the other seeds alone, at that rate. Images are evaluated on their centres
 (--evaluated_size). Cells are kept and not run again: the benchmark grows over many calls, and several processes may
 share the work (--part 0/2 and 1/2), on one GPU, too. Each call ends by writing the report of all cells that it knows.
 """
@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from benchmark_plots import save_best_median_worst
-from benchmark_report import PICTURES_FOLDER, check_names, write_report
+from benchmark_report import IMAGES_FOLDER, check_names, write_report
 from benchmark_variants import BUDGET, NONE, PEFT_LORA, BenchmarkArguments, Variant, plan
 from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate
 from peft import PeftModel
@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
 
 from colora_peft import CoLoRAConfig, base_fingerprint
-from colora_peft.data import DegradedPictures, ImageFiles, PairedImageFolder, PairSource, check_pairs
+from colora_peft.data import DegradedImages, ImageFiles, PairedImageFolder, PairSource, check_pairs
 from colora_peft.evaluation import evaluate
 from colora_peft.hub import load_backbone, register_backbones
 from colora_peft.images import list_images
@@ -116,16 +116,16 @@ def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
 def look_further(
     args: BenchmarkArguments, variant: Variant, shown: PairSource | None, accelerator: Accelerator, model: nn.Module
 ) -> Cell:
-    """PSNR (dB) on what the network was pre-trained for; pictures of `shown`, if given, are saved.
+    """PSNR (dB) on what the network was pre-trained for; images of `shown`, if given, are saved.
 
-    That is patches of the test folder's clean pictures, degraded by PROD: the same for all cells of a task. An adapter
+    That is patches of the test folder's clean images, degraded by PROD: the same for all cells of a task. An adapter
     is switched off for it.
     """
     if shown is not None:
         name = "-".join(f"{value}" for value in variant.settings().values())
-        save_best_median_worst(model, shown, Path(args.output_dir) / PICTURES_FOLDER / f"{name}.jpg")
-    pictures = ImageFiles(list_images(Path(args.data_dir) / variant.task / "test" / "target"))
-    pairs = DegradedPictures(pictures, RandomOrderDegradation(), args.resolution)
+        save_best_median_worst(model, shown, Path(args.output_dir) / IMAGES_FOLDER / f"{name}.jpg")
+    images = ImageFiles(list_images(Path(args.data_dir) / variant.task / "test" / "target"))
+    pairs = DegradedImages(images, RandomOrderDegradation(), args.resolution)
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
         return {"psnr_old_task": evaluate(model, pairs, accelerator.device, "")["psnr"]}
 
@@ -156,7 +156,7 @@ def check_data(args: BenchmarkArguments) -> None:
     """Read every pair once, so that none is found to be bad hours later.
 
     Raises:
-        ValueError: A picture is unreadable, too small or of another size than its target; names it.
+        ValueError: An image is unreadable, too small or of another size than its target; names it.
     """
     for task in args.tasks:
         for split in ("train", "test"):

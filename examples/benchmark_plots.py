@@ -1,4 +1,4 @@
-"""Plots of benchmark.py: PSNR over the number of pairs, the radar of the tasks, and pictures."""
+"""Plots of benchmark.py: PSNR over the number of pairs, the radar of the tasks, and images."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path:
 
 
 def save_best_median_worst(model: nn.Module, pairs: PairSource, path: Path) -> None:
-    """Input, restored and target of the pictures that the network restores best, middling and worst by PSNR."""
+    """Input, restored and target of the images that the network restores best, middling and worst by PSNR."""
     rows = restore_some(model, pairs, count=len(pairs))
     order = sorted(range(len(rows)), key=lambda index: psnr(rows[index][1][None], rows[index][2][None]).item())
     chosen = dict.fromkeys([order[-1], order[len(order) // 2], order[0]])

@@ -21,11 +21,11 @@ SETTINGS = Settings(
     tuned_alike=("task", "network", "method", "parameter_budget"),
 )
 
-PICTURES_FOLDER = "pictures"
+IMAGES_FOLDER = "pictures"
 WORDS = f"""*full*: everything is trained; *decoder*, *bias*: these alone; *colora*: ranks by contribution; *lora*: one
 rank for every layer, the highest that the budget pays for; *{PEFT_LORA}*: the same with PEFT's own LoRA, in the layers
 that it takes. The number behind is the budget, of which one rank for all may leave some (see the parameters below)."""
-OLD_TASK = """PSNR on the task's clean test pictures, degraded by PROD whatever the pre-training was; with adapters
+OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was; with adapters
 switched off, which leaves the network as it was before the tuning."""
 
 
@@ -174,10 +174,10 @@ def failures(cells: list[Cell]) -> str:
     return "\n".join(lines) or "None."
 
 
-def pictures(folder: Path) -> str:
-    """Markdown: the pictures that lie in the folder."""
-    found = sorted((folder / PICTURES_FOLDER).glob("*.jpg"))
-    return "\n\n".join(f"{path.stem}:\n\n![{path.stem}]({PICTURES_FOLDER}/{path.name})" for path in found) or "None."
+def images(folder: Path) -> str:
+    """Markdown: the images that lie in the folder."""
+    found = sorted((folder / IMAGES_FOLDER).glob("*.jpg"))
+    return "\n\n".join(f"{path.stem}:\n\n![{path.stem}]({IMAGES_FOLDER}/{path.name})" for path in found) or "None."
 
 
 def write_report(folder: Path) -> str:
@@ -196,12 +196,12 @@ def write_report(folder: Path) -> str:
     hardware = sorted({cell["hardware"] for cell in cells if "hardware" in cell})
     text = (
         "Made by `python examples/benchmark.py`. "
-        "Test PSNR in dB, in RGB on [0, 1] after rounding to 8 bits, per picture, then averaged; mean ± standard "
+        "Test PSNR in dB, in RGB on [0, 1] after rounding to 8 bits, per image, then averaged; mean ± standard "
         "deviation over the seeds (their number), at the learning rate that was best on held-out training pairs with "
         f"another seed, of {settings['tuned_at']} pairs (edge: the lowest or highest tried). "
         f"{settings['max_train_steps']} steps of "
         f"{settings['per_device_train_batch_size']} x {settings['resolution']}, measured on the centres of the test "
-        f"pictures ({settings['evaluated_size']} px). Run on {' and '.join(hardware)}.\n\n{WORDS}\n\n"
+        f"images ({settings['evaluated_size']} px). Run on {' and '.join(hardware)}.\n\n{WORDS}\n\n"
     )
     text += "".join(of_pairs(results, tested, pairs, folder) for pairs in sorted(values_in(results, "train_pairs")))
     text += over_pairs(results, folder)
@@ -209,10 +209,8 @@ def write_report(folder: Path) -> str:
     tasks = values_in(results, "task")
     table = table_by_task(tested, tasks, "psnr_old_task", 2, "dB")
     text += f"## What is forgotten\n\n{OLD_TASK}\n\n{table}\n\n"
-    text += (
-        "## Pictures\n\nInput, restored and target of the test pictures that a network restored best, middling and "
-    )
-    text += f"worst, of the first seed; only those whose licence allows it are kept here.\n\n{pictures(folder)}\n\n"
+    text += "## Images\n\nInput, restored and target of the test images that a network restored best, middling and "
+    text += f"worst, of the first seed; only those whose licence allows it are kept here.\n\n{images(folder)}\n\n"
     text += f"## Cells that failed\n\n{failures(cells)}\n"
     write_text(folder / "README.md", text)
     return text

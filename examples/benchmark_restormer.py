@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmark_speed import peak_of, take_turns
-from speed_variants import Mode, pictures, training_step
+from speed_variants import Mode, images, training_step
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
@@ -46,7 +46,7 @@ class RestormerArguments:
     """Flags of the benchmark."""
 
     shapes: list[str] = field(
-        default_factory=lambda: ["2x128", "1x256"], metadata={"help": "Training batches: pictures x side in pixels."}
+        default_factory=lambda: ["2x128", "1x256"], metadata={"help": "Training batches: images x side in pixels."}
     )
     width: int = field(default=48, metadata={"help": "Channels of the first level; 48 is the published network."})
     num_blocks: list[int] = field(
@@ -96,7 +96,7 @@ def make_network(variant: str, width: int, num_blocks: list[int]) -> nn.Module:
 
 
 def timings(args: RestormerArguments, mode: Mode, shape: str) -> Iterator[Row]:
-    batch = pictures(shape, mode.device)
+    batch = images(shape, mode.device)
     runs = {
         variant: training_step(make_network(variant, args.width, args.num_blocks).to(mode.device), mode, batch)
         for variant in VARIANTS
@@ -110,7 +110,7 @@ def timings(args: RestormerArguments, mode: Mode, shape: str) -> Iterator[Row]:
 
 
 def take_steps(width: int, num_blocks: list[int], mode: Mode, shape: str, variant: str) -> None:
-    step = training_step(make_network(variant, width, num_blocks).to(mode.device), mode, pictures(shape, mode.device))
+    step = training_step(make_network(variant, width, num_blocks).to(mode.device), mode, images(shape, mode.device))
     for _ in range(3):
         step()
 
@@ -131,7 +131,7 @@ def kept_bytes(args: RestormerArguments, mode: Mode, shape: str, variant: str) -
 
     network = make_network(variant, args.width, args.num_blocks).to(mode.device).train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mode.autocast():
-        loss = restoration_loss(network, pictures(shape, mode.device))
+        loss = restoration_loss(network, images(shape, mode.device))
     del loss
     return sum(kept.values())
 

@@ -31,11 +31,11 @@ from speed_variants import (
     INFERRED,
     TRAINED,
     Mode,
+    images,
     inference,
     make_network,
     make_variant,
     modes,
-    pictures,
     training_step,
 )
 from transformers import HfArgumentParser
@@ -54,7 +54,7 @@ class SpeedArguments:
     networks: list[str] = field(default_factory=lambda: ["nafnet", "cnn"], metadata={"help": "nafnet, cnn."})
     train_shapes: list[str] = field(
         default_factory=lambda: ["2x256", "4x128"],
-        metadata={"help": "Training batches: pictures x side in pixels."},
+        metadata={"help": "Training batches: images x side in pixels."},
     )
     inference_shapes: list[str] = field(default_factory=lambda: ["2x256", "2x64"], metadata={"help": "Of inference."})
     rounds: int = field(default=4, metadata={"help": "Turns that each variant takes, after one that does not count."})
@@ -102,7 +102,7 @@ def timings(args: SpeedArguments, network_name: str, mode: Mode, what: str, shap
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(args.repeats):
         torch._dynamo.reset()
-        network, batch, runs = make_network(network_name), pictures(shape, mode.device), {}
+        network, batch, runs = make_network(network_name), images(shape, mode.device), {}
         for variant in variants:
             trained = "colora trainable" if (variant, what) == ("colora", "training step") else variant
             model = make_variant(network, trained, args.parameter_budget).to(mode.device)
@@ -157,7 +157,7 @@ def _take_steps(network_name: str, mode: Mode, shape: str, variant: str, paramet
     model = make_variant(network, variant, parameter_budget).to(mode.device)
     del network
     gc.collect()
-    step = training_step(torch.compile(model) if mode.compiled else model, mode, pictures(shape, mode.device))
+    step = training_step(torch.compile(model) if mode.compiled else model, mode, images(shape, mode.device))
     for _ in range(3):
         step()
 
@@ -183,7 +183,7 @@ def memories(args: SpeedArguments, network_name: str, mode: Mode, shape: str) ->
 
 def switching(args: SpeedArguments, network_name: str) -> Iterator[Row]:
     """Rows of the time to load an adapter, to switch between two loaded ones, and to swap one in place, on the CPU."""
-    network, batch = make_network(network_name), pictures("1x64", "cpu")["pixel_values"]
+    network, batch = make_network(network_name), images("1x64", "cpu")["pixel_values"]
     runs: dict[tuple[str, str], Callable[[], None]] = {}
     with tempfile.TemporaryDirectory() as root:
         for variant in ("lora", "colora"):

@@ -1,11 +1,11 @@
-"""What tiles cost in dB, for the choices of `colora_peft.restore_image`, and how much memory a large picture takes.
+"""What tiles cost in dB, for the choices of `colora_peft.restore_image`, and how much memory a large image takes.
 
     python examples/benchmark_tiles.py
     python examples/benchmark_tiles.py --adapter outputs/finetune --data photos/test more/photos
     python examples/benchmark_tiles.py --memory 7680x4320
 
-The first two compare tiled with untiled pictures, and both with the clean ones; each folder of --data holds input/ and
-target/. The third restores a picture of noise in a fresh process and tells its peak memory; without
+The first two compare tiled with untiled images, and both with the clean ones; each folder of --data holds input/ and
+target/. The third restores an image of noise in a fresh process and tells its peak memory; without
 --model_name_or_path by a NAFNet of width 32 (17 M parameters) with a CoLoRA adapter, both untrained.
 """
 
@@ -52,7 +52,7 @@ class TilesArguments:
         default_factory=lambda: [relative_path(HERE / "data" / "underwater" / "test")],
         metadata={"help": "Folders with input/ and target/."},
     )
-    max_pictures: int | None = field(default=None, metadata={"help": "At most so many of each, evenly spread."})
+    max_images: int | None = field(default=None, metadata={"help": "At most so many of each, evenly spread."})
     tiles: list[str] = field(
         default_factory=lambda: ["128/32", "256/32", "256/64", "256/128", "512/64"],
         metadata={"help": "tile/overlap, both in pixels."},
@@ -64,7 +64,7 @@ class TilesArguments:
         default_factory=lambda: [192, 384], metadata={"help": 'Windows in pixels for pooling="local"; -1 for none.'}
     )
     memory: str | None = field(
-        default=None, metadata={"help": "Instead: the peak memory of a picture of this width x height in pixels."}
+        default=None, metadata={"help": "Instead: the peak memory of an image of this width x height in pixels."}
     )
     memory_pooling: str = field(
         default="picture", metadata={"help": "pooling of that; tile takes a third of the time."}
@@ -105,9 +105,9 @@ def decibels(first: Tensor, second: Tensor) -> float:
 
 
 def measure(model: nn.Module, folder: str, args: TilesArguments) -> Iterator[list[Row]]:
-    """After each picture of `folder`, one row for each choice: dB over the pictures so far, and seconds a picture."""
+    """After each image of `folder`, one row for each choice: dB over the images so far, and seconds an image."""
     pairs, offered = PairedImageFolder(folder), list(choices(args))
-    count = min(len(pairs), args.max_pictures or len(pairs))
+    count = min(len(pairs), args.max_images or len(pairs))
     figures: list[list[tuple[float, ...]]] = [[] for _ in offered]
     for index in torch.linspace(0, len(pairs) - 1, count).round().int().tolist():
         degraded, target = pairs[index]
@@ -131,7 +131,7 @@ def measure(model: nn.Module, folder: str, args: TilesArguments) -> Iterator[lis
 
 
 def summary(offered: list[tuple[str, Settings]], figures: list[list[tuple[float, ...]]]) -> list[Row]:
-    """One row for each choice, from its figures of each picture."""
+    """One row for each choice, from its figures of each image."""
     rows: list[Row] = []
     for own, (label, settings) in zip(figures, offered, strict=True):
         columns = torch.tensor(own, dtype=torch.float64)
@@ -155,7 +155,7 @@ def summary(offered: list[tuple[str, Settings]], figures: list[list[tuple[float,
 def table(rows: list[Row]) -> str:
     """Markdown: a line for each choice."""
     heads = ["tile / overlap", "pooling", "to untiled, mean", "lowest", "to untiled of the same pooling", "to target",
-             "less untiled", "s a picture"]  # fmt: skip
+             "less untiled", "s an image"]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         tiles = "untiled" if row["tile"] is None else f"{row['tile']} / {row['overlap']}"
@@ -181,7 +181,7 @@ def load(args: TilesArguments) -> nn.Module:
 
 
 def memory_of(args: TilesArguments) -> Row:
-    """Peak resident memory of this process, which must be fresh, while it restores one picture on the CPU."""
+    """Peak resident memory of this process, which must be fresh, while it restores one image on the CPU."""
     width, height = sizes(args.memory, "x", "--memory")
     if args.model_name_or_path is None:
         from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
@@ -193,8 +193,8 @@ def memory_of(args: TilesArguments) -> Row:
         model = model if args.adapter is None else PeftModel.from_pretrained(model, args.adapter)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     before = peak_bytes()
-    picture = torch.rand(3, height, width)
-    restored = restore_image(model, picture, pooling=args.memory_pooling, progress=True)
+    image = torch.rand(3, height, width)
+    restored = restore_image(model, image, pooling=args.memory_pooling, progress=True)
     return {
         "picture": args.memory,
         "network": args.model_name_or_path or "NAFNet of width 32 with a CoLoRA adapter",
@@ -202,7 +202,7 @@ def memory_of(args: TilesArguments) -> Row:
         "pooling": args.memory_pooling,
         "peak_bytes": peak_bytes(),
         "peak_bytes_before_the_picture": before,
-        "picture_and_result_bytes": picture.nbytes + restored.nbytes,
+        "picture_and_result_bytes": image.nbytes + restored.nbytes,
     }
 
 
@@ -221,7 +221,7 @@ def memory_line(row: Row) -> str:
     gigabytes = [row[key] / 1e9 for key in ("peak_bytes", "peak_bytes_before_the_picture", "picture_and_result_bytes")]
     return (
         f'{row["picture"]} by {row["network"]}, pooling="{row["pooling"]}": at most {gigabytes[0]:.2f} GB of memory, '
-        f"of which {gigabytes[1]:.2f} GB before there was a picture and {gigabytes[2]:.2f} GB are picture and result."
+        f"of which {gigabytes[1]:.2f} GB before there was an image and {gigabytes[2]:.2f} GB are image and result."
     )
 
 
@@ -232,13 +232,13 @@ def report(facts: Settings, results: dict[str, list[Row]]) -> str:
     """The Markdown file."""
     settings = ", ".join(f"{key} {value}" for key, value in facts.items())
     tables = "\n\n".join(
-        f"## {folder}, {rows[0]['pictures']} pictures\n\n{table(rows)}" for folder, rows in results.items()
+        f"## {folder}, {rows[0]['pictures']} images\n\n{table(rows)}" for folder, rows in results.items()
     )
     return f"""Made by `python examples/benchmark_tiles.py`: {settings}.
 
-PSNR in dB after rounding to 8 bits, per picture, then averaged: to the untiled picture of whole-picture pooling (mean
-and lowest), to the untiled picture of the same pooling, to the clean picture, and the last less that of the untiled
-picture. Pooling: "tile" over each tile, "picture" by statistics gathered in passes before, "local" over windows (TLC).
+PSNR in dB after rounding to 8 bits, per image, then averaged: to the untiled image of whole-image pooling (mean
+and lowest), to the untiled image of the same pooling, to the clean image, and the last less that of the untiled
+image. Pooling: "tile" over each tile, "picture" by statistics gathered in passes before, "local" over windows (TLC).
 Seconds are those of this machine as busy as it was.
 
 {tables}
@@ -268,7 +268,7 @@ def main(args: TilesArguments) -> None:
         name = "/".join(Path(data).resolve().parts[-2:])
         for rows in measure(model, data, args):
             results[name] = rows
-            print(f"\n{name}, {rows[0]['pictures']} pictures\n{table(rows)}", flush=True)
+            print(f"\n{name}, {rows[0]['pictures']} images\n{table(rows)}", flush=True)
             write_json(folder / f"{args.name}.json", {**facts, "results": results})
             write_text(folder / f"{args.name}.md", report(facts, results))
     print(f"wrote {folder / args.name}.md")

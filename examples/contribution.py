@@ -3,7 +3,7 @@
     accelerate launch examples/contribution.py
 
 scores the shipped underwater photos; `--train_dir my/train --eval_dir my/test` your own.
-The result, in `outputs/contribution`: a table, the picture of it, and `contributions.json`, which `finetune.py
+The result, in `outputs/contribution`: a table, the image of it, and `contributions.json`, which `finetune.py
 --contributions` takes instead of measuring by itself. Given the same flags, the two measure the same.
 
 The paper's own estimate needs a network that was tuned in full first:
@@ -51,7 +51,7 @@ class ContributionArguments(TaskArguments):
     """Flags of the measurement."""
 
     output_dir: str = field(
-        default="outputs/contribution", metadata={"help": "Folder for contributions.json and the picture."}
+        default="outputs/contribution", metadata={"help": "Folder for contributions.json and the image."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an earlier measurement in --output_dir."}

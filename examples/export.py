@@ -2,7 +2,7 @@
 
     python examples/export.py --adapter outputs/finetune
 
-writes `outputs/finetune.onnx`, which takes pictures of any size; `--format torch_export` a .pt2 file for
+writes `outputs/finetune.onnx`, which takes images of any size; `--format torch_export` a .pt2 file for
 `torch.export.load` and what builds on it. The file is run and compared with PyTorch before it is written. Needs
 `pip install -e ".[export]"` for ONNX.
 """
@@ -42,11 +42,11 @@ class ExportArguments:
         default="onnx", metadata={"help": "onnx: for ONNX Runtime and others; torch_export: a .pt2 file."}
     )
     height: int | None = field(
-        default=None, metadata={"help": "With --width: one picture of this size only. Default: any size and number."}
+        default=None, metadata={"help": "With --width: one image of this size only. Default: any size and number."}
     )
     width: int | None = field(default=None, metadata={"help": "See --height."})
     half_precision: bool = field(
-        default=False, metadata={"help": "Weights and arithmetic in float16, half the file; pictures stay float32."}
+        default=False, metadata={"help": "Weights and arithmetic in float16, half the file; images stay float32."}
     )
     tolerance: float | None = field(
         default=None,

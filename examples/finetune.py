@@ -220,12 +220,12 @@ def save(
     facts: RunFacts,
     args: FinetuneArguments,
 ) -> None:
-    """Write the result, its pictures, its card and last the metrics, say how to load it, and push it if asked to."""
+    """Write the result, its images, its card and last the metrics, say how to load it, and push it if asked to."""
     output_dir = Path(args.output_dir)
     is_adapter = isinstance(model, PeftModel)
-    pictures = {"before_after.png": "input, restored, target"}
+    images = {"before_after.png": "input, restored, target"}
     if is_adapter:
-        pictures[FIGURE_FILE] = "score and rank of each layer"
+        images[FIGURE_FILE] = "score and rank of each layer"
     network = model.get_base_model() if is_adapter else model
     result = AdaptedNetwork(
         title=output_dir.resolve().name,
@@ -233,7 +233,7 @@ def save(
         base=args.model_name_or_path,
         base_revision=getattr(getattr(network, "config", None), "_commit_hash", None),
         is_adapter=is_adapter,
-        pictures=pictures,
+        images=images,
     )
     metrics = {
         "method": args.method,
@@ -253,7 +253,7 @@ def save(
         save_before_after(before_after, output_dir / "before_after.png")
         write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
         write_json(output_dir / "metrics.json", metrics)
-    print(f"Saved in {output_dir}: the result, its card, metrics.json and pictures.")
+    print(f"Saved in {output_dir}: the result, its card, metrics.json and images.")
     if args.push_to_hub:
         commit = push_folder(output_dir, args.hub_model_id)
         print(f"Pushed to {args.hub_model_id}, commit {commit}.")

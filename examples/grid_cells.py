@@ -168,7 +168,7 @@ class PairCentres:
         pair = self._pairs[index]
         height, width = (min(self._size, side) for side in pair[0].shape[1:])
         top, left = ((side - own) // 2 for side, own in zip(pair[0].shape[1:], (height, width), strict=True))
-        degraded, target = (picture[:, top : top + height, left : left + width] for picture in pair)
+        degraded, target = (image[:, top : top + height, left : left + width] for image in pair)
         return degraded, target
 
 

@@ -3,7 +3,7 @@
     python examples/measure_factors.py
 
 Forward and backward pass of one layer with its adapter, as in training: by `run_with_factors`, and by building the
-weight and leaving the rest to autograd. The rule of `colora_peft.tuner.functional.factors_save_time` was read from such a
+weight and leaving the rest to autograd. The rule of `colora_peft.tuner.factors_save_time` was read from such a
 table; the last column says what the rule does.
 """
 
@@ -31,7 +31,7 @@ class FactorArguments:
 
     channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512], metadata={"help": "In and out."})
     sides: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128], metadata={"help": "Of the feature map."})
-    batch_size: int = field(default=4, metadata={"help": "Pictures, or sequences of side * side tokens."})
+    batch_size: int = field(default=4, metadata={"help": "Images, or sequences of side * side tokens."})
     rank_share: float = field(default=0.07, metadata={"help": "Share of the layer's weights, at least rank 1."})
     rounds: int = field(default=15, metadata={"help": "Turns that each way takes, after one that does not count."})
     max_multiplications: float = field(default=4e9, metadata={"help": "Of the gradient of the whole weight."})

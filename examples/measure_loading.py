@@ -42,7 +42,7 @@ def milliseconds(run: Callable[[int], object], repeats: int) -> str:
 
 def main(repeats: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    picture = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         # A budget that gives this network of 2 M parameters an adapter of 1 MB.
         get_peft_model(
@@ -63,8 +63,8 @@ def main(repeats: int, threads: int) -> None:
         model = colora_peft.load(folder, base=load_backbone(str(NETWORK)), adapter_name="a")
         colora_peft.load(folder, base=model, adapter_name="b")
         show("set_adapter, of two", lambda number: model.set_adapter("ab"[number % 2]))
-        show("run, 1 x 64 x 64", lambda number: model(picture))
-        show("set_adapter and the first run", lambda number: (model.set_adapter("ab"[number % 2]), model(picture)))
+        show("run, 1 x 64 x 64", lambda number: model(image))
+        show("set_adapter and the first run", lambda number: (model.set_adapter("ab"[number % 2]), model(image)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 saves networks and adapters as fine-tuning leaves them (float32, also the shipped network, whose own file is float16;
 the size is what counts, so the factors of the adapters are random), adds up the files, and lets a fresh process hold
-all of a row at once: for each task in turn the adapter is activated, or the network taken, and one picture of 64 x 64
+all of a row at once: for each task in turn the adapter is activated, or the network taken, and one image of 64 x 64
 runs through. Its resident memory, less that of a process that has only imported the packages, is the figure. The
 result is a Markdown table.
 """
@@ -88,23 +88,23 @@ def resident_bytes() -> int:
 @torch.inference_mode()
 def hold_networks(folders: list[str]) -> int:
     """Added resident memory of all networks at once, each used."""
-    picture, before = torch.rand(1, 3, 64, 64), resident_bytes()
+    image, before = torch.rand(1, 3, 64, 64), resident_bytes()
     networks = [load_backbone(folder) for folder in folders]
     for network in networks:
-        network(picture)
+        network(image)
     return resident_bytes() - before
 
 
 @torch.inference_mode()
 def hold_adapters(base: str, folders: list[str]) -> int:
     """Added resident memory of a network with all adapters, each used."""
-    picture, before = torch.rand(1, 3, 64, 64), resident_bytes()
+    image, before = torch.rand(1, 3, 64, 64), resident_bytes()
     model = PeftModel.from_pretrained(load_backbone(base), folders[0], adapter_name="task0").eval()
     for number, folder in enumerate(folders[1:], start=1):
         model.load_adapter(folder, adapter_name=f"task{number}")
     for number in range(len(folders)):
         model.set_adapter(f"task{number}", inference_mode=True)
-        model(picture)
+        model(image)
     return resident_bytes() - before
 
 

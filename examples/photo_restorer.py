@@ -13,7 +13,7 @@ from adapter_switch import AdapterSwitch
 from PIL import Image
 
 from colora_peft import restore_image
-from colora_peft.images import FORMATS, Picture, fitting_profile, read_picture, to_pil, write_picture
+from colora_peft.images import FORMATS, ImageFile, fitting_profile, read_image_file, to_pil, write_image_file
 
 MAX_OTHER_ADAPTERS = 8
 """Adapters that users add; the oldest goes for the next one, so that nobody fills the memory."""
@@ -96,7 +96,7 @@ class PhotoRestorer:
             progress: Show a bar.
 
         Raises:
-            ValueError: It is no picture, damaged or too large; or the adapter or the strength is none that there is.
+            ValueError: It is no image, damaged or too large; or the adapter or the strength is none that there is.
         """
         path = Path(path)
         with self._lock:
@@ -109,43 +109,43 @@ class PhotoRestorer:
             return self._results[asked_for]
 
     def _restore(self, path: Path, adapter: str, strength: float, progress: bool) -> RestoredPhoto:
-        picture = read_checked(path, self.max_pixels)
-        height, width = picture.colour.shape[-2:]
+        image = read_checked(path, self.max_pixels)
+        height, width = image.colour.shape[-2:]
         name = next((name for name, asked_for in self._others.items() if asked_for == adapter), adapter)
         start = time.perf_counter()
         with self._switch.at_work(name, strength) as model:
             tile = None if height * width <= _WHOLE_PIXELS else _TILE
             # One pass to gather averages where the default is two: hardly to be seen, and a third less to wait.
-            restored = restore_image(model, picture.colour, tile=tile, statistics_passes=1, progress=progress)
+            restored = restore_image(model, image.colour, tile=tile, statistics_passes=1, progress=progress)
         seconds = time.perf_counter() - start
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         result = folder / f"{path.stem}-{adapter.replace('/', '-')}{result_suffix(path)}"
-        notes = write_picture(result, restored, picture)
+        notes = write_image_file(result, restored, image)
         before, after = folder / "before.jpg", folder / "after.jpg"
-        write_preview(before, picture)
-        write_preview(after, replace(picture, colour=restored))
+        write_preview(before, image)
+        write_preview(after, replace(image, colour=restored))
         return RestoredPhoto(before, after, result, width, height, seconds, notes)
 
 
-def read_checked(path: Path, max_pixels: int) -> Picture:
+def read_checked(path: Path, max_pixels: int) -> ImageFile:
     """Read a photo; what is wrong with it is told with its name alone, not with where it lies on this machine.
 
     Raises:
-        ValueError: It is no picture, damaged, or one of more pixels.
+        ValueError: It is no image, damaged, or one of more pixels.
     """
     try:
         with Image.open(path) as opened:
             width, height = opened.size
     # Pillow raises nearly anything on damaged data, and a class of its own on bombs.
     except Exception as error:
-        raise ValueError(f"{path.name} cannot be read as a picture: take a JPEG, PNG, WebP or TIFF file.") from error
+        raise ValueError(f"{path.name} cannot be read as an image: take a JPEG, PNG, WebP or TIFF file.") from error
     if width * height > max_pixels:
         raise ValueError(
             f"{path.name} has {width * height / 1e6:.1f} million pixels ({width} x {height}); this page takes up to "
             f"{max_pixels / 1e6:g} million: make it smaller."
         )
     try:
-        return read_picture(path, max_pixels)
+        return read_image_file(path, max_pixels)
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
 
@@ -156,9 +156,9 @@ def result_suffix(path: Path) -> str:
     return path.suffix if path.suffix.lower() in written else ".png"
 
 
-def write_preview(path: Path, picture: Picture) -> None:
+def write_preview(path: Path, image: ImageFile) -> None:
     """What a browser shows: 8 bits, on white, and no larger than a screen."""
-    image = to_pil(picture.on_white)
-    image.thumbnail((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.LANCZOS)
-    profile, _ = fitting_profile(picture.icc_profile, 3)
-    image.save(path, quality=95, subsampling=0, icc_profile=profile)
+    preview = to_pil(image.on_white)
+    preview.thumbnail((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.LANCZOS)
+    profile, _ = fitting_profile(image.icc_profile, 3)
+    preview.save(path, quality=95, subsampling=0, icc_profile=profile)

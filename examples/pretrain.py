@@ -1,4 +1,4 @@
-"""Pre-train a restoration network on clean pictures with PROD (random order degradations).
+"""Pre-train a restoration network on clean images with PROD (random order degradations).
 
     accelerate launch examples/pretrain.py --train_dir path/to/clean/photos --output_dir outputs/nafnet-small-prod
     accelerate launch examples/pretrain.py --dataset_name you/photos --streaming --max_train_steps 500000
@@ -21,14 +21,14 @@ from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.data import (
+    DegradedImages,
     DegradedPatches,
-    DegradedPictures,
-    HubPictures,
+    HubImages,
     ImageFiles,
-    PictureSource,
-    PictureStream,
+    ImageSource,
+    ImageStream,
     StreamPatches,
-    check_pictures,
+    check_images,
 )
 from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.hub import (
@@ -56,7 +56,7 @@ from colora_peft.training import (
 from colora_peft.tuner import PRIOR_CONTRIBUTIONS
 from colora_peft.utils import Processes, check_at_least, relative_path, write_text, writing_result
 
-MOST_CHECKED = 5_000  # pictures; to decode so many photos takes a minute or two
+MOST_CHECKED = 5_000  # images; to decode so many photos takes a minute or two
 SMALL_NAFNET = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")
 
 
@@ -72,7 +72,7 @@ class PretrainArguments(TrainArguments):
     lr_warmup_steps: int = field(default=500, metadata={"help": "Steps over which the learning rate rises."})
     checkpointing_steps: int = field(default=2_000, metadata={"help": "Steps between checkpoints."})
     train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of clean pictures, those in folders below it included."}
+        default=None, metadata={"help": "Folder of clean images, those in folders below it included."}
     )
     dataset_name: str | None = field(
         default=None,
@@ -80,26 +80,24 @@ class PretrainArguments(TrainArguments):
                   "or the like, or one .parquet file. Its train split is used."},
     )  # fmt: skip
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    image_column: str = field(default="image", metadata={"help": "Its column of clean pictures."})
+    image_column: str = field(default="image", metadata={"help": "Its column of clean images."})
     streaming: bool = field(
         default=False, metadata={"help": "Read that dataset as it comes, without a copy on the disk or in memory."}
     )
     shuffle_block_size: int = field(
-        default=1_000, metadata={"help": "Pictures of a stream that each process holds and shuffles at a time."}
+        default=1_000, metadata={"help": "Images of a stream that each process holds and shuffles at a time."}
     )
     check_pictures: Literal["auto", "always", "never"] = field(
         default="auto",
-        metadata={"help": "Decode every picture before the run and refuse bad ones; auto: up to "
-                  f"{MOST_CHECKED:,} pictures. Bad ones met later are replaced and listed in skipped_pictures.jsonl."},
+        metadata={"help": "Decode every image before the run and refuse bad ones; auto: up to "
+                  f"{MOST_CHECKED:,} images. Bad ones met later are replaced and listed in skipped_pictures.jsonl."},
     )  # fmt: skip
     max_skipped_share: float = field(
         default=0.01,
-        metadata={
-            "help": "Stop where more than this share of the samples met a bad picture (skipped_pictures.jsonl)."
-        },
+        metadata={"help": "Stop where more than this share of the samples met a bad image (skipped_pictures.jsonl)."},
     )
     eval_dir: str | None = field(
-        default=None, metadata={"help": "Folder of other clean pictures, for --validation_steps."}
+        default=None, metadata={"help": "Folder of other clean images, for --validation_steps."}
     )
     mode: Literal["prod", "single", "fixed"] = field(
         default="prod",
@@ -115,15 +113,15 @@ class PretrainArguments(TrainArguments):
         default=False, metadata={"help": "Store the result's weights as float16, half the size; it loads as float32."}
     )
     data_card: str = field(
-        default="unknown", metadata={"help": "What the pictures are and their licence, for the model card."}
+        default="unknown", metadata={"help": "What the images are and their licence, for the model card."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.train_dir is None) == (self.dataset_name is None):
-            raise ValueError("Give --train_dir, a folder of clean pictures, or --dataset_name, and not both.")
+            raise ValueError("Give --train_dir, a folder of clean images, or --dataset_name, and not both.")
         if self.streaming and self.dataset_name is None:
-            raise ValueError("--streaming needs --dataset_name; a folder is read picture by picture anyway.")
+            raise ValueError("--streaming needs --dataset_name; a folder is read image by image anyway.")
         if self.streaming and self.check_pictures == "always":
             raise ValueError("--check_pictures always and --streaming exclude each other: a stream has no way back.")
         check_at_least(self, "shuffle_block_size", 1)
@@ -152,17 +150,17 @@ def build_model(args: PretrainArguments) -> torch.nn.Module:
     return model
 
 
-def open_pictures(args: PretrainArguments) -> PictureSource:
-    """The clean pictures by index, checked where that does not take long."""
+def open_images(args: PretrainArguments) -> ImageSource:
+    """The clean images by index, checked where that does not take long."""
     if args.train_dir is None:
-        pictures: PictureSource = HubPictures(open_split(args), args.image_column)
+        images: ImageSource = HubImages(open_split(args), args.image_column)
     else:
-        pictures = ImageFiles(list_images(args.train_dir, nested=True))
-        if len(pictures) > MOST_CHECKED:  # of so many, hardly one is met again before the memory is full
-            pictures = ImageFiles(pictures.paths, cache_bytes=0)
-    if args.check_pictures == "always" or (args.check_pictures == "auto" and len(pictures) <= MOST_CHECKED):
-        check_pictures(pictures, args.resolution)
-    return pictures
+        images = ImageFiles(list_images(args.train_dir, nested=True))
+        if len(images) > MOST_CHECKED:  # of so many, hardly one is met again before the memory is full
+            images = ImageFiles(images.paths, cache_bytes=0)
+    if args.check_pictures == "always" or (args.check_pictures == "auto" and len(images) <= MOST_CHECKED):
+        check_images(images, args.resolution)
+    return images
 
 
 def open_split(args: PretrainArguments) -> Any:
@@ -182,9 +180,9 @@ def open_patches(args: PretrainArguments, accelerator: Accelerator) -> DegradedP
     """The training samples, and what was found wrong before any is made."""
     degradation = RandomOrderDegradation(mode=args.mode)
     if not args.streaming:
-        pictures = open_pictures(args)
-        return DegradedPatches(pictures, degradation, args.resolution, args.seed, args.max_skipped_share)
-    stream = PictureStream(open_split(args), args.image_column, args.seed, args.shuffle_block_size)
+        images = open_images(args)
+        return DegradedPatches(images, degradation, args.resolution, args.seed, args.max_skipped_share)
+    stream = ImageStream(open_split(args), args.image_column, args.seed, args.shuffle_block_size)
     with Processes(accelerator).failing_together():
         stream.check(args.resolution, accelerator.process_index, accelerator.num_processes)
     return StreamPatches(stream, degradation, args.resolution, args.max_skipped_share)
@@ -199,9 +197,9 @@ def main(args: PretrainArguments) -> None:
     eval_pairs = None
     if args.eval_dir is not None:
         check_figures_can_be_drawn()
-        eval_pictures = ImageFiles(list_images(args.eval_dir, nested=True))
-        check_pictures(eval_pictures, args.resolution)
-        eval_pairs = DegradedPictures(eval_pictures, patches.degradation, args.resolution)
+        eval_images = ImageFiles(list_images(args.eval_dir, nested=True))
+        check_images(eval_images, args.resolution)
+        eval_pairs = DegradedImages(eval_images, patches.degradation, args.resolution)
     model = build_model(args)
     if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
         args.hub_model_id = create_hub_repo(
@@ -220,7 +218,7 @@ def main(args: PretrainArguments) -> None:
             save(model, args, facts, patches.fingerprint.partition(",")[0])
 
 
-def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, pictures: str) -> None:
+def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, images: str) -> None:
     """Write the network and its card into the output folder, and push them if asked to."""
     dtype = torch.float16 if args.half_precision_weights else torch.float32
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * facts.processes
@@ -228,7 +226,7 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, pictu
     averaged = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     method = (
         f"Pre-trained to undo synthetic degradations (blur, noise, rain, JPEG, motion; mode `{args.mode}`, see "
-        f"arXiv 2408.01099) on {pictures}: {args.max_train_steps} steps of {batch} patches of "
+        f"arXiv 2408.01099) on {images}: {args.max_train_steps} steps of {batch} patches of "
         f"{args.resolution}x{args.resolution}, seed {args.seed}{began}{averaged}."
     )
     loads_from = args.hub_model_id if args.push_to_hub else args.output_dir

@@ -1,16 +1,16 @@
-"""Restore pictures with a network and adapters.
+"""Restore images with a network and adapters.
 
     python examples/restore.py --input photo.jpg folder "more/**/*.tif" --adapter outputs/finetune
 
 Folders are searched with all below them. Results are files of the same kind under the same names in --output_dir, with
-EXIF, colour profile, transparency and 16 bits kept where the format holds them (colora_peft/images/image_file.py says what
-else is decided). A run that was interrupted goes on where it was: results that are there are kept.
+EXIF, colour profile, transparency and 16 bits kept where the format holds them (colora_peft/images/image_file.py says
+what else is decided). A run that was interrupted goes on where it was: results that are there are kept.
 
 Several adapters, with the bare network ("none") beside them, side by side and measured against targets:
 
     python examples/restore.py --input test/input --targets test/target --adapter none outputs/a outputs/b --compare
 
-The exit code is 1 if a picture failed; the others are written all the same.
+The exit code is 1 if an image failed; the others are written all the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RestoreArguments:
     """Flags of the restoration."""
 
     input: list[str] = field(
-        metadata={"help": "Pictures, folders (with all below them) and patterns such as 'photos/**/*.png'."}
+        metadata={"help": "Images, folders (with all below them) and patterns such as 'photos/**/*.png'."}
     )
     model_name_or_path: str | None = field(
         default=None,
@@ -60,9 +60,9 @@ class RestoreArguments:
     output_dir: str = field(default="outputs/restored", metadata={"help": "Folder for the results."})
     targets: str | None = field(
         default=None,
-        metadata={"help": "Folder of clean pictures of the same names (any suffix): PSNR and SSIM, in RGB after "
+        metadata={"help": "Folder of clean images of the same names (any suffix): PSNR and SSIM, in RGB after "
                   "rounding to 8 bits, of the files as they are written, so with JPEG's losses. Borders are extended "
-                  "and tiles laid as restore_image does, so that on pictures that the network must pad the figures "
+                  "and tiles laid as restore_image does, so that on images that the network must pad the figures "
                   "may differ a little from those of finetune.py."},
     )  # fmt: skip
     compare: bool = field(
@@ -72,21 +72,21 @@ class RestoreArguments:
     overwrite: bool = field(default=False, metadata={"help": "Make results anew that are there. Default: keep them."})
     tile: int = field(
         default=512,
-        metadata={"help": "Side in pixels of the tiles that bound the memory. 0: the whole picture at once."},
+        metadata={"help": "Side in pixels of the tiles that bound the memory. 0: the whole image at once."},
     )
     overlap: int = field(default=64, metadata={"help": "Pixels that neighbouring tiles share, at least."})
     batch_size: int = field(default=1, metadata={"help": "Tiles that go through the network together."})
     pooling: Pooling = field(
         default="picture",
         metadata={"help": "What layers that average over all they see are given where there are several tiles: the "
-                  "mean over the picture, over their tile, or (local) over windows of --pooling_window."},
+                  "mean over the image, over their tile, or (local) over windows of --pooling_window."},
     )  # fmt: skip
     pooling_window: int | None = field(
         default=None, metadata={"help": "Side in pixels of the windows of --pooling local."}
     )
     statistics_passes: int = field(
         default=2,
-        metadata={"help": "Passes over the tiles that gather the means of --pooling picture, each as long as the one "
+        metadata={"help": "Passes over the tiles that gather the means of --pooling image, each as long as the one "
                   "that restores."},
     )  # fmt: skip
     dtype: Literal["float32", "bfloat16", "float16"] = field(
@@ -103,10 +103,10 @@ class RestoreArguments:
         default=95, metadata={"help": "Of JPEG (4:4:4) and WebP, 1 to 100. An exact WebP stays exact."}
     )
     grey_as_rgb: bool = field(
-        default=False, metadata={"help": "Write grey pictures in colour, for networks that colour them."}
+        default=False, metadata={"help": "Write grey images in colour, for networks that colour them."}
     )
     max_pixels: int = field(
-        default=DEFAULT_MAX_PIXELS, metadata={"help": "Larger pictures are refused: a guard against bombs."}
+        default=DEFAULT_MAX_PIXELS, metadata={"help": "Larger images are refused: a guard against bombs."}
     )
     device: str | None = field(
         default=None, metadata={"help": "Such as cpu, cuda, cuda:1 or mps. Default: the accelerator if there is one."}
@@ -167,14 +167,14 @@ def main(args: RestoreArguments) -> int:
     # Loading an adapter, PEFT asks transformers for what it has renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     network = network_of(args, adapters).to(device)
-    if args.tile:  # now, not with the first picture that has several tiles
+    if args.tile:  # now, not with the first image that has several tiles
         check_tile(args.tile, args.overlap, size_multiple_of(network))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     run = RestoreRun(AdapterSet(network, dict(zip(labels, adapters, strict=True))), RestoreRecord(output_dir), args)
     run.check_kept(jobs)
     adapted = f"{'adapter' if len(labels) == 1 else 'adapters'} {', '.join(labels)}"
     used = f"{type(network).__name__} of {parameters / 1e6:.1f} M parameters, {adapted}"
-    print(f"{len(jobs)} {'picture' if len(jobs) == 1 else 'pictures'}, {used}, on {device}.\n")
+    print(f"{len(jobs)} {'image' if len(jobs) == 1 else 'images'}, {used}, on {device}.\n")
 
     table = Table([job.name for job in jobs], labels, with_figures=args.targets is not None)
     print(table.head())

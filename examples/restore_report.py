@@ -14,16 +14,16 @@ _FIGURES = {"psnr_input": ("input dB", ".2f"), "psnr": ("PSNR dB", ".2f"), "ssim
 
 @dataclass
 class Row:
-    """What became of one picture with one adapter.
+    """What became of one image with one adapter.
 
     Attributes:
-        name: Of the picture.
+        name: Of the image.
         label: Of the adapter.
         result: The file.
         kept: It was there before.
-        size: Width and height in pixels, if the picture was read.
+        size: Width and height in pixels, if the image was read.
         seconds: Restoring and writing, if it was restored.
-        figures: PSNR (dB) and SSIM of the input and the result; SSIM is None for pictures below its window.
+        figures: PSNR (dB) and SSIM of the input and the result; SSIM is None for images below its window.
         notes: What did not survive, one phrase each.
         error: What went wrong.
     """
@@ -48,14 +48,14 @@ class Table:
     """Columns as wide as the names that are known beforehand.
 
     Args:
-        names: Of all pictures.
+        names: Of all images.
         labels: Of all adapters; with one there is no column.
         with_figures: Whether there are targets.
     """
 
     def __init__(self, names: Sequence[str], labels: Sequence[str], with_figures: bool) -> None:
         self._labels = labels
-        self._said = ("", "")  # the last picture that failed, and why
+        self._said = ("", "")  # the last image that failed, and why
         self._figures = _FIGURES if with_figures else {}
         self._name_width = min(_LONGEST_NAME, max(len("file"), *(len(name) for name in names)))
         self._label_width = max(len("adapter"), *(len(label) for label in labels)) if len(labels) > 1 else 0
@@ -145,7 +145,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _note_lines(rows: Sequence[Row]) -> list[str]:
-    """Each note once, with the pictures that it is about."""
+    """Each note once, with the images that it is about."""
     names: dict[str, dict[str, None]] = {}
     for row in rows:
         for note in row.notes:

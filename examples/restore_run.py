@@ -1,4 +1,4 @@
-"""What one picture goes through in `restore.py`: read, restored with each adapter, written, measured, compared."""
+"""What one image goes through in `restore.py`: read, restored with each adapter, written, measured, compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from restore_report import Row
 from torch import Tensor
 
 from colora_peft.evaluation import SSIM_WINDOW_PX, psnr, ssim
-from colora_peft.images import Picture, encode_picture, fitting_profile, format_of, read_picture, save_comparison
+from colora_peft.images import (
+    ImageFile,
+    encode_image_file,
+    fitting_profile,
+    format_of,
+    read_image_file,
+    save_comparison,
+)
 from colora_peft.inference import restore_image
 from colora_peft.restore import NO_ADAPTER, AdapterSet, Job, RestoreRecord, file_digest
 from colora_peft.utils import write_bytes
@@ -23,7 +30,7 @@ _STRIP_PIXELS = 1 << 21
 
 
 class RestoreRun:
-    """Restores pictures one after the other; what fails is noted in their rows."""
+    """Restores images one after the other; what fails is noted in their rows."""
 
     def __init__(self, adapters: AdapterSet, record: RestoreRecord, args: RestoreArguments) -> None:
         self.adapters = adapters
@@ -65,29 +72,29 @@ class RestoreRun:
             for row in rows:
                 format_of(row.result)  # before the work, not after
             digest = file_digest(job.source)
-            picture = read_picture(job.source, self.args.max_pixels)
+            image = read_image_file(job.source, self.args.max_pixels)
         except Exception as error:
             return [row.failed(error) for row in rows]
         for row in rows:
-            row.size = tuple(picture.colour.shape[:0:-1])
+            row.size = tuple(image.colour.shape[:0:-1])
             try:
                 if not row.kept:
-                    self._restore(picture, digest, row)
+                    self._restore(image, digest, row)
             except Exception as error:
                 row.failed(error)
         sound = [row for row in rows if row.error is None]
         try:
-            self._look(job, picture, sound)
+            self._look(job, image, sound)
         except Exception as error:
             for row in sound:
                 row.failed(error)
         return rows
 
-    def _restore(self, picture: Picture, digest: str, row: Row) -> None:
+    def _restore(self, image: ImageFile, digest: str, row: Row) -> None:
         start = time.perf_counter()
         restored = restore_image(
             self.adapters.activate(row.label),
-            picture.colour,
+            image.colour,
             tile=self.args.tile or None,
             overlap=self.args.overlap,
             batch_size=self.args.batch_size,
@@ -98,35 +105,35 @@ class RestoreRun:
             self_ensemble=self.args.self_ensemble,
             progress=sys.stderr.isatty(),
         )
-        encoded, row.notes = encode_picture(
-            row.result, restored, picture, quality=self.args.quality, grey_as_rgb=self.args.grey_as_rgb
+        encoded, row.notes = encode_image_file(
+            row.result, restored, image, quality=self.args.quality, grey_as_rgb=self.args.grey_as_rgb
         )
         self.record.add(row.result, encoded, self.settings_of(row.label, digest))
         row.result.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(row.result, encoded)
         row.seconds = time.perf_counter() - start
 
-    def _look(self, job: Job, picture: Picture, rows: list[Row]) -> None:
+    def _look(self, job: Job, image: ImageFile, rows: list[Row]) -> None:
         """Measure and compare the results as they are in their files."""
         wanted = self.args.compare and rows and not (job.comparison.exists() and all(row.kept for row in rows))
         if not (wanted or job.target):
             return
-        target = read_picture(job.target, self.args.max_pixels).on_white if job.target else None
-        if target is not None and target.shape != picture.colour.shape:
+        target = read_image_file(job.target, self.args.max_pixels).on_white if job.target else None
+        if target is not None and target.shape != image.colour.shape:
             raise ValueError(
                 f"The target {job.target} is {target.shape[2]} x {target.shape[1]} pixels, {job.source} "
-                f"{picture.colour.shape[2]} x {picture.colour.shape[1]}; without figures."
+                f"{image.colour.shape[2]} x {image.colour.shape[1]}; without figures."
             )
-        results = [read_picture(row.result, self.args.max_pixels).on_white for row in rows]
+        results = [read_image_file(row.result, self.args.max_pixels).on_white for row in rows]
         for row, result in zip(rows, results, strict=True):
             if target is not None:
-                row.figures = {"psnr_input": psnr_of(picture.on_white, target), "psnr": psnr_of(result, target)}
-                row.figures |= {"ssim_input": ssim_of(picture.on_white, target), "ssim": ssim_of(result, target)}
+                row.figures = {"psnr_input": psnr_of(image.on_white, target), "psnr": psnr_of(result, target)}
+                row.figures |= {"ssim_input": ssim_of(image.on_white, target), "ssim": ssim_of(result, target)}
         if wanted:
-            self._compare(job, picture, rows, results, target)
+            self._compare(job, image, rows, results, target)
 
     def _compare(
-        self, job: Job, picture: Picture, rows: list[Row], results: list[Tensor], target: Tensor | None
+        self, job: Job, image: ImageFile, rows: list[Row], results: list[Tensor], target: Tensor | None
     ) -> None:
         def with_figure(caption: str, figure: str, row: Row) -> str:
             return caption if target is None else f"{caption}  {row.figures[figure]:.2f} dB"
@@ -136,19 +143,19 @@ class RestoreRun:
         for row in rows:
             name = ("no adapter" if row.label == NO_ADAPTER else row.label) if several else "restored"
             captions.append(with_figure(name, "psnr", row))
-        pictures = [picture.on_white, *results]
+        images = [image.on_white, *results]
         if target is not None:
-            pictures, captions = [*pictures, target], [*captions, "target"]
-        profile, _ = fitting_profile(picture.icc_profile, 3)
-        save_comparison(pictures, captions, job.comparison, profile)
+            images, captions = [*images, target], [*captions, "target"]
+        profile, _ = fitting_profile(image.icc_profile, 3)
+        save_comparison(images, captions, job.comparison, profile)
 
 
-def psnr_of(picture: Tensor, target: Tensor) -> float:
-    return psnr(picture[None], target[None]).item()
+def psnr_of(image: Tensor, target: Tensor) -> float:
+    return psnr(image[None], target[None]).item()
 
 
-def ssim_of(picture: Tensor, target: Tensor) -> float | None:
-    """SSIM in strips, whose memory does not grow with the picture; None where its window does not fit.
+def ssim_of(image: Tensor, target: Tensor) -> float | None:
+    """SSIM in strips, whose memory does not grow with the image; None where its window does not fit.
 
     The mean over the positions of the window is that over strips, weighted by the positions in each.
     """
@@ -160,5 +167,5 @@ def ssim_of(picture: Tensor, target: Tensor) -> float | None:
     for top in range(0, positions, rows):
         count = min(rows, positions - top)
         strip = slice(top, top + count + SSIM_WINDOW_PX - 1)
-        total += count * ssim(picture[None, :, strip], target[None, :, strip]).item()
+        total += count * ssim(image[None, :, strip], target[None, :, strip]).item()
     return total / positions

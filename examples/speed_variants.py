@@ -118,7 +118,7 @@ def modes() -> list[Mode]:
     return found
 
 
-def pictures(shape: str, device: str) -> dict[str, Tensor]:
+def images(shape: str, device: str) -> dict[str, Tensor]:
     count, side = (int(number) for number in shape.split("x"))
     images = torch.rand(2, count, 3, side, side, device=device)
     return {

@@ -7,7 +7,7 @@ best of --learning_rates on held-out pairs of the training folder, with a seed o
 PSNR on the test folder over other seeds, at that rate. Adapters are tuned at --tuned_budgets, those of CoLoRA with the
 default estimator; other budgets take the rate of the nearest, other scores and exponents that of the default.
 The seed draws pairs, patches and adapters, so that variants compare seed by seed. Fisher scores are squares, so they
-get half the exponent of the others. Pictures are evaluated on their centres, which is what makes the study affordable.
+get half the exponent of the others. Images are evaluated on their centres, which is what makes the study affordable.
 
 Cells and scores are kept and not measured again: the study grows over many calls, and several processes may share the
 work (--part 0/3, 1/3 and 2/3, say). Each call ends by writing the tables and plots of all cells that it knows.

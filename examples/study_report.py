@@ -293,7 +293,7 @@ def write_report(folder: Path) -> str:
         "Test PSNR in dB, mean ± standard deviation over the seeds (their number), at the learning rate that was best "
         f"for the method on held-out training pairs with another seed. {settings['train_pairs']} pairs, "
         f"{settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
-        f"{settings['resolution']}, measured on the centres of the test pictures ({settings['evaluated_size']} px). "
+        f"{settings['resolution']}, measured on the centres of the test images ({settings['evaluated_size']} px). "
         "Differences are paired by seed, with their standard error over the seeds. faig walks to a network that was "
         f"tuned in full at {settings['faig']['learning_rate']:g}.\n\n"
     )

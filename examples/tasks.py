@@ -42,7 +42,7 @@ RUN_FILE = "run.json"
 REPORT_FILE = "tasks.md"
 BLEND = "blend"
 SWITCHES = 30
-PICTURE_PX = 256
+IMAGE_PX = 256
 CHOSEN = ("model_name_or_path", "train_dir", "max_train_samples", "max_train_steps", "resolution", "seed")
 
 
@@ -74,9 +74,9 @@ class TasksArguments:
     blend_samples: int | None = field(
         default=None, metadata={"help": "Measure on this many test pairs of each, drawn by the seed. Default: all."}
     )
-    picture: str | None = field(
+    image: str | None = field(
         default=None,
-        metadata={"help": "File for a picture of the shipped example photos, each restored by its adapter."},
+        metadata={"help": "File for an image of the shipped example photos, each restored by its adapter."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many pairs of each task, drawn by the seed. Default: all."}
@@ -190,16 +190,16 @@ def overview(args: TasksArguments, switch: AdapterSwitch) -> str:
 
 def switching(switch: AdapterSwitch) -> str:
     """How long it takes to go from one adapter to the next, and the first run after it, which builds the weights."""
-    picture = torch.rand(1, 3, PICTURE_PX, PICTURE_PX, device=switch.device)
+    image = torch.rand(1, 3, IMAGE_PX, IMAGE_PX, device=switch.device)
     with torch.inference_mode():
-        times = [switch_once(switch, switch.names[turn % len(switch.names)], picture) for turn in range(SWITCHES)]
+        times = [switch_once(switch, switch.names[turn % len(switch.names)], image) for turn in range(SWITCHES)]
     times = times[len(switch.names) :]  # what is done for the first time takes longer
     (change, first, following), (busy, *_) = (
         [1e3 * median(column) for column in zip(*rows, strict=True)] for rows in zip(*times, strict=True)
     )
     return (
-        f"A switch takes {change:.1f} ms ({busy:.1f} ms of processor time); then the first picture of "
-        f"{PICTURE_PX} x {PICTURE_PX} takes {first:.0f} ms, the next {following:.0f} ms "
+        f"A switch takes {change:.1f} ms ({busy:.1f} ms of processor time); then the first image of "
+        f"{IMAGE_PX} x {IMAGE_PX} takes {first:.0f} ms, the next {following:.0f} ms "
         f"({torch.get_num_threads()} threads, medians of {len(times)})."
     )
 
@@ -207,9 +207,9 @@ def switching(switch: AdapterSwitch) -> str:
 Times = tuple[list[float], list[float]]
 
 
-def switch_once(switch: AdapterSwitch, name: str, picture: torch.Tensor) -> Times:
+def switch_once(switch: AdapterSwitch, name: str, image: torch.Tensor) -> Times:
     """Seconds of the switch, of the first run and of the next: on the clock, and of the processors."""
-    steps = [lambda: switch.activate(name), *[lambda: reconstruct(switch.model, picture).sum().item()] * 2]
+    steps = [lambda: switch.activate(name), *[lambda: reconstruct(switch.model, image).sum().item()] * 2]
     clock, processors = [], []
     for step in steps:  # .item() waits for a GPU
         start = time.perf_counter(), time.process_time()
@@ -260,8 +260,8 @@ def main(args: TasksArguments) -> None:
     switch = AdapterSwitch(args.model_name_or_path, {})
     parts = [overview(args, switch), switching(switch)]
     print("\n" + "\n\n".join(parts))
-    if args.picture is not None:
-        draw_examples(switch, args.picture)
+    if args.image is not None:
+        draw_examples(switch, args.image)
     if args.data_dir is not None and len(args.tasks) > 1:
         parts.append(blending(args, switch))
         print(f"\n{parts[-1]}")

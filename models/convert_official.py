@@ -175,7 +175,7 @@ tags: [image-restoration]
 {architecture.name}, {parameters / 1e6:.2f} M parameters, converted from the checkpoint `{file.name}`
 (sha256 `{digest}`) by `python -m colora_peft.models.convert_official`.
 
-**The task is unknown**: the checkpoint does not say what its network was trained for, and on which pictures.
+**The task is unknown**: the checkpoint does not say what its network was trained for, and on which images.
 
 **Licence.** {architecture.licence} The conversion cannot tell whether the file is one of them; if it is not, ask where
 it comes from.

@@ -106,7 +106,7 @@ ARCHITECTURES = (
         "Copyright (c) 2022 megvii-model.",
         licence_metadata="license: mit",
         note="The published figures on GoPro and REDS were obtained with pooling over local windows in place of the "
-        "whole picture, at test time only. This class pools over the whole picture, as SIDD's figures do.",
+        "whole image, at test time only. This class pools over the whole image, as SIDD's figures do.",
     ),
     Architecture(
         name="Restormer",
@@ -118,7 +118,7 @@ ARCHITECTURES = (
         "**non-commercial use only**, copies and modifications under the same licence, with credit to its authors.",
         licence_metadata="license: other\nlicense_name: academic-public-license\n"
         "license_link: https://github.com/swz30/Restormer/blob/main/LICENSE.md",
-        note="Pictures whose sides are no multiple of 8 are padded by reflection inside.",
+        note="Images whose sides are no multiple of 8 are padded by reflection inside.",
     ),
 )  # fmt: skip
 

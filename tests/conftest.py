@@ -1,4 +1,4 @@
-"""Small pictures and a small pre-trained network on disk, made once for all tests."""
+"""Small images and a small pre-trained network on disk, made once for all tests."""
 
 import importlib.util
 import os

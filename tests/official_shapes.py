@@ -110,8 +110,8 @@ PUBLISHED_NAFNETS = {
 PUBLISHED_RESTORMERS = {
     "deraining, motion and defocus deblurring": ({}, 26_126_644),
     "denoising in colour": ({"norm_bias": False}, 26_111_668),
-    "denoising of grey pictures": (
+    "denoising of grey images": (
         {"norm_bias": False, "num_channels": 1, "num_output_channels": 1}, 26_109_076),
-    "defocus deblurring of dual-pixel pictures": ({"num_channels": 6, "dual_pixel": True}, 26_132_548),
+    "defocus deblurring of dual-pixel images": ({"num_channels": 6, "dual_pixel": True}, 26_132_548),
 }  # fmt: skip
 """Arguments of `restormer_shapes`, and parameters."""

@@ -30,7 +30,7 @@ def switch(tiny_nafnet, adapters):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -40,48 +40,48 @@ def network(folder):
 
 
 @torch.no_grad()
-def run(model, picture):
-    return model(picture).reconstruction
+def run(model, image):
+    return model(image).reconstruction
 
 
-def at_work(switch, picture, name, strength=1.0):
+def at_work(switch, image, name, strength=1.0):
     with switch.at_work(name, strength) as model:
-        return run(model, picture)
+        return run(model, image)
 
 
-def test_each_adapter_does_what_it_does_alone_whatever_was_at_work_before(switch, adapters, tiny_nafnet, picture):
-    bare = run(network(tiny_nafnet), picture)
+def test_each_adapter_does_what_it_does_alone_whatever_was_at_work_before(switch, adapters, tiny_nafnet, image):
+    bare = run(network(tiny_nafnet), image)
     alone = {
-        name: run(PeftModel.from_pretrained(network(tiny_nafnet), path).eval(), picture)
+        name: run(PeftModel.from_pretrained(network(tiny_nafnet), path).eval(), image)
         for name, path in adapters.items()
     }
     assert not torch.equal(alone["haze"], alone["rain"]) and not torch.equal(alone["haze"], bare)
     for name in ("haze", "rain", "none", "haze", "none", "rain"):
         expected = bare if name == "none" else alone[name]
-        assert torch.equal(at_work(switch, picture, name), expected), name
-        at_work(switch, picture, "rain", 0.3)
+        assert torch.equal(at_work(switch, image, name), expected), name
+        at_work(switch, image, "rain", 0.3)
 
 
-def test_strength_runs_from_the_bare_network_through_the_adapter(switch, tiny_nafnet, picture):
-    assert torch.equal(at_work(switch, picture, "haze", 0.0), run(network(tiny_nafnet), picture))
-    strong, once = at_work(switch, picture, "haze", 1.5), at_work(switch, picture, "haze")
-    bare = at_work(switch, picture, "none")
+def test_strength_runs_from_the_bare_network_through_the_adapter(switch, tiny_nafnet, image):
+    assert torch.equal(at_work(switch, image, "haze", 0.0), run(network(tiny_nafnet), image))
+    strong, once = at_work(switch, image, "haze", 1.5), at_work(switch, image, "haze")
+    bare = at_work(switch, image, "none")
     assert (strong - bare).abs().mean() > (once - bare).abs().mean()
 
 
-def test_a_blend_of_one_whole_and_nothing_is_that_one(switch, picture):
+def test_a_blend_of_one_whole_and_nothing_is_that_one(switch, image):
     switch.blend(["haze", "rain"], [1.0, 0.0], "one")
     switch.blend(["haze", "rain"], [0.5, 0.5], "mean")
-    assert torch.allclose(at_work(switch, picture, "one"), at_work(switch, picture, "haze"), atol=1e-6)
+    assert torch.allclose(at_work(switch, image, "one"), at_work(switch, image, "haze"), atol=1e-6)
     layer = next(module for module in switch.model.modules() if isinstance(module, switching.CoLoRALayer))
     mean = layer.get_delta_weight("mean")
     assert torch.allclose(mean, (layer.get_delta_weight("haze") + layer.get_delta_weight("rain")) / 2, atol=1e-6)
 
 
-def test_what_is_removed_is_gone_and_the_others_work(switch, picture):
-    haze = at_work(switch, picture, "haze")
+def test_what_is_removed_is_gone_and_the_others_work(switch, image):
+    haze = at_work(switch, image, "haze")
     switch.remove("rain")
-    assert switch.names == ["haze"] and torch.equal(at_work(switch, picture, "haze"), haze)
+    assert switch.names == ["haze"] and torch.equal(at_work(switch, image, "haze"), haze)
     with pytest.raises(ValueError, match="no adapter 'rain'; choose one of haze, none"):
         switch.activate("rain")
 
@@ -92,9 +92,9 @@ def test_impossible_strengths_are_refused(switch, strength):
         switch.activate("haze", strength)
 
 
-def test_a_network_without_adapters_is_the_network(tiny_nafnet, picture):
-    bare = run(network(tiny_nafnet), picture)
-    assert torch.equal(at_work(switching.AdapterSwitch(tiny_nafnet, {}), picture, "none"), bare)
+def test_a_network_without_adapters_is_the_network(tiny_nafnet, image):
+    bare = run(network(tiny_nafnet), image)
+    assert torch.equal(at_work(switching.AdapterSwitch(tiny_nafnet, {}), image, "none"), bare)
 
 
 def test_folders_without_adapters_are_named(tmp_path):

@@ -35,7 +35,7 @@ finetune = load_example("finetune")
 
 
 def swin2sr():
-    """A tiny Swin2SR that keeps the size of the pictures, for windows of 4 x 4."""
+    """A tiny Swin2SR that keeps the size of the images, for windows of 4 x 4."""
     torch.manual_seed(0)
     settings = {"image_size": 8, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4, "upscale": 1}
     return transformers.Swin2SRForImageSuperResolution(transformers.Swin2SRConfig(**settings)).eval()
@@ -172,11 +172,11 @@ def test_finetune_adapts_what_a_function_returns_and_says_how_to_use_it(flags, e
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["psnr_after"] != metrics["psnr_before"]
     assert PeftConfig.from_pretrained("out").base_model_name_or_path == base
-    # The code that the run prints, on a picture of an odd width.
-    picture = read_image(eval_dir / "input" / "scene0.png")[..., :45]
-    to_pil(picture).save("photo.jpg", quality=100)
+    # The code that the run prints, on an image of an odd width.
+    image = read_image(eval_dir / "input" / "scene0.png")[..., :45]
+    to_pil(image).save("photo.jpg", quality=100)
     exec(capsys.readouterr().out.partition("Load it with:\n\n")[2], found := {})
-    assert found["restored"].shape == picture.shape == read_image("restored.png").shape
+    assert found["restored"].shape == image.shape == read_image("restored.png").shape
     bare = reconstruct(load_backbone(base), read_image("photo.jpg")[None])[0].clamp(0, 1)
     assert not torch.equal(found["restored"], bare)
     with pytest.raises(ValueError, match=f"made by the function {base}"):

@@ -33,7 +33,7 @@ def photo(tmp_path):
 # --------------------------------------------------------------------------------------------------------- actions
 
 
-def test_a_photo_becomes_two_pictures_a_line_and_a_file(restorer, photo):
+def test_a_photo_becomes_two_images_a_line_and_a_file(restorer, photo):
     (before, after), line, download = app.restore(restorer, photo, "haze", 1.0)
     assert not np.array_equal(np.asarray(Image.open(before)), np.asarray(Image.open(after)))
     assert re.fullmatch(r"40 × 24 pixels, \d+\.\d s", line)
@@ -41,13 +41,13 @@ def test_a_photo_becomes_two_pictures_a_line_and_a_file(restorer, photo):
 
 
 def test_no_photo_is_no_error(restorer):
-    pictures, line, download = app.restore(restorer, None, "haze", 1.0)
-    assert pictures is None and line == "" and not download.interactive
+    images, line, download = app.restore(restorer, None, "haze", 1.0)
+    assert images is None and line == "" and not download.interactive
 
 
-def test_what_is_no_picture_becomes_a_message(restorer, tmp_path):
-    (tmp_path / "<b>.txt").write_text("no picture")
-    with pytest.raises(gr.Error, match="&lt;b&gt;.txt cannot be read as a picture") as caught:
+def test_what_is_no_image_becomes_a_message(restorer, tmp_path):
+    (tmp_path / "<b>.txt").write_text("no image")
+    with pytest.raises(gr.Error, match="&lt;b&gt;.txt cannot be read as an image") as caught:
         app.restore(restorer, str(tmp_path / "<b>.txt"), "haze", 1.0)
     assert not caught.value.print_exception
 
@@ -113,7 +113,7 @@ def click_example(browser, number):
     return browser.wait_for(f"{SHOWN}.length == 2 && {SHOWN}")
 
 
-def fetch_picture(url, path):
+def fetch_image(url, path):
     path.write_bytes(urllib.request.urlopen(url).read())
     return np.asarray(Image.open(path).convert("RGB")).astype(float)
 
@@ -125,9 +125,9 @@ class TestInChromium:
     pytestmark = slow_with_chromium
 
     def test_an_example_is_restored_and_nothing_is_asked_of_other_hosts(self, browser, address, tmp_path):
-        before, after = (fetch_picture(url, tmp_path / "shown.jpg") for url in click_example(browser, 0))
+        before, after = (fetch_image(url, tmp_path / "shown.jpg") for url in click_example(browser, 0))
         target = Image.open(EXAMPLES / "data/underwater/test/target/76.jpg").convert("RGB")
-        errors = [np.abs(picture - np.asarray(target)).mean() for picture in (before, after)]
+        errors = [np.abs(image - np.asarray(target)).mean() for image in (before, after)]
         assert before.shape == after.shape == (405, 720, 3) and errors[1] < 0.6 * errors[0]
         (tmp_path / "downloads").mkdir()
         result = browser.download("document.querySelector('#download').click()", tmp_path / "downloads")
@@ -136,16 +136,16 @@ class TestInChromium:
         foreign = [url for url in browser.requested if not url.startswith((address, "data:", "blob:"))]
         assert foreign == []
 
-    def test_another_adapter_and_strength_0_show_other_pictures(self, browser, tmp_path):
+    def test_another_adapter_and_strength_0_show_other_images(self, browser, tmp_path):
         first = click_example(browser, 3)
         browser.evaluate("document.querySelector('#adapter input[value=none]').click()")
         second = browser.wait_for(f"{SHOWN}.length == 2 && {SHOWN}[1] != '{first[1]}' && {SHOWN}")
-        pictures = [fetch_picture(shown[1], tmp_path / "shown.jpg") for shown in (first, second)]
-        assert np.abs(pictures[0] - pictures[1]).mean() > 2
+        images = [fetch_image(shown[1], tmp_path / "shown.jpg") for shown in (first, second)]
+        assert np.abs(images[0] - images[1]).mean() > 2
 
-    def test_what_is_no_picture_is_refused_politely(self, browser, tmp_path):
+    def test_what_is_no_image_is_refused_politely(self, browser, tmp_path):
         for name in ("note.txt", "fake.png"):
-            (tmp_path / name).write_text("no picture")
+            (tmp_path / name).write_text("no image")
             browser.choose_file("#photo input[type=file]", tmp_path / name)
             said = browser.wait_for(f"[...document.querySelectorAll('.toast-wrap')].map(one => one.innerText).find("
                                     f"text => text.includes('{name}'))")  # fmt: skip

@@ -35,14 +35,14 @@ def kept_bytes(run, *inputs):
     return sum(kept.values())
 
 
-def test_keeps_what_the_convolutions_leave_and_nothing_else_of_the_pictures_size():
+def test_keeps_what_the_convolutions_leave_and_nothing_else_of_the_images_size():
     layer = attention_layer(channels=16, heads=2)
     x = torch.rand(3, 16, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
-    picture = x.nbytes
+    image = x.nbytes
     # The input, what qkv makes of it, what qkv_dwconv makes of that: 1 + 3 + 3; the rest is weights and C x C.
-    assert 7 * picture < kept_bytes(layer, x) < 7.2 * picture
+    assert 7 * image < kept_bytes(layer, x) < 7.2 * image
     # Normalised queries and keys, the copies that a product over heads takes, and the attended values come on top.
-    assert kept_bytes(straightforward, layer, x) > 10 * picture
+    assert kept_bytes(straightforward, layer, x) > 10 * image
 
 
 @pytest.mark.parametrize("size", [(2, 3), (6, 7)], ids=["fewer pixels than channels", "more"])
@@ -73,7 +73,7 @@ def test_channels_of_zeros_have_no_similarity_and_finite_gradients():
     assert queries.grad.isfinite().all()
 
 
-def test_means_of_parts_of_the_picture_average_to_those_of_the_whole():
+def test_means_of_parts_of_the_image_average_to_those_of_the_whole():
     parts = torch.randn(4, 2, 3, 6, 8)  # queries and keys of two heads
     whole, left, right = (PixelMeans()(*part) for part in (parts, parts[..., :2], parts[..., 2:]))
     assert whole.shape == (2, 2, 3, 5)

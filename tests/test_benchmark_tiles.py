@@ -34,7 +34,7 @@ def test_rows_hold_the_laws_of_what_they_compare(tiny_nafnet, eval_dir):
     first, rows = benchmark_tiles.measure(benchmark_tiles.load(args), str(eval_dir), args)
     assert (first[0]["pictures"], rows[0]["pictures"]) == (1, 2)
     by_choice = {(row["tile"], row["pooling"]): row for row in rows}
-    # Untiled, or in one tile: the same picture. The rest differs.
+    # Untiled, or in one tile: the same image. The rest differs.
     for choice in ((None, "picture"), (48, "tile"), (48, "picture")):
         assert by_choice[choice]["lowest_psnr_to_untiled"] == PSNR_CAP_DB
         assert by_choice[choice]["psnr_to_target_less_untiled"] == 0
@@ -53,12 +53,12 @@ def test_launched_it_writes_tables_and_measures_memory(tiny_nafnet, eval_dir, tm
     assert done.returncode == 0, done.stderr
     (rows,) = json.loads((tmp_path / "tiles.json").read_text())["results"].values()
     assert [row["pooling"] for row in rows] == ["picture", "tile", "picture"]
-    assert "| 32 / 16 | picture, 1 pass |" in (tmp_path / "tiles.md").read_text()
+    assert "| 32 / 16 | image, 1 pass |" in (tmp_path / "tiles.md").read_text()
     done = run(*common, "--memory", "1500x900", "--memory_pooling", "tile")
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "tiles-memory-1500x900.json").read_text())
     assert row["picture_and_result_bytes"] == 2 * 3 * 4 * 1500 * 900
-    # The picture lies there when the peak is reached; of a tile of the tiny network there are some dozens of MB.
+    # The image lies there when the peak is reached; of a tile of the tiny network there are some dozens of MB.
     assert 0 < row["peak_bytes"] - row["peak_bytes_before_the_picture"] - row["picture_and_result_bytes"] < 1e9
 
 

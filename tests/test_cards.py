@@ -32,7 +32,7 @@ RESULT = AdaptedNetwork(
     base="someone/nafnet",
     base_revision="abc123",
     is_adapter=True,
-    pictures={"before_after.png": "input, restored, target", "contribution.png": "ranks"},
+    images={"before_after.png": "input, restored, target", "contribution.png": "ranks"},
 )
 
 

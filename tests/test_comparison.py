@@ -1,4 +1,4 @@
-"""Pictures stand side by side in their order, with their captions, in a file of bounded size."""
+"""Images stand side by side in their order, with their captions, in a file of bounded size."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def plain(height, width, *colour):
     return torch.tensor(colour).float().view(3, 1, 1).expand(3, height, width)
 
 
-def test_pictures_stand_in_their_order_under_their_captions(tmp_path):
+def test_images_stand_in_their_order_under_their_captions(tmp_path):
     path = tmp_path / "below" / "a.jpg"
     save_comparison([plain(200, 300, 1, 0, 0), plain(200, 300, 0, 0, 1)], ["input", "restored"], path, srgb())
     with Image.open(path) as opened:

@@ -20,7 +20,7 @@ def photo(size=64):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stronger_settings_change_the_picture_more(name):
+def test_stronger_settings_change_the_image_more(name):
     (degradation,) = (each for each in default_degradations() if each.name == name.split()[-1])
     changes = [
         (degradation.apply(photo(), **setting(name, strength, seed=1)) - photo()).square().mean().item()
@@ -37,7 +37,7 @@ def test_settings_are_what_the_degradations_draw():
         setting("fog", 0.5, seed=1)
 
 
-def test_the_sheet_shows_clean_pictures_first_and_the_recipes_last():
+def test_the_sheet_shows_clean_images_first_and_the_recipes_last():
     recipe = RandomOrderDegradation().draw(torch.Generator().manual_seed(3))
     sheet = np.asarray(draw_contact_sheet(photo(), [recipe, []]))
     clean = np.asarray(to_pil(photo()))

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Pictures this small only wait for threads, badly so beside other work."""
+    """Images this small only wait for threads, badly so beside other work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -21,10 +21,10 @@ TINY_RESTORMER = {"width": 8, "blocks": (1, 2, 1, 1), "refinement": 2}
 COMMAND = [sys.executable, "-m", "colora_peft.models.convert_official"]
 VARIANTS = {
     "NAFNet": (nafnet_shapes, TINY_NAFNET),
-    "NAFNet of grey pictures": (nafnet_shapes, {**TINY_NAFNET, "num_channels": 1}),
+    "NAFNet of grey images": (nafnet_shapes, {**TINY_NAFNET, "num_channels": 1}),
     "Restormer": (restormer_shapes, TINY_RESTORMER),
     "Restormer for denoising": (restormer_shapes, {**TINY_RESTORMER, "norm_bias": False}),
-    "Restormer of grey pictures": (
+    "Restormer of grey images": (
         restormer_shapes, {**TINY_RESTORMER, "norm_bias": False, "num_channels": 1, "num_output_channels": 1}),
     "Restormer of dual pixels": (restormer_shapes, {**TINY_RESTORMER, "num_channels": 6, "dual_pixel": True}),
     "Restormer with all else": (restormer_shapes, {**TINY_RESTORMER, "bias": True, "heads": (2, 1, 8, 4), "ffn": 2}),
@@ -192,7 +192,7 @@ def plain_pickle(path):
     path.write_bytes(pickle.dumps({"params": Evil()}, protocol=2))
 
 
-def a_picture(path):
+def an_image(path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4)
 
 
@@ -210,7 +210,7 @@ def truncated(path):
 
 
 @pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors"])
-@pytest.mark.parametrize("spoil", [plain_pickle, a_picture, text, nothing, truncated])
+@pytest.mark.parametrize("spoil", [plain_pickle, an_image, text, nothing, truncated])
 def test_files_that_are_no_checkpoint_are_refused(spoil, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spoil(tmp_path / name)

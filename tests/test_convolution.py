@@ -22,7 +22,7 @@ KERNELS = {
 each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 
 
-def picture(height=40, width=33):
+def sample_image(height=40, width=33):
     return np.random.default_rng(0).random((3, height, width), np.float32)
 
 
@@ -33,7 +33,7 @@ def plain(image, kernel, mode):
 @each_kernel
 @pytest.mark.parametrize(("border", "mode"), [(cv2.BORDER_REFLECT_101, "mirror"), (cv2.BORDER_WRAP, "grid-wrap")])
 def test_convolution_is_the_plain_sum(kernel, border, mode):
-    image = picture()
+    image = sample_image()
     before = image.copy()
     filtered = convolve(image, kernel, border)
     assert filtered.dtype == np.float32 and filtered.flags["C_CONTIGUOUS"]
@@ -42,8 +42,8 @@ def test_convolution_is_the_plain_sum(kernel, border, mode):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 5)])
-def test_pictures_smaller_than_the_kernel_are_reflected_as_often_as_it_takes(size):
-    image = picture(*size)
+def test_images_smaller_than_the_kernel_are_reflected_as_often_as_it_takes(size):
+    image = sample_image(*size)
     kernel = KERNELS["path"]
     np.testing.assert_allclose(convolve(image, kernel), plain(image, kernel, "mirror"), atol=1e-6, rtol=0)
 
@@ -60,6 +60,6 @@ def test_blocks_hold_every_tap_once_and_are_summed_directly(kernel):
 
 @pytest.mark.parametrize("sigma_px", [0.01, 0.3, 1.0, 3.0])
 def test_a_round_gaussian_is_separable(sigma_px):
-    image = picture()
+    image = sample_image()
     whole = convolve(image, gaussian_kernel(sigma_px, sigma_px, 0))
     np.testing.assert_allclose(convolve_separably(image, gaussian_weights(sigma_px)), whole, atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""Clean pictures come back unharmed from folders and datasets, and every culprit is listed or replaced."""
+"""Clean images come back unharmed from folders and datasets, and every culprit is listed or replaced."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from test_pairs import save
 from torch.utils.data import DataLoader
 
 from colora_peft.data.patches import DegradedPatches, StepSampler, collate, random_patch, sample_generator
-from colora_peft.data.sources import HubPictures, ImageFiles, check_pictures, first_usable, read_cell
+from colora_peft.data.sources import HubImages, ImageFiles, check_images, first_usable, read_cell
 from colora_peft.images.reading import as_float, list_images, read_image
 from colora_peft.prod import RandomOrderDegradation
 
@@ -32,7 +32,7 @@ def test_the_cache_returns_what_the_file_holds(tmp_path):
         assert torch.equal(files[index], first[index]) and files[index].dtype == torch.uint8
 
 
-def test_what_was_made_of_a_cached_picture_may_be_written_to(tmp_path):
+def test_what_was_made_of_a_cached_image_may_be_written_to(tmp_path):
     files = ImageFiles([save(tmp_path / "a.png")])
     expected = read_image(tmp_path / "a.png")
     for _ in range(3):
@@ -75,23 +75,23 @@ def test_check_lists_every_culprit_by_name(tmp_path, monkeypatch):
         save(tmp_path / "flat.png", 15, 40),
         save(tmp_path / "thin.png", 40, 9),
     ]
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     paths += [tmp_path / "text.png", tmp_path / "gone.png"]
-    with pytest.raises(ValueError, match="^Of 5 pictures 4 cannot be used") as error:
-        check_pictures(ImageFiles(paths), 16)
+    with pytest.raises(ValueError, match="^Of 5 images 4 cannot be used") as error:
+        check_images(ImageFiles(paths), 16)
     for culprit in (
         "flat.png is 40x15 pixels, smaller than the patch of 16; lower --resolution",
         "thin.png is 9x40 pixels",
-        "text.png cannot be read as a picture (unknown format); replace",
+        "text.png cannot be read as an image (unknown format); replace",
         "gone.png cannot be read (No such file",
     ):
         assert culprit in str(error.value)
     assert "good.png" not in str(error.value)
-    check_pictures(ImageFiles(paths[:1]), 16)
+    check_images(ImageFiles(paths[:1]), 16)
     # Pillow's guard against bombs is no OSError.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"good\.png cannot be read as a picture \(.*bomb"):
-        check_pictures(ImageFiles(paths[:1]), 16)
+    with pytest.raises(ValueError, match=r"good\.png cannot be read as an image \(.*bomb"):
+        check_images(ImageFiles(paths[:1]), 16)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -101,29 +101,29 @@ def test_check_finds_half_a_file_whose_header_is_whole(tmp_path, suffix):
     half.write_bytes(data[: len(data) // 2] if suffix != "tif" else data[:-100])
     if suffix == "jpg":
         assert Image.open(half).size == (64, 64)
-    with pytest.raises(ValueError, match=rf"^Of 2 pictures 1 cannot be used.*half\.{suffix} cannot be read") as error:
-        check_pictures(ImageFiles([good, half]), 16)
+    with pytest.raises(ValueError, match=rf"^Of 2 images 1 cannot be used.*half\.{suffix} cannot be read") as error:
+        check_images(ImageFiles([good, half]), 16)
     assert "good" not in str(error.value)
 
 
 def test_check_fills_the_cache(tmp_path):
     path = save(tmp_path / "a.png")
     files, expected = ImageFiles([path]), read_image(path)
-    check_pictures(files, 10)
+    check_images(files, 10)
     path.unlink()
     assert torch.equal(as_float(files[0]), expected)
 
 
 @pytest.mark.parametrize(("count", "shown"), [(100, False), (101, True)])
 def test_check_shows_a_bar_when_it_takes_long(tmp_path, capsys, count, shown):
-    check_pictures(ImageFiles([save(tmp_path / "a.png")] * count), 10)
-    assert ("checking pictures" in capsys.readouterr().err) == shown
+    check_images(ImageFiles([save(tmp_path / "a.png")] * count), 10)
+    assert ("checking images" in capsys.readouterr().err) == shown
 
 
 def test_long_lists_of_culprits_are_cut_and_counted(tmp_path):
     paths = [tmp_path / f"{index:02}.png" for index in range(30)]
-    with pytest.raises(ValueError, match=r"^Of 30 pictures 30 .*19\.png cannot be read.*\. There are 10 more\.$"):
-        check_pictures(ImageFiles(paths), 1)
+    with pytest.raises(ValueError, match=r"^Of 30 images 30 .*19\.png cannot be read.*\. There are 10 more\.$"):
+        check_images(ImageFiles(paths), 1)
 
 
 # Every kind of file
@@ -150,16 +150,16 @@ def dataset_of(folder):
 
 def test_files_of_every_kind_are_the_same_from_a_folder_and_a_dataset(tmp_path):
     paths = list_images(kinds(tmp_path))
-    files, rows = ImageFiles(paths), HubPictures(dataset_of(tmp_path), "photo")
+    files, rows = ImageFiles(paths), HubImages(dataset_of(tmp_path), "photo")
     assert len(files) == len(rows) == 5
     for index, path in enumerate(paths):
         for image in (files[index], rows[index], files[index]):
             assert torch.equal(as_float(image), read_image(path))
             assert image.dtype == (torch.float32 if path.stem == "deep" else torch.uint8)
-    check_pictures(rows, 16)
+    check_images(rows, 16)
 
 
-def test_a_patch_cropped_from_8_bits_is_bitwise_that_of_the_float_picture(tmp_path):
+def test_a_patch_cropped_from_8_bits_is_bitwise_that_of_the_float_image(tmp_path):
     paths = list_images(kinds(tmp_path))
     for index, path in enumerate(paths):
         for seed in range(4):
@@ -173,19 +173,19 @@ def test_a_patch_cropped_from_8_bits_is_bitwise_that_of_the_float_picture(tmp_pa
 def test_a_dataset_that_does_not_fit_is_refused(tmp_path):
     rows = dataset_of(kinds(tmp_path))
     with pytest.raises(ValueError, match=r"none is called image; name it by --image_column"):
-        HubPictures(rows, "image")
+        HubImages(rows, "image")
     with pytest.raises(ValueError, match="`label` holds Value.*not images"):
-        HubPictures(rows, "label")
+        HubImages(rows, "label")
     with pytest.raises(ValueError, match="split is empty"):
-        HubPictures(rows.select([]), "photo")
-    with pytest.raises(ValueError, match="^Of 5 pictures 5 cannot be used. row 0 is 16x16 pixels, smaller"):
-        check_pictures(HubPictures(rows, "photo"), 17)
+        HubImages(rows.select([]), "photo")
+    with pytest.raises(ValueError, match="^Of 5 images 5 cannot be used. row 0 is 16x16 pixels, smaller"):
+        check_images(HubImages(rows, "photo"), 17)
 
 
 def test_folders_below_are_searched_where_asked_for(tmp_path):
     for name in ("b.png", "a/z.png", "a/deep/er/c.png", ".hidden/d.png", "a/.e.png"):
         save(tmp_path / name)
-    (tmp_path / "a" / "notes.txt").write_text("not a picture")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
     found = [str(path.relative_to(tmp_path)) for path in list_images(tmp_path, nested=True)]
     assert found == ["a/deep/er/c.png", "a/z.png", "b.png"]
     assert [path.name for path in list_images(tmp_path)] == ["b.png"]
@@ -201,11 +201,11 @@ def spoilt(folder, count=8, bad=(2, 5)):
     return ImageFiles(paths)
 
 
-def patches(pictures, share=0.5):
-    return DegradedPatches(pictures, RandomOrderDegradation(), 9, seed=3, max_skipped_share=share)
+def patches(images, share=0.5):
+    return DegradedPatches(images, RandomOrderDegradation(), 9, seed=3, max_skipped_share=share)
 
 
-def test_a_bad_picture_is_replaced_by_another_and_the_others_stay_as_they_were(tmp_path):
+def test_a_bad_image_is_replaced_by_another_and_the_others_stay_as_they_were(tmp_path):
     whole, some_bad = patches(spoilt(tmp_path / "good", bad=())), patches(spoilt(tmp_path / "bad"))
     replaced = []
     for number in range(24):
@@ -217,7 +217,7 @@ def test_a_bad_picture_is_replaced_by_another_and_the_others_stay_as_they_were(t
             assert "skipped" not in sample
             assert torch.equal(sample["pixel_values"], whole[number]["pixel_values"])
     assert len(replaced) == 6
-    again = patches(ImageFiles(some_bad.pictures.paths))
+    again = patches(ImageFiles(some_bad.images.paths))
     for number in reversed(range(24)):
         assert torch.equal(again[number]["pixel_values"], some_bad[number]["pixel_values"])
         assert again[number].get("skipped") == some_bad[number].get("skipped")
@@ -234,7 +234,7 @@ def test_workers_replace_alike(tmp_path):
         assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["skipped"] == other["skipped"]
 
 
-def test_pictures_too_small_are_replaced_as_well(tmp_path):
+def test_images_too_small_are_replaced_as_well(tmp_path):
     paths = [save(tmp_path / "small.png", 8, 30), save(tmp_path / "large.png", 16, 16)]
     dataset = patches(ImageFiles(paths))
     reasons = {reason for number in range(4) for reason in dataset[number].get("skipped", ())}
@@ -242,7 +242,7 @@ def test_pictures_too_small_are_replaced_as_well(tmp_path):
 
 
 def test_nothing_usable_is_an_error_that_names_what_was_tried(tmp_path):
-    with pytest.raises(ValueError, match=r"None of 9 pictures drawn can be used\. .*\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"None of 9 images drawn can be used\. .*\.png cannot be read"):
         patches(spoilt(tmp_path, count=3, bad=(0, 1, 2)))[0]
     with pytest.raises(ValueError, match="None of 0"):
         first_usable([], 1)
@@ -265,7 +265,7 @@ class Flaky(fsspec.AbstractFileSystem):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A cell of an address, the pauses made in reading it, and the picture behind it."""
+    """A cell of an address, the pauses made in reading it, and the image behind it."""
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     path, pauses = save(tmp_path / "a.png"), []
     Flaky.content, Flaky.failures = path.read_bytes(), []
@@ -278,7 +278,7 @@ class OfTheClient(Exception):
 
 
 @pytest.mark.parametrize("failures", [[], [TimeoutError()], [OfTheClient("503"), ConnectionResetError()]])
-def test_a_server_that_comes_back_gives_the_picture(server, failures):
+def test_a_server_that_comes_back_gives_the_image(server, failures):
     cell, pauses, expected = server
     Flaky.failures = [*failures]
     assert torch.equal(as_float(read_cell(cell, "row 3")), expected)
@@ -286,7 +286,7 @@ def test_a_server_that_comes_back_gives_the_picture(server, failures):
 
 
 @pytest.mark.parametrize("failure", [TimeoutError(), OfTheClient("503"), PermissionError("no"), ValueError("no json")])
-def test_a_server_that_stays_away_stops_the_run_and_no_other_picture_is_taken(server, failure):
+def test_a_server_that_stays_away_stops_the_run_and_no_other_image_is_taken(server, failure):
     cell, pauses, expected = server
     Flaky.failures = [failure] * 3
     with pytest.raises(ConnectionError, match=r"a\.png of row 3 cannot be read .*, tried 3 times; resume the run"):
@@ -294,21 +294,21 @@ def test_a_server_that_stays_away_stops_the_run_and_no_other_picture_is_taken(se
     assert pauses == [1, 4]
 
 
-def test_what_is_gone_or_damaged_for_good_is_a_bad_picture(server):
+def test_what_is_gone_or_damaged_for_good_is_a_bad_image(server):
     cell, pauses, expected = server
     Flaky.failures = [FileNotFoundError("404")]
     other = ("row 4", lambda: expected)
     _, name, reasons = first_usable([("row 3", lambda: read_cell(cell, "row 3")), other], 1)
     assert name == "row 4" and "a.png of row 3 is not there" in reasons[0]
     Flaky.content = b"<html>"
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
         read_cell(cell, "row 3")
     assert pauses == []
 
 
 @pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}])
-def test_an_empty_cell_is_a_missing_picture(cell):
-    with pytest.raises(ValueError, match="picture of row 3 is missing"):
+def test_an_empty_cell_is_a_missing_image(cell):
+    with pytest.raises(ValueError, match="image of row 3 is missing"):
         read_cell(cell, "row 3")
 
 
@@ -318,7 +318,7 @@ def test_an_empty_cell_is_a_missing_picture(cell):
 def test_a_fingerprint_follows_names_and_sizes_and_not_the_place(tmp_path):
     folder = kinds(tmp_path / "one")
     before = ImageFiles(list_images(folder)).fingerprint
-    assert before.startswith("5 clean pictures, ")
+    assert before.startswith("5 clean images, ")
     shutil.copytree(folder, tmp_path / "two")
     assert ImageFiles(list_images(tmp_path / "two")).fingerprint == before
     found = {before}
@@ -331,14 +331,14 @@ def test_a_fingerprint_follows_names_and_sizes_and_not_the_place(tmp_path):
     assert len(found) == 4
 
 
-def test_a_fingerprint_of_a_dataset_follows_its_pictures_and_not_the_date(tmp_path):
+def test_a_fingerprint_of_a_dataset_follows_its_images_and_not_the_date(tmp_path):
     file = tmp_path / "photos.parquet"
     dataset_of(kinds(tmp_path / "kinds")).to_parquet(file)
 
     def fingerprint(rows=None):
         options = {"data_files": str(file), "split": "train", "cache_dir": str(tmp_path / "cache")}
         split = datasets.load_dataset("parquet", **options)
-        return HubPictures(split if rows is None else split.select(rows), "photo").fingerprint
+        return HubImages(split if rows is None else split.select(rows), "photo").fingerprint
 
     before = fingerprint()
     os.utime(file, (1, 1))
@@ -346,12 +346,12 @@ def test_a_fingerprint_of_a_dataset_follows_its_pictures_and_not_the_date(tmp_pa
     assert len({before, fingerprint([1, 0, 2, 3, 4]), fingerprint([0, 1, 2, 3])}) == 3
 
 
-def test_a_fingerprint_of_pictures_that_a_dataset_only_names_follows_their_sizes(tmp_path):
+def test_a_fingerprint_of_images_that_a_dataset_only_names_follows_their_sizes(tmp_path):
     paths = list_images(kinds(tmp_path / "kinds"))
 
     def fingerprint():
         column = datasets.Dataset.from_dict({"photo": [str(path) for path in paths]})
-        return HubPictures(column.cast_column("photo", datasets.Image()), "photo").fingerprint
+        return HubImages(column.cast_column("photo", datasets.Image()), "photo").fingerprint
 
     before = fingerprint()
     save(paths[1], 20, 20)
@@ -360,5 +360,5 @@ def test_a_fingerprint_of_pictures_that_a_dataset_only_names_follows_their_sizes
 
 def test_a_fingerprint_follows_the_rows_of_a_dataset(tmp_path):
     rows = dataset_of(kinds(tmp_path))
-    whole, again, fewer = (HubPictures(each, "photo").fingerprint for each in (rows, rows, rows.select([0, 2])))
-    assert whole == again != fewer and fewer.startswith("2 clean pictures, ")
+    whole, again, fewer = (HubImages(each, "photo").fingerprint for each in (rows, rows, rows.select([0, 2])))
+    assert whole == again != fewer and fewer.startswith("2 clean images, ")

@@ -78,7 +78,7 @@ def test_a_disc_has_the_spread_of_its_diameter():
 
 
 @pytest.mark.parametrize("shake_deg", [0, 30, 90])
-def test_motion_stays_registered_with_the_clean_picture(shake_deg):
+def test_motion_stays_registered_with_the_clean_image(shake_deg):
     for seed in range(5):
         centre, _ = second_moments(motion_kernel(20.0, 37.0 * seed, shake_deg, seed))
         assert np.abs(centre).max() < 0.01

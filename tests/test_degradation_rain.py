@@ -9,7 +9,7 @@ from test_degradations import RAIN
 from colora_peft.prod import GaussianBlur, Rain
 
 
-def picture(height=48, width=61, seed=0):
+def sample_image(height=48, width=61, seed=0):
     """Smooth waves and some texture, in all of [0, 1]."""
     y, x = torch.meshgrid(torch.linspace(0, 6, height), torch.linspace(0, 9, width), indexing="ij")
     waves = torch.stack([torch.sin(x + c) * torch.cos(y - c) for c in range(3)]) * 0.45 + 0.5
@@ -26,7 +26,7 @@ def mean_slopes(image):
 
 
 def test_rain_moves_every_pixel_towards_the_brightness_of_water():
-    image = picture()
+    image = sample_image()
     rainy = Rain().apply(image, **RAIN)
     change, way = rainy - image, RAIN["brightness"] - image
     assert (change * way >= 0).all()
@@ -78,7 +78,7 @@ def test_streaks_of_rain_have_the_length_they_were_given():
 
 
 def streaks(**changes):
-    """The veil of rain alone: white water, black picture, one layer unless told."""
+    """The veil of rain alone: white water, black image, one layer unless told."""
     settings = {**RAIN, "layers": 1, "opacity": 1.0, "brightness": 1.0, **changes}
     return Rain().apply(grey(0.0, 256), **settings)[0]
 

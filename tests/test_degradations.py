@@ -29,7 +29,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def picture(height=48, width=61, seed=0):
+def sample_image(height=48, width=61, seed=0):
     """Smooth waves and some texture, in all of [0, 1]."""
     y, x = torch.meshgrid(torch.linspace(0, 6, height), torch.linspace(0, 9, width), indexing="ij")
     waves = torch.stack([torch.sin(x + c) * torch.cos(y - c) for c in range(3)]) * 0.45 + 0.5
@@ -62,7 +62,7 @@ def spread(plane):
 
 @each
 def test_the_result_is_an_image_and_the_input_is_left_alone(degradation):
-    image = picture()
+    image = sample_image()
     before = image.clone()
     for seed in range(6):
         result = degradation.apply(image, **degradation.draw(generator(seed)))
@@ -76,7 +76,7 @@ def test_the_result_is_an_image_and_the_input_is_left_alone(degradation):
 
 @each
 def test_parameters_are_a_recipe_that_survives_json(degradation):
-    image = picture()
+    image = sample_image()
     for seed in range(4):
         parameters = degradation.draw(generator(seed))
         assert degradation.draw(generator(seed)) == parameters
@@ -92,9 +92,9 @@ def test_other_generators_draw_other_parameters(degradation):
 
 
 @each
-def test_pictures_smaller_than_the_kernels_are_fine(degradation):
+def test_images_smaller_than_the_kernels_are_fine(degradation):
     for seed in range(6):
-        result = degradation.apply(picture(5, 3), **degradation.draw(generator(seed)))
+        result = degradation.apply(sample_image(5, 3), **degradation.draw(generator(seed)))
         assert result.shape == (3, 5, 3)
         assert result.isfinite().all()
 
@@ -140,7 +140,7 @@ def test_choices_are_drawn_as_often_as_they_say():
 
 
 def test_the_weakest_setting_is_the_identity():
-    image = picture()
+    image = sample_image()
     noise = {"shot_share": 0.5, "colour_correlation": 0.3, "seed": 1}
     assert torch.equal(GaussianBlur().apply(image, sigma_x_px=0, sigma_y_px=0, angle_deg=30), image)
     assert torch.equal(Noise().apply(image, std_255=0, **noise), image)
@@ -148,7 +148,7 @@ def test_the_weakest_setting_is_the_identity():
     assert torch.equal(Rain().apply(image, **{**RAIN, "density": 0}), image)
     assert torch.equal(MotionBlur().apply(image, length_px=0, angle_deg=0, shake_deg=50, seed=1), image)
     finest = JPEG().apply(image, quality=100, subsample_chroma=False)
-    # Rounding to whole YCbCr levels and back, the worst pixel of a picture with saturated colours.
+    # Rounding to whole YCbCr levels and back, the worst pixel of an image with saturated colours.
     assert (finest - image).abs().max() <= 5 / 255
     assert (finest - image).abs().mean() <= 1 / 255
 
@@ -157,9 +157,9 @@ def test_the_weakest_setting_is_the_identity():
 
 
 @pytest.mark.parametrize("degradation", [GaussianBlur(), MotionBlur()], ids=lambda degradation: degradation.name)
-def test_blurs_keep_constant_pictures_and_the_mean(degradation):
+def test_blurs_keep_constant_images_and_the_mean(degradation):
     flat = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1).expand(3, 40, 40)
-    image = picture(96, 96)
+    image = sample_image(96, 96)
     for seed in range(4):
         parameters = degradation.draw(generator(seed))
         torch.testing.assert_close(degradation.apply(flat, **parameters), flat.contiguous(), atol=1e-5, rtol=0)
@@ -176,7 +176,7 @@ def test_sigma_zero_leaves_its_axis_alone():
 
 
 def test_longer_motion_blurs_more():
-    image = picture()
+    image = sample_image()
     left = [sum(mean_slopes(MotionBlur().apply(image, length, 20, 20, seed=4))) for length in (2.0, 6.0, 18.0)]
     assert left[0] > left[1] > left[2]
 
@@ -259,7 +259,7 @@ def test_noise_of_neighbouring_pixels_is_independent_and_depends_on_the_seed():
 @pytest.mark.parametrize("subsample_chroma", [False, True])
 @pytest.mark.parametrize("quality", [10, 60, 95])
 def test_jpeg_is_what_pillow_writes(quality, subsample_chroma):
-    image = picture()
+    image = sample_image()
     buffer = io.BytesIO()
     pixels = (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=2 if subsample_chroma else 0)
@@ -271,7 +271,7 @@ def test_jpeg_is_what_pillow_writes(quality, subsample_chroma):
 
 
 def test_jpeg_error_falls_with_quality_and_without_subsampling():
-    image = picture()
+    image = sample_image()
     errors = [(JPEG().apply(image, quality, True) - image).square().mean() for quality in (10, 30, 60, 95)]
     assert errors == sorted(errors, reverse=True)
     assert (JPEG().apply(image, 95, False) - image).square().mean() < errors[-1]

@@ -1,4 +1,4 @@
-"""PSNR over whole pictures, and the pictures that are shown."""
+"""PSNR over whole images, and the images that are shown."""
 
 import math
 
@@ -23,7 +23,7 @@ class Shift(nn.Module):
 
 
 class Pairs:
-    """Grey pictures of 12 x 16; input and target differ by `gaps[index]`."""
+    """Grey images of 12 x 16; input and target differ by `gaps[index]`."""
 
     def __init__(self, gaps, level=0.2):
         self.gaps = gaps
@@ -42,7 +42,7 @@ def run(model, pairs):
     return evaluate(model, pairs, torch.device("cpu"), "test")
 
 
-def test_psnr_is_the_mean_over_the_pictures():
+def test_psnr_is_the_mean_over_the_images():
     # Levels of 8 bits, so that rounding changes nothing: the input is 51, the targets 102 and 153, the output 76.
     scores = run(Shift(25 / 255), Pairs([51 / 255, 102 / 255]))
     psnr, of_input = ([20 * math.log10(255 / gap) for gap in gaps] for gaps in ((26, 77), (51, 102)))
@@ -79,13 +79,13 @@ def test_modes_come_back_after_an_error():
 @pytest.mark.parametrize(
     ("length", "count", "shown"), [(9, 3, [0, 4, 8]), (5, 5, [0, 1, 2, 3, 4]), (2, 4, [0, 1]), (4, 1, [0])]
 )
-def test_shown_pictures_are_spread_over_the_set(length, count, shown):
+def test_shown_images_are_spread_over_the_set(length, count, shown):
     rows = restore_some(Shift(0.1), Pairs([index / 100 for index in range(length)]), count)
     gaps = [(target - degraded).mean().item() * 100 for degraded, _, target in rows]
     assert gaps == pytest.approx(shown, abs=1e-3)
 
 
-def test_shown_pictures_are_restored_and_in_range():
+def test_shown_images_are_restored_and_in_range():
     ((degraded, restored, target),) = restore_some(Shift(0.9), Pairs([0.5]), 1)
     assert degraded.shape == restored.shape == target.shape == (3, 12, 16)
     assert torch.equal(restored, torch.ones(3, 12, 16))  # 0.2 + 0.9, clamped

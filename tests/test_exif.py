@@ -11,7 +11,7 @@ from PIL import Image
 from colora_peft.images.exif import Entry, block_entries, block_of_tiff, integers, pack_directory, upright
 
 ORIENTATION, EXIF, GPS = 0x0112, 0x8769, 0x8825
-THUMBNAIL = b"\xff\xd8 the picture as it was \xff\xd9"
+THUMBNAIL = b"\xff\xd8 the image as it was \xff\xd9"
 
 
 def block(order="<", orientation=6, thumbnail=None):

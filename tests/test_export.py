@@ -19,7 +19,7 @@ FORMATS = ["onnx", "torch_export"]
 
 
 class Pads(nn.Module):
-    """What matters of a restoration network: padding to a stride, pooling over the picture, skips."""
+    """What matters of a restoration network: padding to a stride, pooling over the image, skips."""
 
     def __init__(self):
         super().__init__()
@@ -38,13 +38,13 @@ def network(make=Pads):
     return make().eval()
 
 
-def run_file(path, pictures):
+def run_file(path, images):
     if path.suffix == ".onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(["reconstruction"], {"pixel_values": pictures.numpy()})[0])
-    return torch.export.load(path).module()(pictures)
+        return torch.from_numpy(session.run(["reconstruction"], {"pixel_values": images.numpy()})[0])
+    return torch.export.load(path).module()(images)
 
 
 def metadata_of(path):
@@ -72,7 +72,7 @@ OTHER_SIZES = [(1, 3, 32, 32), (1, 3, 201, 55), (4, 3, 33, 80)]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_file_restores_pictures_of_sizes_that_nobody_checked(form, tmp_path):
+def test_the_file_restores_images_of_sizes_that_nobody_checked(form, tmp_path):
     model, path = network(), path_of(tmp_path, form)
     checks = export_network(model, path, ExportSettings(form, metadata={"task": "rain"}))
     assert_file_restores_as(path, model, OTHER_SIZES)
@@ -87,7 +87,7 @@ def test_the_file_restores_pictures_of_sizes_that_nobody_checked(form, tmp_path)
 
 
 class Mirrors(Pads):
-    """Pads by reflection, and otherwise where pictures are too small for that: a trace holds one of both."""
+    """Pads by reflection, and otherwise where images are too small for that: a trace holds one of both."""
 
     def forward(self, x):
         if min(x.shape[-2:]) >= 8:
@@ -102,7 +102,7 @@ class Large(Pads):
 
 
 @pytest.mark.parametrize("make", [Mirrors, Large])
-def test_a_file_that_is_not_right_for_small_pictures_says_so(make, tmp_path):
+def test_a_file_that_is_not_right_for_small_images_says_so(make, tmp_path):
     path = tmp_path / "network.pt2"
     checks = export_network(network(make), path, ExportSettings("torch_export"))
     assert metadata_of(path)["size"] == "any of at least 64 pixels a side"

@@ -145,7 +145,7 @@ def test_hugging_face_dataset_gives_the_same_as_folders(flags, train_dir, eval_d
         dataset = datasets.Dataset.from_dict(columns)
         for side in columns:
             dataset = dataset.cast_column(side, datasets.Image())
-        dataset = dataset.map(lambda row: row)  # reads the files, so that the parquet file holds the pictures
+        dataset = dataset.map(lambda row: row)  # reads the files, so that the parquet file holds the images
         dataset.to_parquet(folder / f"{split}-00000.parquet")
     from_folders = metrics_of(run(*flags))
     from_dataset = metrics_of(
@@ -171,7 +171,7 @@ def other_size(folder: Path) -> None:
 
 
 def unreadable(folder: Path) -> None:
-    (folder / "input" / "scene0.png").write_bytes(b"no picture")
+    (folder / "input" / "scene0.png").write_bytes(b"no image")
 
 
 def too_small(folder: Path) -> None:
@@ -187,7 +187,7 @@ def missing(folder: Path) -> None:
     ("spoil", "culprit"),
     [
         (orphan, "scene1"),
-        (empty, "holds no pictures"),
+        (empty, "holds no images"),
         (other_size, "scene2"),
         (unreadable, "scene0.png"),
         (too_small, "scene1.*20x48"),

@@ -25,7 +25,7 @@ from colora_peft import CoLoRAConfig
 from colora_peft.hub.loading import create_hub_repo, push_folder
 from colora_peft.hub.networks import load_backbone
 
-PICTURE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def new_adapter(base: nn.Module, seed: int = 0) -> PeftModel:
 
 def output(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(PICTURE).reconstruction
+        return model(IMAGE).reconstruction
 
 
 @pytest.fixture
@@ -117,8 +117,8 @@ def test_another_process_pulls_it_into_an_empty_cache_and_again_offline(hub, bas
 import torch, colora_peft
 model = colora_peft.load("someone/adapter")
 with torch.no_grad():
-    picture = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model(picture).reconstruction, torch.tensor({output(model).tolist()}))
+    image = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(image).reconstruction, torch.tensor({output(model).tolist()}))
 """
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     offline = {**environment, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -411,10 +411,10 @@ def test_only_results_are_pushed(hub, adapter_files, tmp_path):
         (folder / name).write_bytes(content)
     assert push_folder(folder, create_hub_repo("run")) == hub.repos["someone/run"].branches["main"]
     assert hub.repos["someone/run"].files_of().keys() == {".gitattributes", *adapter_files}
-    for picture in ("../secret.png", "missing.png"):
+    for image in ("../secret.png", "missing.png"):
         (tmp_path / "secret.png").write_bytes(b"mine")
-        (folder / "README.md").write_text(f"![a picture]({picture})")
-        with pytest.raises(ValueError, match=f"shows {picture}"):
+        (folder / "README.md").write_text(f"![an image]({image})")
+        with pytest.raises(ValueError, match=f"shows {image}"):
             push_folder(folder, "someone/run")
     with pytest.raises(ValueError, match="no adapter and no network"):
         push_folder(tmp_path / "run" / "checkpoint-4", "someone/run")

@@ -14,9 +14,9 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from colora_peft.images.image_file import read_picture
+from colora_peft.images.image_file import read_image_file
 from colora_peft.images.reading import (
-    PICTURE_FORMATS,
+    IMAGE_FORMATS,
     _oriented,
     decode_image,
     from_pil,
@@ -81,17 +81,17 @@ def exif_bytes(orientation):
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "ICNS"])
 def test_only_the_kinds_that_are_named_are_opened_whatever_a_file_is_called(tmp_path, kind):
     Image.new("RGB", (32, 32), "teal").save(tmp_path / "a.png", kind)  # of EPS Pillow would start Ghostscript
-    for read in (read_image, read_picture):
-        with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture \(unknown format\)"):
+    for read in (read_image, read_image_file):
+        with pytest.raises(ValueError, match=r"a\.png cannot be read as an image \(unknown format\)"):
             read(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kind", [*PICTURE_FORMATS, "MPO"])
+@pytest.mark.parametrize("kind", [*IMAGE_FORMATS, "MPO"])
 def test_all_kinds_that_are_named_are_opened(tmp_path, kind):
     first = Image.new("RGB", (32, 32), "teal")
     more = {"save_all": True, "append_images": [Image.new("RGB", (32, 32), "red")]} if kind == "MPO" else {}
     first.save(tmp_path / "a.png", kind, **more)
-    for image in (read_image(tmp_path / "a.png"), read_picture(tmp_path / "a.png").colour):
+    for image in (read_image(tmp_path / "a.png"), read_image_file(tmp_path / "a.png").colour):
         torch.testing.assert_close(
             image, torch.tensor([0, 128, 128])[:, None, None].expand(3, 32, 32) / 255, atol=0.02, rtol=0
         )
@@ -138,7 +138,7 @@ def test_orientations_of_16_bit_files(tmp_path, orientation, channels):
 
 @pytest.mark.parametrize("exif", [b"garbage", b"II*\0\xff\xff\xff\0", b"II*\0\x08\0\0\0\x05\0\x12\x01"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path, dtype, exif):
+def test_damaged_exif_is_no_reason_to_refuse_an_image(tmp_path, dtype, exif):
     pixels = random_pixels(dtype, 3)
     (tmp_path / "a.png").write_bytes(png_bytes(pixels, 2, (b"eXIf", exif)))
     with warnings.catch_warnings():
@@ -263,11 +263,11 @@ def write_truncated(path, pixels):
 def test_a_truncated_file_is_refused_by_name(tmp_path, name, dtype):
     pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (64, 64, 3), dtype=dtype)
     write_truncated(tmp_path / name, pixels)
-    with pytest.raises(ValueError, match=rf"{name} cannot be read as a picture.*replace or remove it"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as an image.*replace or remove it"):
         read_image(tmp_path / name)
 
 
-def test_damaged_bytes_give_a_picture_or_a_value_error_and_nothing_else():
+def test_damaged_bytes_give_an_image_or_a_value_error_and_nothing_else():
     refused = 0
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -297,10 +297,10 @@ def test_damaged_bytes_give_a_picture_or_a_value_error_and_nothing_else():
     [(b"<html>not found</html>", "unknown format"), (b"", "unknown format")],
     ids=["html", "empty"],
 )
-def test_what_is_not_a_picture_is_refused_by_name(tmp_path, content, reason):
+def test_what_is_not_an_image_is_refused_by_name(tmp_path, content, reason):
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"photo\.jpg cannot be read as a picture \({reason}\)"):
+    with pytest.raises(ValueError, match=rf"photo\.jpg cannot be read as an image \({reason}\)"):
         read_image(path)
 
 
@@ -333,7 +333,7 @@ def test_16_bit_layouts_that_would_come_out_wrong_are_refused(tmp_path):
             read_image(tmp_path / name)
 
 
-def test_a_picture_too_large_to_be_true_is_refused_by_name(tmp_path, monkeypatch):
+def test_an_image_too_large_to_be_true_is_refused_by_name(tmp_path, monkeypatch):
     Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"bomb\.png cannot be read.*decompression bomb"):
@@ -343,7 +343,7 @@ def test_a_picture_too_large_to_be_true_is_refused_by_name(tmp_path, monkeypatch
 # Folders
 
 
-def test_pictures_are_listed_by_name_and_nothing_else_is(tmp_path):
+def test_images_are_listed_by_name_and_nothing_else_is(tmp_path):
     for name in ("b.png", "a.JPG", "c.tiff", "notes.txt", "._a.jpg", ".hidden.png"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
@@ -355,15 +355,15 @@ def test_a_missing_and_an_empty_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*elsewhere"):
         list_images(tmp_path / "elsewhere")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds no pictures.*\.png.*not searched\.$"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no images.*\.png.*not searched\.$"):
         list_images(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.ENOENT, ValueError), (errno.EIO, OSError), (errno.EMFILE, OSError)]
 )
-def test_a_disk_that_fails_makes_no_bad_picture(tmp_path, monkeypatch, number, kind):
-    """A bad picture is replaced by another; what may be read again tomorrow must not be, or no run resumes exactly."""
+def test_a_disk_that_fails_makes_no_bad_image(tmp_path, monkeypatch, number, kind):
+    """A bad image is replaced by another; what may be read again tomorrow must not be, or no run resumes exactly."""
 
     def fail(_path):
         raise OSError(number, os.strerror(number))

@@ -17,7 +17,7 @@ def test_three_kills_change_nothing(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["kills"]) == 3 and report["left"] == []
     assert set(map(len, report["different_tensors"].values())) == {0}
-    # Mid-epoch (16 pictures, 2 a step, a checkpoint every 3 steps) and past the first one.
+    # Mid-epoch (16 images, 2 a step, a checkpoint every 3 steps) and past the first one.
     assert report["kills"][-1]["last_checkpoint"] > 8
 
 

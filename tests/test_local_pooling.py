@@ -52,7 +52,7 @@ def test_sliding_mean_of_a_large_half_precision_map_is_accurate():
 def adapted():
     model = get_peft_model(tiny_nafnet(), CoLoRAConfig(ranks=2))
 
-    class Pictures(nn.Module):  # `trained` wants a tensor
+    class Images(nn.Module):  # `trained` wants a tensor
         def __init__(self):
             super().__init__()
             self.model = model
@@ -61,14 +61,14 @@ def adapted():
             return self.model(x).reconstruction
 
     with torch.enable_grad():
-        trained(Pictures(), torch.rand(1, 3, 16, 16))
+        trained(Images(), torch.rand(1, 3, 16, 16))
     return model.eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [tiny_nafnet, adapted])
 @pytest.mark.parametrize("size", [(40, 56), (37, 50)])
-def test_a_window_as_large_as_the_picture_is_the_network_itself(make, size):
+def test_a_window_as_large_as_the_image_is_the_network_itself(make, size):
     model, x = make(), torch.rand(1, 3, *size)
     whole = model(x).reconstruction
     with local_pooling(model, window=max(size)):

@@ -26,7 +26,7 @@ def test_psnr_of_a_constant_error_is_known():
     assert psnr(restored, target).item() == pytest.approx(10 * math.log10(255**2 / 50), abs=1e-3)
 
 
-def test_pictures_are_judged_one_by_one_and_in_order():
+def test_images_are_judged_one_by_one_and_in_order():
     restored, target = noisy_pair()
     for metric in (psnr, ssim):
         together = metric(restored, target)
@@ -63,7 +63,7 @@ def test_ssim_equals_scikit_image(size):
         assert ours[i].item() == pytest.approx(theirs, abs=1e-5)
 
 
-def test_ssim_of_two_flat_pictures_is_the_luminance_term():
+def test_ssim_of_two_flat_images_is_the_luminance_term():
     x, y = 51 / 255, 204 / 255
     expected = (2 * x * y + 1e-4) / (x * x + y * y + 1e-4)
     assert ssim(torch.full((1, 3, 12, 12), x), torch.full((1, 3, 12, 12), y)).item() == pytest.approx(

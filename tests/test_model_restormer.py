@@ -41,8 +41,8 @@ def adapted(bare, **settings):
 
 def batches(count=1):
     generator = torch.Generator().manual_seed(0)
-    pictures = [torch.rand(2, 3, 16, 16, generator=generator) for _ in range(count)]
-    return [{"pixel_values": 0.3 + 0.5 * picture, "labels": picture} for picture in pictures]
+    images = [torch.rand(2, 3, 16, 16, generator=generator) for _ in range(count)]
+    return [{"pixel_values": 0.3 + 0.5 * image, "labels": image} for image in images]
 
 
 @torch.no_grad()

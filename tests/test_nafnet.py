@@ -1,4 +1,4 @@
-"""NAFNet: official names, any picture size, and the same function as a few independent lines."""
+"""NAFNet: official names, any image size, and the same function as a few independent lines."""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""Reflection beyond the edges of a picture, however far."""
+"""Reflection beyond the edges of an image, however far."""
 
 import math
 
@@ -11,7 +11,7 @@ from colora_peft.inference.padding import pad_to_multiple, reflected_indices
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 6), (1, 5), (9, 16)])
 @pytest.mark.parametrize("multiple", [1, 2, 8])
-def test_padding_keeps_the_picture_and_adds_what_is_in_it(size, multiple):
+def test_padding_keeps_the_image_and_adds_what_is_in_it(size, multiple):
     x = torch.rand(2, 3, *size)
     padded = pad_to_multiple(x, multiple)
     height, width = padded.shape[-2:]
@@ -22,7 +22,7 @@ def test_padding_keeps_the_picture_and_adds_what_is_in_it(size, multiple):
 
 
 def check_reflection(pad, height, width):
-    """That `pad(pictures, 8)` mirrors, and goes back and forth where the picture ends."""
+    """That `pad(images, 8)` mirrors, and goes back and forth where the image ends."""
     x = torch.rand(1, 2, height, width)
     padded, expected = pad(x, 8), x
     for dim, size in ((2, height), (3, width)):

@@ -28,7 +28,7 @@ def save_pairs(folder, *names, **size):
 
 
 class NumberedPairs:
-    """Pairs whose pictures hold their own index."""
+    """Pairs whose images hold their own index."""
 
     def __init__(self, count):
         self.names = [f"scene {index}" for index in range(count)]
@@ -81,7 +81,7 @@ def test_missing_and_empty_sides_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*target"):
         PairedImageFolder(str(tmp_path))
     (tmp_path / "target").mkdir()
-    with pytest.raises(ValueError, match="target holds no pictures"):
+    with pytest.raises(ValueError, match="target holds no images"):
         PairedImageFolder(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_hub_dataset_gives_its_pairs_with_all_their_bits():
     assert split.features["input"].decode  # the caller's dataset is as it was
 
 
-def test_a_hub_dataset_may_hold_pillow_pictures_or_paths(tmp_path):
+def test_a_hub_dataset_may_hold_pillow_images_or_paths(tmp_path):
     path = save(tmp_path / "a.png")
     image = Image.open(path)
     split = Dataset.from_dict(
@@ -158,7 +158,7 @@ def test_a_hub_dataset_may_hold_pillow_pictures_or_paths(tmp_path):
 def test_hub_rows_that_cannot_be_used_are_named():
     good = png(np.zeros((8, 8, 3), np.uint8))
     pairs = PairedHubDataset(hub_split([good, good[:60], None]))
-    with pytest.raises(ValueError, match="picture of row 1, input cannot be read.*picture of row 2, input is missing"):
+    with pytest.raises(ValueError, match="image of row 1, input cannot be read.*image of row 2, input is missing"):
         check_pairs(pairs, 8, "the training patch")
     other = Dataset.from_dict(
         {

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from colora_peft.data.patches import (
+    DegradedImages,
     DegradedPatches,
-    DegradedPictures,
     PairedPatches,
     StepSampler,
     random_patch,
@@ -20,7 +20,7 @@ from colora_peft.prod import RandomOrderDegradation
 OFFSET = 0.25
 
 
-def picture(index, height=20, width=26):
+def sample_image(index, height=20, width=26):
     generator = torch.Generator().manual_seed(index)
     return torch.rand(3, height, width, generator=generator) / 2
 
@@ -36,20 +36,20 @@ class AlignedPairs:
         return len(self.names)
 
     def __getitem__(self, index):
-        degraded = picture(index, *self.size)
+        degraded = sample_image(index, *self.size)
         degraded[0] = index
         return degraded, degraded + OFFSET
 
 
-class Pictures:
+class Images:
     def __len__(self):
         return 5
 
     def __getitem__(self, index):
-        return picture(index)
+        return sample_image(index)
 
     def name(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
 
 def paired(seed=1, **kwargs):
@@ -57,11 +57,11 @@ def paired(seed=1, **kwargs):
 
 
 def degraded(seed=1):
-    return DegradedPatches(Pictures(), RandomOrderDegradation(), resolution=16, seed=seed)
+    return DegradedPatches(Images(), RandomOrderDegradation(), resolution=16, seed=seed)
 
 
-def test_pictures_to_evaluate_on_are_the_same_whenever_asked_for():
-    pairs, again = (DegradedPictures(Pictures(), RandomOrderDegradation(), resolution=16) for _ in range(2))
+def test_images_to_evaluate_on_are_the_same_whenever_asked_for():
+    pairs, again = (DegradedImages(Images(), RandomOrderDegradation(), resolution=16) for _ in range(2))
     assert len(pairs) == len(pairs.names) == 5
     first = [pairs[index] for index in range(5)]
     for index in (3, 0, 3, 4):
@@ -112,7 +112,7 @@ def test_workers_change_nothing(make):
         assert_same(alone, shared)
 
 
-def test_an_epoch_visits_every_picture_once_each_time_in_another_order():
+def test_an_epoch_visits_every_image_once_each_time_in_another_order():
     patches = paired(count=7)
     orders = [
         tuple(int(patches[epoch * 7 + position]["pixel_values"][0, 0, 0]) for position in range(7))
@@ -122,7 +122,7 @@ def test_an_epoch_visits_every_picture_once_each_time_in_another_order():
     assert len(set(orders)) > 3
 
 
-def test_a_picture_looks_different_in_every_epoch():
+def test_an_image_looks_different_in_every_epoch():
     patches = paired(count=1)
     looks = {tuple(patches[epoch]["pixel_values"].flatten().tolist()) for epoch in range(10)}
     # There are 5 * 11 places and 8 symmetries: two of ten may well be the same.
@@ -141,7 +141,7 @@ def test_the_target_of_prod_is_the_clean_patch():
     differing = 0
     for number in range(10):
         sample = patches[number]
-        windows = torch.stack([picture(index) for index in range(5)]).unfold(2, 16, 1).unfold(3, 16, 1)
+        windows = torch.stack([sample_image(index) for index in range(5)]).unfold(2, 16, 1).unfold(3, 16, 1)
         windows = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 16, 16)
         turned = [torch.rot90(sample["labels"], turns, (1, 2)) for turns in range(4)]
         views = [*turned, *(view.flip(2) for view in turned)]
@@ -162,9 +162,9 @@ def test_all_eight_symmetries_and_all_places_occur_equally_often():
     assert all(abs(count - 100) < 50 for count in places.values())
 
 
-def test_a_patch_may_be_the_whole_picture():
-    (patch,) = random_patch((picture(0, 16, 16),), 16, sample_generator(0), "a")
-    assert torch.equal(patch.flatten().sort().values, picture(0, 16, 16).flatten().sort().values)
+def test_a_patch_may_be_the_whole_image():
+    (patch,) = random_patch((sample_image(0, 16, 16),), 16, sample_generator(0), "a")
+    assert torch.equal(patch.flatten().sort().values, sample_image(0, 16, 16).flatten().sort().values)
 
 
 def test_generators_depend_on_every_number_of_their_key():
@@ -198,17 +198,17 @@ def test_steps_consume_consecutive_numbers_from_zero():
 # Bad input
 
 
-def test_a_picture_smaller_than_the_patch_is_named():
+def test_an_image_smaller_than_the_patch_is_named():
     patches = paired(count=1, size=(20, 15))
     with pytest.raises(ValueError, match=r"pair scene 0 is 15x20 pixels, smaller than the patch of 16.*--resolution"):
         patches[0]
-    patches = DegradedPatches(Pictures(), RandomOrderDegradation(), resolution=21, seed=0)
-    with pytest.raises(ValueError, match=r"picture \d is 26x20 pixels, smaller than the patch of 21"):
+    patches = DegradedPatches(Images(), RandomOrderDegradation(), resolution=21, seed=0)
+    with pytest.raises(ValueError, match=r"image \d is 26x20 pixels, smaller than the patch of 21"):
         patches[0]
 
 
 @pytest.mark.parametrize(
-    ("count", "resolution", "seed", "culprit"), [(0, 16, 0, "no pictures"), (3, 0, 0, "got 0"), (3, 16, -1, "got -1")]
+    ("count", "resolution", "seed", "culprit"), [(0, 16, 0, "no images"), (3, 0, 0, "got 0"), (3, 16, -1, "got -1")]
 )
 def test_impossible_settings_are_refused(count, resolution, seed, culprit):
     with pytest.raises(ValueError, match=culprit):

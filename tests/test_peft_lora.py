@@ -36,10 +36,10 @@ def test_adapts_all_layers_without_groups_and_those_alone():
 
 def test_begins_as_the_network_was_and_counts_its_parameters():
     network = tiny_nafnet().eval()
-    bare, picture = copy.deepcopy(network), torch.rand(1, 3, 32, 32)
+    bare, image = copy.deepcopy(network), torch.rand(1, 3, 32, 32)
     model = add_peft_lora(network, 0.3)
     with torch.no_grad():
-        torch.testing.assert_close(model(picture).reconstruction, bare(picture).reconstruction, rtol=0, atol=0)
+        torch.testing.assert_close(model(image).reconstruction, bare(image).reconstruction, rtol=0, atol=0)
     sizes = trained_parameters(model)
     everything = sum(p.numel() for p in bare.parameters())
     assert sizes["trainable_ratio_of_model"] == pytest.approx(sizes["trainable_parameters"] / everything)

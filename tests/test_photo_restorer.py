@@ -70,17 +70,15 @@ def test_the_same_is_not_done_twice_and_old_results_go(restorer, photo, monkeypa
     assert not first.result.exists() and restorer.restore_file(photo, "haze", 1.0) is not first
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("note.txt", b"no picture"), ("fake.png", b"no picture"), ("x.png", b"")]
-)
-def test_what_is_no_picture_is_refused_by_name_without_its_folder(restorer, tmp_path, name, content):
+@pytest.mark.parametrize(("name", "content"), [("note.txt", b"no image"), ("fake.png", b"no image"), ("x.png", b"")])
+def test_what_is_no_image_is_refused_by_name_without_its_folder(restorer, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{name} cannot be read as a picture") as caught:
+    with pytest.raises(ValueError, match=f"^{name} cannot be read as an image") as caught:
         restorer.restore_file(tmp_path / name, "haze", 1.0)
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_half_a_picture_is_refused_without_its_folder(restorer, photo):
+def test_half_an_image_is_refused_without_its_folder(restorer, photo):
     photo.write_bytes(photo.read_bytes()[:1500])
     with pytest.raises(ValueError, match="^holiday.png cannot be read") as caught:
         restorer.restore_file(photo, "haze", 1.0)
@@ -89,7 +87,7 @@ def test_half_a_picture_is_refused_without_its_folder(restorer, photo):
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(restorer, tmp_path, monkeypatch):
     Image.new("RGB", (200, 60)).save(tmp_path / "large.png")
-    monkeypatch.setattr(module, "read_picture", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(module, "read_image_file", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"large.png has 0.0 million pixels \(200 x 60\); this page takes up to 0.01"):
         restorer.restore_file(tmp_path / "large.png", "haze", 1.0)
 

@@ -1,4 +1,4 @@
-"""Read and written without a change, a picture is what it was: pixels to the bit, and all that describes it."""
+"""Read and written without a change, an image is what it was: pixels to the bit, and all that describes it."""
 
 import io
 import warnings
@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from test_exif import block, read
 from test_icc_profiles import profile, srgb
+from test_image_formats import pixels
 from test_images import png_bytes
-from test_picture_formats import pixels
 
-from colora_peft.images.image_file import read_picture, write_picture
+from colora_peft.images.image_file import read_image_file, write_image_file
 from colora_peft.images.reading import read_image
 
 HEIGHT, WIDTH = 13, 17
@@ -37,10 +37,10 @@ def write_source(path, dtype=np.uint8, channels=3, **metadata):
 
 def rewritten(path, suffix=None, change=None, **settings):
     """The file that comes out where the network is `change`, by default the identity, and the notes."""
-    picture = read_picture(path)
+    image = read_image_file(path)
     result = path.with_name(f"result{suffix or path.suffix}")
-    restored = picture.colour if change is None else change(picture.colour)
-    return result, write_picture(result, restored, picture, **settings)
+    restored = image.colour if change is None else change(image.colour)
+    return result, write_image_file(result, restored, image, **settings)
 
 
 # Pixels
@@ -54,7 +54,7 @@ def test_the_identity_gives_the_same_file_to_the_bit(tmp_path, dtype, channels, 
         return  # a kind of file that Pillow does not read
     path = write_source(tmp_path / f"a{suffix}", dtype, channels)
     result, notes = rewritten(path)
-    before, after = read_picture(path), read_picture(result)
+    before, after = read_image_file(path), read_image_file(result)
     assert torch.equal(after.colour, before.colour) and notes == ()
     assert (after.opacity is None) == (before.opacity is None) == (channels in (1, 3))
     assert after.opacity is None or torch.equal(after.opacity, before.opacity)
@@ -69,16 +69,16 @@ def test_an_exact_webp_stays_exact_and_another_does_not_become_one(tmp_path):
     for exact in (True, False):
         path = write_source(tmp_path / "a.webp", channels=4, lossless=exact, exact=True)
         result, notes = rewritten(path, quality=30)
-        assert torch.equal(read_picture(result).colour, read_picture(path).colour) == exact
-        assert read_picture(result).is_lossless_webp == exact and notes == ()
+        assert torch.equal(read_image_file(result).colour, read_image_file(path).colour) == exact
+        assert read_image_file(result).is_lossless_webp == exact and notes == ()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_pictures_come_out_upright(tmp_path, orientation):
+def test_turned_images_come_out_upright(tmp_path, orientation):
     path = write_source(tmp_path / "a.png", exif=block(orientation=orientation))
     result, _ = rewritten(path)
     assert torch.equal(read_image(result), read_image(path))
-    assert read(read_picture(result).exif)[0][0x0112] == 1
+    assert read(read_image_file(result).exif)[0][0x0112] == 1
 
 
 def test_the_opacity_is_put_back_and_colours_below_it_are_restored(tmp_path):
@@ -97,7 +97,7 @@ def test_multiplied_in_opacity_is_divided_out(tmp_path, dtype):
     multiplied = straight.copy()
     multiplied[..., :3] = np.round(straight[..., :3].astype(float) * straight[..., 3:] / limit)
     tifffile.imwrite(tmp_path / "a.tif", multiplied, photometric="rgb", extrasamples=["assocalpha"])
-    colour = read_picture(tmp_path / "a.tif").colour.permute(1, 2, 0).numpy() * limit
+    colour = read_image_file(tmp_path / "a.tif").colour.permute(1, 2, 0).numpy() * limit
     np.testing.assert_allclose(colour, straight[..., :3], atol=2.1)
 
 
@@ -115,11 +115,11 @@ def test_grey_is_the_mean_of_the_channels_or_on_demand_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
-def test_pictures_of_any_shape(tmp_path, size):
+def test_images_of_any_shape(tmp_path, size):
     Image.fromarray(pixels(np.uint8, 3, *size)).save(tmp_path / "a.png")
     for suffix in (".png", ".tif", ".jpg"):
         result, _ = rewritten(tmp_path / "a.png", suffix)
-        assert read_picture(result).colour.shape[1:] == size
+        assert read_image_file(result).colour.shape[1:] == size
 
 
 # What describes the pixels
@@ -139,14 +139,14 @@ def test_exif_profile_and_resolution_survive_from_every_format_to_every_other(tm
         assert opened.info["icc_profile"] == srgb() and opened.size == (HEIGHT, WIDTH)
         if ".webp" not in (source, suffix):
             assert opened.info["dpi"] == pytest.approx((300, 300), abs=0.02)
-    own, below, position = read(read_picture(result).exif)
+    own, below, position = read(read_image_file(result).exif)
     before = read(block())
     assert (own[271], own[315], own.get(0x0112, 1)) == ("Canon", "Ann", 1) and position == before[2]
     assert below == before[1] | {40962: HEIGHT, 40963: WIDTH}
 
 
 def test_a_tiff_without_a_resolution_gets_none(tmp_path):
-    assert read_picture(write_source(tmp_path / "a.tif")).dpi is None
+    assert read_image_file(write_source(tmp_path / "a.tif")).dpi is None
 
 
 def test_old_exif_of_imagemagick_is_read(tmp_path):
@@ -156,8 +156,8 @@ def test_old_exif_of_imagemagick_is_read(tmp_path):
     lines = "\n".join(text[start : start + 72] for start in range(0, len(text), 72))
     info.add_text("Raw profile type exif", f"\nexif\n{len(text) // 2:8d}\n{lines}\n")
     path = write_source(tmp_path / "a.png", pnginfo=info)
-    assert read_picture(path).colour.shape[1:] == (WIDTH, HEIGHT)
-    assert read(read_picture(path).exif)[0][271] == "Canon"
+    assert read_image_file(path).colour.shape[1:] == (WIDTH, HEIGHT)
+    assert read(read_image_file(path).exif)[0][271] == "Canon"
 
 
 # What does not survive is said
@@ -198,12 +198,12 @@ def test_cmyk_becomes_rgb_without_its_profile(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
-def test_of_several_pictures_the_first_is_taken(tmp_path, suffix):
+def test_of_several_images_the_first_is_taken(tmp_path, suffix):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     lossless = {"lossless": True} if suffix == ".webp" else {}
     frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:], **lossless)
     result, notes = rewritten(tmp_path / f"a{suffix}")
-    assert notes == ("only the first picture of several in the file was restored",)
+    assert notes == ("only the first image of several in the file was restored",)
     assert Image.open(result).convert("RGB").getpixel((3, 3)) == (255, 0, 0)
     assert getattr(Image.open(result), "n_frames", 1) == 1
 
@@ -214,9 +214,9 @@ def test_of_several_pictures_the_first_is_taken(tmp_path, suffix):
 def test_the_limit_on_pixels_can_be_raised_and_pillow_s_is_left_alone(tmp_path, monkeypatch):
     path = write_source(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert read_picture(path, max_pixels=HEIGHT * WIDTH).bits == 8
+    assert read_image_file(path, max_pixels=HEIGHT * WIDTH).bits == 8
     with pytest.raises(ValueError, match=r"a\.png cannot be read.*17 x 13 pixels are more than the limit of 220"):
-        read_picture(path, max_pixels=HEIGHT * WIDTH - 1)
+        read_image_file(path, max_pixels=HEIGHT * WIDTH - 1)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
@@ -224,24 +224,24 @@ def test_the_limit_on_pixels_can_be_raised_and_pillow_s_is_left_alone(tmp_path, 
 def test_half_a_file_and_a_text_are_named(tmp_path, suffix):
     path = write_source(tmp_path / f"a{suffix}")
     path.write_bytes(path.read_bytes()[: -path.stat().st_size // 3])
-    with pytest.raises(ValueError, match=rf"a\{suffix} cannot be read as a picture"):
-        read_picture(path)
-    path.write_text("no picture")
-    with pytest.raises(ValueError, match=rf"a\{suffix} cannot be read as a picture \(unknown format\)"):
-        read_picture(path)
+    with pytest.raises(ValueError, match=rf"a\{suffix} cannot be read as an image"):
+        read_image_file(path)
+    path.write_text("no image")
+    with pytest.raises(ValueError, match=rf"a\{suffix} cannot be read as an image \(unknown format\)"):
+        read_image_file(path)
 
 
-def test_a_refused_picture_leaves_the_old_file_and_nothing_else(tmp_path):
-    picture = read_picture(write_source(tmp_path / "a.png"))
+def test_a_refused_image_leaves_the_old_file_and_nothing_else(tmp_path):
+    image = read_image_file(write_source(tmp_path / "a.png"))
     long = tmp_path / "long.png"
     Image.new("RGB", (20_000, 1)).save(long)
     result = tmp_path / "results" / "a.webp"
     result.parent.mkdir()
     result.write_bytes(b"old")
     with pytest.raises(ValueError, match=r"a\.webp cannot be written as WebP.*choose another format"):
-        write_picture(result, read_picture(long).colour, read_picture(long))
+        write_image_file(result, read_image_file(long).colour, read_image_file(long))
     with pytest.raises(ValueError, match=r"shape \(3, 2, 2\), its source \(3, 13, 17\)"):
-        write_picture(result, torch.zeros(3, 2, 2), picture)
+        write_image_file(result, torch.zeros(3, 2, 2), image)
     assert result.read_bytes() == b"old" and [path.name for path in result.parent.iterdir()] == ["a.webp"]
 
 
@@ -251,4 +251,4 @@ def test_damaged_metadata_warns_in_a_note_and_not_on_the_screen(tmp_path):
     (tmp_path / "a.jpg").write_bytes(buffer.getvalue())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_picture(tmp_path / "a.jpg").notes == ("the EXIF is damaged and was left out",)
+        assert read_image_file(tmp_path / "a.jpg").notes == ("the EXIF is damaged and was left out",)

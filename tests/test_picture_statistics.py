@@ -1,11 +1,11 @@
-"""colora_peft/inference/global_pooling.py: what is gathered tile by tile is the mean over the picture."""
+"""colora_peft/inference/global_pooling.py: what is gathered tile by tile is the mean over the image."""
 
 import pytest
 import torch
 from torch import nn
 
 from colora_peft import restore_image
-from colora_peft.inference.global_pooling import PictureStatistics
+from colora_peft.inference.global_pooling import ImageStatistics
 
 
 class Products(nn.Module):
@@ -29,17 +29,17 @@ class Attention(nn.Module):
 
 
 def cores(x, columns):
-    """Two tiles of 8 x 12 that overlap by 4 columns, and their parts of the picture of 8 x 20."""
+    """Two tiles of 8 x 12 that overlap by 4 columns, and their parts of the image of 8 x 20."""
     return torch.cat([x[..., :12], x[..., 8:]]), [((0, 8), (0, columns)), ((0, 8), (columns - 8, 12))]
 
 
 @pytest.mark.parametrize("columns", [8, 10, 12])
 @torch.no_grad()
-def test_tiles_then_see_the_means_of_the_picture(columns):
+def test_tiles_then_see_the_means_of_the_image(columns):
     model, x = Attention(), torch.rand(1, 3, 8, 20)
     tiles, own = cores(x, columns)
     whole, plain = model(x), model(tiles)
-    statistics = PictureStatistics(model)
+    statistics = ImageStatistics(model)
     with statistics.attached():
         statistics.begin_batch((8, 12), own)
         model(tiles)
@@ -57,7 +57,7 @@ def test_tiles_then_see_the_means_of_the_picture(columns):
 def test_tiles_one_by_one_or_together_are_the_same():
     model, x = Attention(), torch.rand(1, 3, 8, 20)
     tiles, own = cores(x, 10)
-    statistics = PictureStatistics(model)
+    statistics = ImageStatistics(model)
     with statistics.attached():
         for tile, core in zip(tiles.split(1), own, strict=True):
             statistics.begin_batch((8, 12), [core])
@@ -73,7 +73,7 @@ def test_the_first_pass_uses_what_it_has_seen_so_far():
     model, x = nn.AdaptiveAvgPool2d(1), torch.rand(1, 3, 8, 20)
     tiles, own = cores(x, 10)
     parts = x[..., :10].mean((2, 3), keepdim=True), x[..., 10:].mean((2, 3), keepdim=True)
-    statistics = PictureStatistics(model)
+    statistics = ImageStatistics(model)
     with statistics.attached():
         for passes in range(2):
             for number, (tile, core) in enumerate(zip(tiles.split(1), own, strict=True)):
@@ -89,12 +89,12 @@ def test_a_layer_that_is_left_over_and_never_runs_is_left_alone(model):
     x = torch.rand(3, 24, 40)
     expected = restore_image(model, x, tile=24, overlap=8)
     model.left_over = nn.AdaptiveAvgPool2d(1)
-    assert PictureStatistics(model).needed
+    assert ImageStatistics(model).needed
     assert torch.equal(restore_image(model, x, tile=24, overlap=8), expected)
 
 
 def test_layers_of_a_compiled_network_that_are_never_seen_are_an_error():
-    statistics = PictureStatistics(torch.compile(Attention()))
-    assert statistics.needed and not PictureStatistics(nn.Conv2d(3, 3, 1)).needed
+    statistics = ImageStatistics(torch.compile(Attention()))
+    assert statistics.needed and not ImageStatistics(nn.Conv2d(3, 3, 1)).needed
     with pytest.raises(RuntimeError, match="was seen at work, since it is compiled"):
         statistics.finish_pass()

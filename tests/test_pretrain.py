@@ -122,8 +122,8 @@ def too_small(path: Path) -> None:
     Image.new("RGB", (20, 60)).save(path)
 
 
-def no_picture(path: Path) -> None:
-    path.write_bytes(b"no picture")
+def no_image(path: Path) -> None:
+    path.write_bytes(b"no image")
 
 
 def truncated(path: Path) -> None:
@@ -132,9 +132,9 @@ def truncated(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "culprit"), [(too_small, "bad.jpg.*20x60"), (no_picture, "bad.jpg"), (truncated, "bad.jpg")]
+    ("spoil", "culprit"), [(too_small, "bad.jpg.*20x60"), (no_image, "bad.jpg"), (truncated, "bad.jpg")]
 )
-def test_bad_pictures_are_named_and_nothing_is_left_behind(flags, tmp_path, spoil, culprit):
+def test_bad_images_are_named_and_nothing_is_left_behind(flags, tmp_path, spoil, culprit):
     folder = tmp_path / "clean"
     folder.mkdir()
     spoil(folder / "bad.jpg")
@@ -154,12 +154,12 @@ def test_a_missing_train_dir_is_asked_for(tmp_path):
         run("--train_dir", tmp_path, "--streaming", "--output_dir", tmp_path / "out")
 
 
-# --- where the pictures come from -----------------------------------------------------------------------------------
+# --- where the images come from -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def dataset(train_dir, tmp_path):
-    """The pictures of `train_dir` as a local dataset of two parquet files with the column `photo`."""
+    """The images of `train_dir` as a local dataset of two parquet files with the column `photo`."""
     folder = tmp_path / "photos"
     folder.mkdir()
     paths = list_images(train_dir / "input")
@@ -174,7 +174,7 @@ def weights(output_dir, checkpoint=""):
     return load_file(output_dir / checkpoint / "model.safetensors")
 
 
-def test_a_dataset_trains_as_the_folder_of_its_pictures(flags, dataset, tmp_path):
+def test_a_dataset_trains_as_the_folder_of_its_images(flags, dataset, tmp_path):
     of_folder = weights(run(*flags))
     without = flags[2:]
     source = ["--dataset_name", dataset, "--image_column", "photo"]
@@ -199,11 +199,11 @@ def test_a_stream_killed_and_resumed_is_bitwise_the_whole_run(flags, dataset, tm
         name: state[name] for name in ("seconds", "arguments")
     }}  # fmt: skip
     card = (parts / "README.md").read_text()
-    assert "a stream of clean pictures in 2 shards: 4 steps" in card
+    assert "a stream of clean images in 2 shards: 4 steps" in card
 
 
 def corpus(train_dir, folder):
-    """The pictures below two folders, and a bad one."""
+    """The images below two folders, and a bad one."""
     for index, path in enumerate(list_images(train_dir / "input")):
         (folder / f"part{index % 2}").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / f"part{index % 2}" / path.name)
@@ -211,9 +211,9 @@ def corpus(train_dir, folder):
     return folder
 
 
-def test_bad_pictures_that_are_not_searched_for_are_replaced_and_listed(flags, train_dir, tmp_path):
+def test_bad_images_that_are_not_searched_for_are_replaced_and_listed(flags, train_dir, tmp_path):
     folder = corpus(train_dir, tmp_path / "corpus")
-    with pytest.raises(ValueError, match="Of 6 pictures 1 cannot be used.*bad.jpg"):
+    with pytest.raises(ValueError, match="Of 6 images 1 cannot be used.*bad.jpg"):
         run(*flags, "--train_dir", folder)
     lazily = [*flags, "--train_dir", folder, "--check_pictures", "never"]
     output_dir = run(*lazily)
@@ -231,11 +231,11 @@ def test_a_changed_folder_is_refused_on_resume_unless_allowed(flags, train_dir, 
     shutil.rmtree(output_dir / "checkpoint-4")
     next((folder / "part1").iterdir()).unlink()
     resume = [*command, "--resume_from_checkpoint", "latest"]
-    with pytest.raises(ValueError, match=r"\(5 clean pictures, .* \(4 clean pictures, .*--allow_changed_dataset"):
+    with pytest.raises(ValueError, match=r"\(5 clean images, .* \(4 clean images, .*--allow_changed_dataset"):
         run(*resume)
     run(*resume, "--allow_changed_dataset")
     state = json.loads((output_dir / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["dataset"].startswith("4 clean pictures")
+    assert state["dataset"].startswith("4 clean images")
 
 
 def test_a_checkpoint_without_a_fingerprint_goes_on(flags, tmp_path):
@@ -269,7 +269,7 @@ def test_two_processes_share_a_stream_of_unequal_shards_and_resume_exactly(flags
     assert done.returncode == 0, done.stderr[-3000:]
     positions = json.loads((whole / "checkpoint-4" / "trainer_state.json").read_text())["positions"]
     assert len(positions) == 2
-    assert all(epoch in (2, 3) for epoch, *_ in positions)  # eight pictures each, of two or three an epoch
+    assert all(epoch in (2, 3) for epoch, *_ in positions)  # eight images each, of two or three an epoch
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoint-4")
     done = launch_two(*command, "--output_dir", parts, "--resume_from_checkpoint", "latest")
@@ -279,11 +279,11 @@ def test_two_processes_share_a_stream_of_unequal_shards_and_resume_exactly(flags
 
 
 @pytest.mark.slow
-def test_processes_without_a_picture_end_the_run_together(flags, dataset, tmp_path):
+def test_processes_without_an_image_end_the_run_together(flags, dataset, tmp_path):
     single = ["--dataset_name", dataset / "single.parquet", "--image_column", "photo", "--streaming"]
     datasets.load_dataset(str(dataset), split="train").select([0]).to_parquet(dataset / "single.parquet")
     done = launch_two(*flags[2:], *single)
     assert done.returncode != 0
-    assert "The dataset has no picture for process 1 of 2" in done.stderr
+    assert "The dataset has no image for process 1 of 2" in done.stderr
     assert "Process 1 of 2 failed, so this one stops, too" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -97,7 +97,7 @@ def test_steps_are_applied_in_the_order_of_the_recipe():
     assert RandomOrderDegradation(POOL).apply(torch.zeros(3, 1, 1), recipe).unique().item() == 312
 
 
-def test_the_empty_recipe_leaves_the_picture_alone():
+def test_the_empty_recipe_leaves_the_image_alone():
     image = torch.rand(3, 8, 8, generator=generator())
     assert torch.equal(RandomOrderDegradation().apply(image, []), image)
 

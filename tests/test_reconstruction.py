@@ -20,12 +20,12 @@ class Halves(nn.Module):
         return F.interpolate(self.conv(x), scale_factor=2)
 
 
-def pictures(*size):
+def images(*size):
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_network_of_even_sizes_restores_odd_ones_as_the_even_ones_around_them():
-    network, x = Halves(), pictures(7, 9)
+    network, x = Halves(), images(7, 9)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 6, 8\) for inputs of shape \(2, 3, 7, 9\)"):
         reconstruct(network, x)
     network.size_multiple = 2
@@ -50,7 +50,7 @@ def test_the_multiple_is_found_through_wrappers():
 
 def test_a_network_that_enlarges_is_told_what_to_do():
     with pytest.raises(ValueError, match="must keep the shape. It enlarges 2 times: .*`upscale=1`.*loss of your own"):
-        reconstruct(tiny_swin2sr(), pictures(16, 12))
+        reconstruct(tiny_swin2sr(), images(16, 12))
 
 
 def test_a_network_that_returns_something_else_is_named():
@@ -59,7 +59,7 @@ def test_a_network_that_returns_something_else_is_named():
             return x, x
 
     with pytest.raises(TypeError, match="Pair returned tuple.*`reconstruction`"):
-        reconstruct(Pair(), pictures(4, 4))
+        reconstruct(Pair(), images(4, 4))
 
 
 def test_the_multiple_is_found_in_a_compiled_and_in_a_shared_out_network():

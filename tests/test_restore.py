@@ -13,14 +13,14 @@ from conftest import EXAMPLES, load_example
 from PIL import Image
 from test_exif import block
 from test_icc_profiles import srgb
+from test_image_formats import pixels
 from test_images import png_bytes
-from test_picture_formats import pixels
 from transformers import HfArgumentParser
 
 from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.evaluation.metrics import ssim
-from colora_peft.images.image_file import read_picture
+from colora_peft.images.image_file import read_image_file
 from colora_peft.images.reading import read_image
 
 restore = load_example("restore")
@@ -49,7 +49,7 @@ def weighted():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working directory: photos/ with one picture of each kind, and networks for tests."""
+    """The working directory: photos/ with one image of each kind, and networks for tests."""
     monkeypatch.chdir(tmp_path)
     Path("networks_for_restore.py").write_text(NETWORKS)
     Path("photos/below").mkdir(parents=True)
@@ -78,10 +78,10 @@ def stamps(output_dir="outputs/restored"):
     return {path: path.stat().st_mtime_ns for path in Path(output_dir).rglob("*.png")}
 
 
-def test_the_identity_gives_back_the_same_pictures_with_all_that_describes_them(folder, capsys):
+def test_the_identity_gives_back_the_same_images_with_all_that_describes_them(folder, capsys):
     assert identity() == 0
     for name in ("a.png", "below/deep.png"):
-        source, result = (read_picture(Path(parent, name)) for parent in ("photos", "outputs/restored"))
+        source, result = (read_image_file(Path(parent, name)) for parent in ("photos", "outputs/restored"))
         assert torch.equal(source.colour, result.colour) and source.bits == result.bits
         assert (source.exif, source.icc_profile) == (result.exif, result.icc_profile)
     assert "2 written, 0 kept as they were, 0 failed." in capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_pooling_decides_what_is_kept_and_reaches_the_network(folder, tiny_nafne
     flags = ["--input", "photos/wide.png", "--model_name_or_path", tiny_nafnet, "--tile", 48, "--overlap", 16]
     assert run(*flags) == 0
     means = read_image("outputs/restored/wide.png")
-    with pytest.raises(ValueError, match="pooling was picture, is tile"):
+    with pytest.raises(ValueError, match="pooling was image, is tile"):
         run(*flags, "--pooling", "tile")
     for more in (["--pooling", "tile"], ["--pooling", "local", "--pooling_window", 64]):
         assert run(*flags, *more, "--overwrite") == 0
@@ -164,7 +164,7 @@ def test_pooling_decides_what_is_kept_and_reaches_the_network(folder, tiny_nafne
 
 
 def test_one_bad_file_fails_alone(folder, capsys):
-    Path("photos/bad.png").write_text("no picture")
+    Path("photos/bad.png").write_text("no image")
     shutil.copy("photos/a.png", "photos/half.png")
     Path("photos/half.png").write_bytes(Path("photos/half.png").read_bytes()[:600])
     Path("notes.txt").touch()
@@ -172,7 +172,7 @@ def test_one_bad_file_fails_alone(folder, capsys):
     output = capsys.readouterr().out
     assert "2 written, 0 kept as they were, 3 failed." in output and "Failed: bad.png, half.png, notes.txt." in output
     for reason in (
-        "bad.png cannot be read as a picture (unknown format)",
+        "bad.png cannot be read as an image (unknown format)",
         "half.png cannot be",
         "notes.txt would be of",
     ):
@@ -187,7 +187,7 @@ def test_a_network_that_fails_leaves_nothing_behind(folder, capsys):
     assert not stamps()
 
 
-def test_a_picture_above_the_limit_is_refused_and_the_limit_can_be_raised(folder, capsys):
+def test_an_image_above_the_limit_is_refused_and_the_limit_can_be_raised(folder, capsys):
     assert identity("--max_pixels", 100) == 1
     assert "17 x 13 pixels are more than the limit of 100" in capsys.readouterr().out.replace("13 x 17", "17 x 13")
     assert identity("--max_pixels", 17 * 13) == 0
@@ -213,7 +213,7 @@ def test_figures_are_those_of_the_kept_file_and_without_padding_those_of_the_eva
     assert run(*flags) == 0
     rows, pairs = summary(), PairedImageFolder(eval_dir)
     expected = evaluate(AutoModelForImageToImage.from_pretrained(tiny_nafnet), pairs, torch.device("cpu"), "")
-    for name, value in expected.items():  # pictures of 48 x 48 are one tile, without a border to be extended
+    for name, value in expected.items():  # images of 48 x 48 are one tile, without a border to be extended
         assert np.mean([row[name] for row in rows]) == pytest.approx(value, abs=1e-3)
     output = capsys.readouterr().out
     assert f"{expected['psnr_input']:.2f}" in output.split("mean")[1] and f"{expected['ssim']:.3f}" in output
@@ -317,7 +317,7 @@ def test_mistakes_are_named_and_leave_nothing(folder, flags, said):
 
 
 def test_launched_as_a_user_would(folder, tiny_nafnet):
-    Path("photos/bad.png").write_text("no picture")
+    Path("photos/bad.png").write_text("no image")
     command = [sys.executable, EXAMPLES / "restore.py", "--input", "photos", "--model_name_or_path", tiny_nafnet]
     done = subprocess.run([*map(str, command), "--device", "cpu"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr

@@ -1,4 +1,4 @@
-"""Every picture has one place to go to, and whatever would be lost is refused before anything runs."""
+"""Every image has one place to go to, and whatever would be lost is refused before anything runs."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from colora_peft.restore.plan import plan_jobs
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """photos/ with pictures on two levels, and things that are none."""
+    """photos/ with images on two levels, and things that are none."""
     monkeypatch.chdir(tmp_path)
     for name in ("b.png", "a.JPG", "below/a.JPG", "below/deep/c.tiff", "notes.txt", "._a.jpg", ".thumbs/a.png"):
         path = Path("photos", name)
@@ -83,11 +83,11 @@ def test_targets_are_found_by_path_then_by_stem(photos):
         ValueError, match=r"Several targets have the name of below/deep/c\.tiff: clean/c\.jpg, clean/els"
     ):
         plan("photos", targets="clean")
-    with pytest.raises(ValueError, match="None of the pictures has a target of the same name in clean"):
+    with pytest.raises(ValueError, match="None of the images has a target of the same name in clean"):
         plan("photos/b.png", targets="clean")
 
 
-def test_no_picture_is_measured_against_the_target_of_another(photos):
+def test_no_image_is_measured_against_the_target_of_another(photos):
     for name in ("photos/day/1.png", "photos/night/1.png", "clean/day/1.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
@@ -95,7 +95,7 @@ def test_no_picture_is_measured_against_the_target_of_another(photos):
     assert found["day/1.png"] == "clean/day/1.png" and found["night/1.png"] is None
     Path("clean/1.png").touch()  # of which of the two?
     (Path("clean/day/1.png")).unlink()
-    with pytest.raises(ValueError, match="None of the pictures has a target"):
+    with pytest.raises(ValueError, match="None of the images has a target"):
         plan("photos", targets="clean")
     assert plan("photos/night", targets="clean")[0].target == Path("clean/1.png")
 
@@ -125,7 +125,7 @@ def test_mistakes_are_named(photos, inputs, settings, said):
 
 def test_an_empty_folder_is_named(photos):
     Path("empty").mkdir()
-    with pytest.raises(ValueError, match="The folder empty holds no pictures"):
+    with pytest.raises(ValueError, match="The folder empty holds no images"):
         plan("empty")
 
 

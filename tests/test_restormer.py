@@ -1,4 +1,4 @@
-"""Restormer: official names, any picture size, and the same function as a few independent lines."""
+"""Restormer: official names, any image size, and the same function as a few independent lines."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_impossible_configuration_is_refused(settings, culprit):
         RestormerConfig(**settings)
 
 
-def test_dual_pixel_pictures_have_two_views():
+def test_dual_pixel_images_have_two_views():
     assert RestormerConfig(num_channels=6, dual_pixel=True).num_output_channels == 3
     assert tiny_restormer().skip_conv is None
 
@@ -99,7 +99,7 @@ def reference_block(x, w, heads):
 
 
 def reference_network(x, weights):
-    """For pictures whose sides are multiples of 8."""
+    """For images whose sides are multiples of 8."""
 
     def stage(x, name):
         for i in range(sum(key.startswith(f"{name}.") and key.endswith("temperature") for key in weights)):
@@ -243,7 +243,7 @@ def test_modules_are_registered_in_the_order_in_which_they_run():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torch_export", "onnx"])
-def test_exported_once_it_restores_pictures_of_any_size(form, tmp_path):
+def test_exported_once_it_restores_images_of_any_size(form, tmp_path):
     """One file for all sizes that `export_network` checks; some are fewer pixels than channels at the last level."""
     suffix = ".onnx" if form == "onnx" else ".pt2"
     model = tiny_restormer(num_blocks=(1, 0, 0, 1), num_refinement_blocks=0)  # tracing takes its time

@@ -23,13 +23,13 @@ CASES = {
     "pointwise_padded": (lambda: nn.Conv2d(4, 5, 1, padding=1, stride=2), (2, 4, 3, 3)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1), (1, 2, 3, 2, 4)),
 }
-PICTURES = [name for name, (_, shape) in CASES.items() if len(shape) == 4]
+IMAGES = [name for name, (_, shape) in CASES.items() if len(shape) == 4]
 RANK = 2
 
 
 @pytest.fixture(
-    params=[(name, False) for name in CASES] + [(name, True) for name in PICTURES],
-    ids=[*CASES, *(f"{name}-channels_last" for name in PICTURES)],
+    params=[(name, False) for name in CASES] + [(name, True) for name in IMAGES],
+    ids=[*CASES, *(f"{name}-channels_last" for name in IMAGES)],
 )
 def case(request):
     """(layer, up, down, x) in float64, all of which require gradients."""
@@ -120,7 +120,7 @@ def largest_kept_for_backward(layer, x):
 
 
 def test_a_layer_in_training_keeps_no_weight_for_the_backward_pass():
-    """The memory law: nothing of the weight's size, and nothing of the picture's besides the input."""
+    """The memory law: nothing of the weight's size, and nothing of the image's besides the input."""
     bare, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 16, 16, requires_grad=True)
     layer = adapted(bare, rank=2)
     assert factors_save_time(layer.base_layer, 2, x)
@@ -217,15 +217,15 @@ def test_training_and_evaluation_mode_agree(kind):
 def test_factors_are_trained_alone_only_where_that_pays():
     """Enough work, and few enough multiplications in the factors."""
     wide, thin = nn.Conv2d(256, 512, 1), nn.Conv2d(32, 64, 1)
-    patch, picture = torch.empty(1, 256, 16, 16), torch.empty(4, 256, 32, 32)
-    assert factors_save_time(wide, 12, picture) and not factors_save_time(wide, 12, patch)
-    assert not factors_save_time(wide, 100, picture)
+    patch, image = torch.empty(1, 256, 16, 16), torch.empty(4, 256, 32, 32)
+    assert factors_save_time(wide, 12, image) and not factors_save_time(wide, 12, patch)
+    assert not factors_save_time(wide, 100, image)
     assert not factors_save_time(thin, 1, torch.empty(2, 32, 256, 256))
     strided = nn.Conv2d(256, 512, 2, stride=2)
-    assert factors_save_time(strided, 12, picture) and not factors_save_time(strided, 12, patch)
-    assert not factors_save_time(wide, 12, picture.to(torch.bfloat16))
+    assert factors_save_time(strided, 12, image) and not factors_save_time(strided, 12, patch)
+    assert not factors_save_time(wide, 12, image.to(torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not factors_save_time(wide, 12, picture)
+        assert not factors_save_time(wide, 12, image)
     linear = nn.Linear(256, 512)
     assert factors_save_time(linear, 12, torch.empty(2, 4096, 256))
     assert not factors_save_time(linear, 12, torch.empty(8, 256)) and not factors_save_time(

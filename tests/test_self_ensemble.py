@@ -13,7 +13,7 @@ def test_they_are_the_eight_and_each_can_be_undone():
     assert all(torch.equal(transform.undo(each), x) for transform, each in zip(EIGHT, results, strict=True))
 
 
-def test_a_rectangle_moves_with_the_picture():
+def test_a_rectangle_moves_with_the_image():
     x = torch.arange(20.0).view(1, 1, 4, 5)
     part = x[..., 1:3, 0:4]
     for transform in EIGHT:

@@ -1,15 +1,15 @@
-"""Skipped pictures: counted over all samples, listed once each, too many an error that leaves a checkpoint."""
+"""Skipped images: counted over all samples, listed once each, too many an error that leaves a checkpoint."""
 
 import json
 
 import pytest
 from test_training import Killed, NoisyPatches, assert_equal, nafnet, rows, run
 
-from colora_peft.training.skipped_images import SKIPPED_LOG, SkippedPictures, TooManySkipped
+from colora_peft.training.skipped_images import SKIPPED_LOG, SkippedImages, TooManySkipped
 
 
 class SomeBad(NoisyPatches):
-    """The pictures of some indices are met as bad ones are; at `dies_at` the run is killed."""
+    """The images of some indices are met as bad ones are; at `dies_at` the run is killed."""
 
     def __init__(self, bad=(), share=1.0, dies_at=None):
         super().__init__()
@@ -28,7 +28,7 @@ def state(folder, step):
 
 def test_each_is_listed_once_and_all_samples_count_also_after_a_resume(tmp_path):
     expected = run(tmp_path / "whole", nafnet(), SomeBad([1, 3]), max_train_steps=10)
-    assert state(tmp_path / "whole", 10)["skipped"] == 8  # 20 samples are four epochs of five pictures
+    assert state(tmp_path / "whole", 10)["skipped"] == 8  # 20 samples are four epochs of five images
     listed = rows(tmp_path / "whole", SKIPPED_LOG)
     assert sorted(row["reason"] for row in listed) == ["1.png is bad.", "3.png is bad."]
     assert all(1 <= row["step"] <= 3 for row in listed)
@@ -63,11 +63,11 @@ def test_too_many_stop_the_run_which_goes_on_with_a_larger_share(tmp_path):
     (10, 20, 0.01, False), (11, 20, 0.01, True), (50, 5000, 0.01, False), (51, 5000, 0.01, True), (1, 9, 0.0, True),
 ])  # fmt: skip
 def test_the_share_is_judged_over_a_thousand_samples_at_least(tmp_path, skipped, samples, share, stops):
-    pictures = SkippedPictures(tmp_path, share, writes=False)
-    pictures.add([f"{index}" for index in range(skipped)], step=1)
+    images = SkippedImages(tmp_path, share, writes=False)
+    images.add([f"{index}" for index in range(skipped)], step=1)
     if not stops:
-        pictures.check(samples)
+        images.check(samples)
         return
     with pytest.raises(TooManySkipped, match=f"^{skipped} of {samples} "):
-        pictures.check(samples)
+        images.check(samples)
     assert list(tmp_path.iterdir()) == []

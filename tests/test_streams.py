@@ -14,12 +14,12 @@ from test_training import run as run_training
 from torch.utils.data import DataLoader
 
 from colora_peft.data.patches import StepSampler, collate
-from colora_peft.data.streams import PictureStream, StreamPatches
+from colora_peft.data.streams import ImageStream, StreamPatches
 from colora_peft.prod import RandomOrderDegradation
 
 
 def cell(number, size=12, kind="png"):
-    """A picture file whose red is its number."""
+    """An image file whose red is its number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
     pixels[..., 0] = number
     file = io.BytesIO()
@@ -28,7 +28,7 @@ def cell(number, size=12, kind="png"):
 
 
 def write_shards(folder, *counts, spoil=()):
-    """Parquet files with so many pictures each, numbered through; those in `spoil` end in the middle."""
+    """Parquet files with so many images each, numbered through; those in `spoil` end in the middle."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     for shard, count in enumerate(counts):
@@ -54,7 +54,7 @@ def load(folder):
 
 
 def open_stream(folder, seed=1, block_size=4):
-    return PictureStream(load(folder), "image", seed, block_size)
+    return ImageStream(load(folder), "image", seed, block_size)
 
 
 def patches(folder, max_skipped_share=0.0, **settings):
@@ -68,9 +68,9 @@ def batches(dataset, first, last, size=3, rank=0, world_size=1, workers=0, posit
 
 
 def drawn(folder, count, rank=0, world_size=1, **settings):
-    """(epoch, shard, row) of the first pictures of a process."""
-    pictures = open_stream(folder, **settings).drawn([0, 0, 0, 0], rank, world_size)
-    found = [next(pictures) for _ in range(count)]
+    """(epoch, shard, row) of the first images of a process."""
+    images = open_stream(folder, **settings).drawn([0, 0, 0, 0], rank, world_size)
+    found = [next(images) for _ in range(count)]
     return [(each.epoch, each.cell.shard, each.cell.row) for each in found]
 
 
@@ -84,7 +84,7 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """21 pictures in five shards of unequal size, one of them empty."""
+    """21 images in five shards of unequal size, one of them empty."""
     return write_shards(tmp_path_factory.mktemp("stream"), 7, 5, 0, 6, 3)
 
 
@@ -92,7 +92,7 @@ ALL = {(shard, row) for shard, count in enumerate((7, 5, 0, 6, 3)) for row in ra
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 100])
-def test_an_epoch_visits_every_picture_once_in_an_order_of_its_own(shards, block_size):
+def test_an_epoch_visits_every_image_once_in_an_order_of_its_own(shards, block_size):
     visited = drawn(shards, 63, block_size=block_size)
     epochs = [[place[1:] for place in visited if place[0] == epoch] for epoch in range(3)]
     assert all(sorted(epoch) == sorted(ALL) for epoch in epochs)
@@ -101,7 +101,7 @@ def test_an_epoch_visits_every_picture_once_in_an_order_of_its_own(shards, block
     assert visited != drawn(shards, 63, block_size=block_size, seed=2)
 
 
-def test_a_block_mixes_pictures_of_several_shards(shards):
+def test_a_block_mixes_images_of_several_shards(shards):
     whole = [place[1:] for place in drawn(shards, 21, block_size=100)]
     assert len({shard for shard, _ in whole[:8]}) > 2
     in_order = [place[1:] for place in drawn(shards, 21, block_size=1)]
@@ -139,13 +139,13 @@ def test_workers_change_nothing(shards):
         assert_same(batches(patches(shards), 0, 8, workers=workers), alone)
 
 
-def test_a_sample_depends_on_its_picture_and_epoch_alone(shards):
+def test_a_sample_depends_on_its_image_and_epoch_alone(shards):
     """Whichever process draws it, in whatever blocks."""
 
     def first_epoch(rank, world_size, block_size):
         dataset, stream = patches(shards, block_size=block_size), open_stream(shards, block_size=block_size)
-        pictures = stream.drawn([0, 0, 0, 0], rank, world_size)
-        mine = [each for each in (next(pictures) for _ in range(21)) if each.epoch == 0]
+        images = stream.drawn([0, 0, 0, 0], rank, world_size)
+        mine = [each for each in (next(images) for _ in range(21)) if each.epoch == 0]
         return {(each.cell.shard, each.cell.row): dataset[each]["pixel_values"] for each in mine}
 
     alone = first_epoch(0, 1, 4)
@@ -154,13 +154,13 @@ def test_a_sample_depends_on_its_picture_and_epoch_alone(shards):
     assert all(torch.equal(tensor, shared[place]) for place, tensor in alone.items())
 
 
-def test_bad_pictures_are_replaced_by_others_of_the_block_and_named(tmp_path):
+def test_bad_images_are_replaced_by_others_of_the_block_and_named(tmp_path):
     folder = write_shards(tmp_path, 6, 6, spoil=[2, 9])
     alone = batches(patches(folder), 0, 8)
     reasons = [reason for batch in alone for reason in batch["skipped"]]
     assert len(reasons) >= 4 and {reason.partition(" cannot")[0] for reason in reasons} == {
-        "The picture of row 2 of shard 0",
-        "The picture of row 3 of shard 1",
+        "The image of row 2 of shard 0",
+        "The image of row 3 of shard 1",
     }
     assert_same(batches(patches(folder), 0, 8, workers=2), alone)
     position = alone[2]["position"]
@@ -171,13 +171,13 @@ def test_bad_pictures_are_replaced_by_others_of_the_block_and_named(tmp_path):
     assert 2 not in numbers and 9 not in numbers and len(numbers) == 10
 
 
-def test_a_stream_without_a_picture_for_a_process_is_refused(tmp_path):
+def test_a_stream_without_an_image_for_a_process_is_refused(tmp_path):
     folder = write_shards(tmp_path / "one", 1)
     open_stream(folder).check(8, 0, 2)
-    with pytest.raises(ValueError, match="no picture for process 1 of 2.*fewer processes"):
+    with pytest.raises(ValueError, match="no image for process 1 of 2.*fewer processes"):
         open_stream(folder).check(8, 1, 2)
     bad = write_shards(tmp_path / "bad", 2, spoil=[0, 1])
-    with pytest.raises(ValueError, match=r"None of 2 pictures.*row 0 of shard 0 cannot be read"):
+    with pytest.raises(ValueError, match=r"None of 2 images.*row 0 of shard 0 cannot be read"):
         open_stream(bad).check(8, 0, 1)
     with pytest.raises(ValueError, match="smaller than the patch of 13"):
         open_stream(folder).check(13, 0, 1)
@@ -186,9 +186,9 @@ def test_a_stream_without_a_picture_for_a_process_is_refused(tmp_path):
 def test_a_column_that_is_none_of_images_is_named(tmp_path):
     split = datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"\['text'\], none is called image.*--image_column"):
-        PictureStream(split, "image", 0, 4)
+        ImageStream(split, "image", 0, 4)
     with pytest.raises(ValueError, match="`text` holds Value.*not images"):
-        PictureStream(split, "text", 0, 4)
+        ImageStream(split, "text", 0, 4)
 
 
 # Training on it

@@ -140,8 +140,8 @@ def test_launched_study_answers_every_question_and_a_second_call_runs_nothing(tm
         "rank 1 at least, 0.3",
     ):
         assert title in report
-    for picture in ("budgets.png", "betas.png"):
-        assert (tmp_path / "study" / picture).stat().st_size > 5000
+    for image in ("budgets.png", "betas.png"):
+        assert (tmp_path / "study" / image).stat().st_size > 5000
     other = subprocess.run([*command, "--resolution", "16"], capture_output=True, text=True)
     assert other.returncode == 1 and "cells with resolution 32, not 16" in other.stderr
     again = subprocess.run(command, capture_output=True, text=True)

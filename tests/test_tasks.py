@@ -20,7 +20,7 @@ tasks = load_example("tasks")
 def few_and_small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "SWITCHES", 6)
-        patch.setattr(tasks, "PICTURE_PX", 32)
+        patch.setattr(tasks, "IMAGE_PX", 32)
         patch.setattr("finetune.use_all_cores", lambda _: None)  # would be for all tests after these, too
         yield
 
@@ -121,11 +121,11 @@ def test_the_shipped_adapters_are_listed_by_default():
     assert tasks.TasksArguments().tasks == sorted(path.name for path in tasks.SHIPPED.iterdir() if path.is_dir())
 
 
-def test_the_picture_shows_the_examples_of_the_adapters_that_are_there(tiny_nafnet, trained, tmp_path):
+def test_the_image_shows_the_examples_of_the_adapters_that_are_there(tiny_nafnet, trained, tmp_path):
     switch = tasks.AdapterSwitch(tiny_nafnet, {"rain": trained[2] / "rain"})
     tasks.draw_examples(switch, str(tmp_path / "rain.jpg"))
     width, height = Image.open(tmp_path / "rain.jpg").size
-    assert width > 2 * height  # three pictures in one row
+    assert width > 2 * height  # three images in one row
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_weights_are_smooth_and_leave_out_what_a_cut_edge_has_spoilt():
 
 
 @pytest.mark.parametrize("tile", [None, 64, 100])
-def test_a_picture_no_larger_than_the_tile_is_one_tile(tile):
+def test_an_image_no_larger_than_the_tile_is_one_tile(tile):
     axis = lay_tiles(50, tile, 16, 16)
     assert (axis.starts, axis.length, axis.cores) == ((0,), 64, ((0, 64),))
     assert torch.equal(axis.weights, torch.ones(1, 64))

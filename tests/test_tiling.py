@@ -1,4 +1,4 @@
-"""colora_peft/inference/tiling.py: laws of restored pictures, then errors."""
+"""colora_peft/inference/tiling.py: laws of restored images, then errors."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Local(nn.Module):
 
 
 class Toned(Local):
-    """`depth` times: a convolution times a gate that depends on the mean over the picture."""
+    """`depth` times: a convolution times a gate that depends on the mean over the image."""
 
     def __init__(self, depth=1):
         super().__init__()
@@ -43,7 +43,7 @@ class Identity(nn.Module):
         return x
 
 
-def picture(height=70, width=90, seed=0):
+def sample_image(height=70, width=90, seed=0):
     """Dark at the left and bright at the right, so that tiles differ in their means."""
     noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
     return (noise + torch.linspace(0, 1, width)) / 2
@@ -55,7 +55,7 @@ SIZES = [(1, 1), (1, 200), (200, 1), (3, 5), (70, 90), (64, 64)]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 3}, {"self_ensemble": True}, {"pooling": "tile"}])
 def test_the_identity_comes_back(size, settings):
-    image = picture(*size)
+    image = sample_image(*size)
     torch.testing.assert_close(
         restore_image(Identity(), image, tile=32, overlap=8, size_multiple=4, **settings), image, rtol=0, atol=1e-6
     )
@@ -63,7 +63,7 @@ def test_the_identity_comes_back(size, settings):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_of_a_network_that_sees_no_further_than_the_overlap_are_the_whole(size):
-    image = picture(*size)
+    image = sample_image(*size)
     whole = restore_image(Local(), image, tile=None, size_multiple=2)
     tiled = restore_image(Local(), image, tile=32, overlap=16, size_multiple=2, batch_size=2)
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-6)
@@ -72,10 +72,10 @@ def test_tiles_of_a_network_that_sees_no_further_than_the_overlap_are_the_whole(
 @torch.no_grad()
 @pytest.mark.parametrize("make", [tiny_nafnet, lambda: get_peft_model(tiny_nafnet(), CoLoRAConfig(ranks=2))])
 def test_one_tile_is_what_the_network_returns_clamped(make):
-    model, image = make(), picture(30, 44)
+    model, image = make(), sample_image(30, 44)
     whole = reconstruct(model, image[None])[0].clamp(0, 1)
     assert torch.equal(restore_image(model, image, tile=None, size_multiple=1), whole)  # padded by the network
-    image = picture(32, 44)
+    image = sample_image(32, 44)
     whole = reconstruct(model, image[None])[0].clamp(0, 1)
     for settings in ({"tile": None}, {}, {"tile": 44, "overlap": 8}, {"pooling": "local", "pooling_window": 44}):
         assert torch.equal(restore_image(model, image, **settings), whole), settings
@@ -89,7 +89,7 @@ def test_tiles_lie_at_multiples_of_what_the_network_takes():
             assert not x.shape[-1] % 8 and not x.shape[-2] % 8
             return super().forward(x)
 
-    image = picture(70, 93)
+    image = sample_image(70, 93)
     whole = restore_image(Strict(), image, tile=None)
     torch.testing.assert_close(restore_image(Strict(), image, tile=30, overlap=10), whole, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="size multiple of 8"):
@@ -98,7 +98,7 @@ def test_tiles_lie_at_multiples_of_what_the_network_takes():
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_as_many_passes_as_pooling_layers_make_tiles_the_whole(depth):
-    model, image = Toned(depth), picture()
+    model, image = Toned(depth), sample_image()
     settings = {"tile": 32, "overlap": 16}
     whole = restore_image(model, image, tile=None)
     errors = [(restore_image(model, image, **settings, pooling="tile") - whole).abs().max().item()]
@@ -110,7 +110,7 @@ def test_as_many_passes_as_pooling_layers_make_tiles_the_whole(depth):
 
 
 def test_statistics_bring_the_tiles_of_nafnet_near_the_whole():
-    model, image = tiny_nafnet(), picture(64, 112)
+    model, image = tiny_nafnet(), sample_image(64, 112)
     whole = restore_image(model, image, tile=None)
     plain, with_statistics = (
         (restore_image(model, image, tile=64, overlap=32, pooling=pooling) - whole).square().mean().sqrt().item()
@@ -121,7 +121,7 @@ def test_statistics_bring_the_tiles_of_nafnet_near_the_whole():
 
 def test_statistics_bring_the_tiles_of_restormer_near_the_whole():
     """Its attention takes means of products over all pixels."""
-    model, image = tiny_restormer(), picture(64, 112)
+    model, image = tiny_restormer(), sample_image(64, 112)
     whole = restore_image(model, image, tile=None)
     plain, with_statistics = (
         (restore_image(model, image, tile=64, overlap=32, pooling=pooling) - whole).square().mean().sqrt().item()
@@ -132,9 +132,9 @@ def test_statistics_bring_the_tiles_of_restormer_near_the_whole():
 
 
 @pytest.mark.parametrize("pooling", ["tile", "picture"])
-def test_self_ensemble_turns_with_the_picture(pooling):
-    # One pooling layer: the order of the tiles, which turns with the picture, makes no difference to one pass.
-    model, image = Toned(1), picture(32, 48)
+def test_self_ensemble_turns_with_the_image(pooling):
+    # One pooling layer: the order of the tiles, which turns with the image, makes no difference to one pass.
+    model, image = Toned(1), sample_image(32, 48)
     settings = {"tile": 24, "overlap": 16, "self_ensemble": True, "pooling": pooling}
     restored = restore_image(model, image, **settings)
     for turn in (lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-1, -2)):
@@ -160,7 +160,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, {"self_ensemble": True}, {"pooling": "local", "pooling_window": 16}])
 def test_memory_is_bounded_by_the_tile(settings):
-    model, image = Toned(), picture(40, 200)
+    model, image = Toned(), sample_image(40, 200)
     with Sizes() as sizes:
         restore_image(model, image, tile=32, overlap=8, batch_size=2, statistics_passes=1, **settings)
     largest = sorted(sizes.storages)[-2:]
@@ -169,7 +169,7 @@ def test_memory_is_bounded_by_the_tile(settings):
 
 
 def test_half_precision_is_near_and_is_used():
-    model, image = tiny_nafnet(), picture(32, 60)
+    model, image = tiny_nafnet(), sample_image(32, 60)
     full = restore_image(model, image, tile=48, overlap=32)
     half = restore_image(model, image, tile=48, overlap=32, dtype=torch.bfloat16)
     assert half.dtype == torch.float32 and 0 < (half - full).abs().mean() < 0.02
@@ -178,8 +178,8 @@ def test_half_precision_is_near_and_is_used():
     assert own.dtype == torch.float32 and (own - full).abs().mean() < 0.02
 
 
-def test_modes_hooks_and_the_picture_are_left_alone_and_no_graph_is_kept():
-    model, image = tiny_nafnet().train(), picture(24, 40)
+def test_modes_hooks_and_the_image_are_left_alone_and_no_graph_is_kept():
+    model, image = tiny_nafnet().train(), sample_image(24, 40)
     model.middle_blks.eval()
     before = image.clone()
     for settings in ({}, {"pooling": "local", "pooling_window": 24}):
@@ -191,10 +191,10 @@ def test_modes_hooks_and_the_picture_are_left_alone_and_no_graph_is_kept():
 
 def test_bar_counts_every_tile_of_every_pass(capsys):
     restore_image(
-        Toned(), picture(48, 48), tile=32, overlap=16, progress=True, self_ensemble=True, statistics_passes=2
+        Toned(), sample_image(48, 48), tile=32, overlap=16, progress=True, self_ensemble=True, statistics_passes=2
     )
     assert "/96 " in capsys.readouterr().err  # 4 tiles, 8 transforms, 2 + 1 passes
-    restore_image(Toned(), picture(48, 48), tile=32, overlap=16)
+    restore_image(Toned(), sample_image(48, 48), tile=32, overlap=16)
     assert capsys.readouterr().err == ""
 
 
@@ -218,7 +218,7 @@ class Wrong(nn.Module):
         (torch.rand(3, 8, 8).index_fill(2, torch.tensor(3), float("nan")), "from nan to nan"),
     ],
 )
-def test_what_is_no_picture_is_refused(image, message):
+def test_what_is_no_image_is_refused(image, message):
     with pytest.raises(ValueError, match=message):
         restore_image(Identity(), image)
 
@@ -232,14 +232,14 @@ def test_what_is_no_picture_is_refused(image, message):
         ({"batch_size": 0}, "batch_size and statistics_passes must be at least 1, got 0 and 2"),
         ({"statistics_passes": 0}, "got 1 and 0"),
         ({"size_multiple": 0}, "size_multiple must be at least 1"),
-        ({"pooling": "global"}, "'global'; take one of picture, tile, local"),
+        ({"pooling": "global"}, "'global'; take one of image, tile, local"),
         ({"pooling": "local"}, "go together"),
         ({"pooling_window": 8}, "go together"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        restore_image(tiny_nafnet(), picture(8, 8), **settings)
+        restore_image(tiny_nafnet(), sample_image(8, 8), **settings)
 
 
 def test_broken_networks_are_named_and_left_as_they_were():
@@ -250,14 +250,14 @@ def test_broken_networks_are_named_and_left_as_they_were():
     ):
         model = Wrong(change).train()
         with pytest.raises(error, match=message):
-            restore_image(model, picture(), tile=32, overlap=8)
+            restore_image(model, sample_image(), tile=32, overlap=8)
         assert model.training
 
 
 def test_statistics_and_local_pooling_exclude_each_other():
     from colora_peft.inference import local_pooling
 
-    model, image = tiny_nafnet(), picture(24, 24)
+    model, image = tiny_nafnet(), sample_image(24, 24)
     expected = restore_image(model, image, tile=16, overlap=8, pooling="local", pooling_window=8)
     with local_pooling(model, window=8):
         with pytest.raises(ValueError, match='pass pooling="tile" inside'):

@@ -26,7 +26,7 @@ def test_none_has_no_tracker(tmp_path):
     assert accelerator.log_with == [] and accelerator.trackers == []
 
 
-def test_tensorboard_holds_figures_and_pictures(tmp_path, eval_dir):
+def test_tensorboard_holds_figures_and_images(tmp_path, eval_dir):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,11 +41,11 @@ def test_tensorboard_holds_figures_and_pictures(tmp_path, eval_dir):
         (event,) = events.Scalars(name)
         assert event.step == 6 and event.value == pytest.approx(row[name], rel=1e-6)
     assert [event.step for event in events.Scalars("validation/psnr")] == [3, 6]
-    pictures = events.Images("validation/samples")
-    for event in pictures:
-        with Image.open(tmp_path / "out" / "samples" / f"step-{event.step}.png") as picture:
-            assert (event.width, event.height) == picture.size
-    assert [event.step for event in pictures] == [3, 6]
+    images = events.Images("validation/samples")
+    for event in images:
+        with Image.open(tmp_path / "out" / "samples" / f"step-{event.step}.png") as image:
+            assert (event.width, event.height) == image.size
+    assert [event.step for event in images] == [3, 6]
 
 
 def start(folder, dataset, eval_dir, **flags):

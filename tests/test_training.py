@@ -34,7 +34,7 @@ from colora_peft.training.output_dir import check_output_dir, open_output_dir
 
 
 class NoisyPatches(PatchDataset):
-    """Five pictures of noise, the clean one half as bright; pictures at the numbers in `broken` hold NaN."""
+    """Five images of noise, the clean one half as bright; images at the numbers in `broken` hold NaN."""
 
     def __init__(self, seed=0, broken=()):
         super().__init__(length=5, resolution=8, seed=seed)
@@ -452,10 +452,10 @@ class FailsAt(NoisyPatches):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [ConnectionError("The server is away."), RuntimeError("Traceback\nkilled")])
-def test_pictures_that_cannot_be_had_cost_no_step(tmp_path, error, workers):
+def test_images_that_cannot_be_had_cost_no_step(tmp_path, error, workers):
     flags = {"gradient_accumulation_steps": 2, "use_ema": True, "dataloader_num_workers": workers}
     expected = run(tmp_path / "whole", plain(), **flags)
-    reason = "The next pictures could not be had: .*(away|killed)[.] What 3 steps have made is saved as .*-3: go on"
+    reason = "The next images could not be had: .*(away|killed)[.] What 3 steps have made is saved as .*-3: go on"
     with pytest.raises(DataFailed, match=reason) as raised:
         run(tmp_path / "parts", plain(), FailsAt(14, error), **flags)
     assert "\n" not in str(raised.value)
@@ -485,7 +485,7 @@ def test_a_run_that_ends_early_does_not_wait_for_its_workers(tmp_path, how, erro
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
-def test_pictures_that_cannot_be_had_at_the_start_leave_no_checkpoint(tmp_path):
+def test_images_that_cannot_be_had_at_the_start_leave_no_checkpoint(tmp_path):
     with pytest.raises(DataFailed, match="could not be had: gone[.]$"):
         run(tmp_path, plain(), FailsAt(0, ValueError("gone")))
     assert list_checkpoints(tmp_path) == []
@@ -546,6 +546,6 @@ def test_other_outputs_are_refused(output):
         reconstruct(Other(), torch.rand(1, 3, 4, 4))
 
 
-def test_restored_pictures_of_another_shape_are_refused():
+def test_restored_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\)"):
         reconstruct(nn.Conv2d(3, 1, 1), torch.rand(1, 3, 4, 4))

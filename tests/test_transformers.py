@@ -43,7 +43,7 @@ both_networks = pytest.mark.parametrize("make", [tiny_nafnet, tiny_swin2sr], ids
 both_storages = pytest.mark.parametrize("ranks", [1, 1000], ids=["factors", "dense"])
 both_ways = pytest.mark.parametrize("way", ["peft_model", "own_methods"])
 
-PICTURES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def adapted(make, way="own_methods", seed=1, **settings):
 
 @torch.no_grad()
 def restored(model):
-    return model(PICTURES[:2]).reconstruction
+    return model(IMAGES[:2]).reconstruction
 
 
 def assert_restores(model, expected):
@@ -211,13 +211,13 @@ def mean_difference(outputs, labels, num_items_in_batch=None):
 def trainer(model, folder, **changes):
     """A Trainer that takes six steps, four to an epoch, and saves in the middle of the first.
 
-    The targets are the pictures with their colours in reverse order, as much larger as `model` makes them.
+    The targets are the images with their colours in reverse order, as much larger as `model` makes them.
     """
     settings = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 3}
     settings.update(eval_steps=3, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, **changes)
     scale = getattr(model.config, "upscale", 1)
-    targets = PICTURES.flip(1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    pairs = [{"pixel_values": x, "labels": y} for x, y in zip(PICTURES, targets, strict=True)]
+    targets = IMAGES.flip(1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    pairs = [{"pixel_values": x, "labels": y} for x, y in zip(IMAGES, targets, strict=True)]
     loss = mean_difference if scale > 1 else None  # Swin2SR's own forward pass takes no labels
     arguments = TrainingArguments(folder, **settings)
     return Trainer(model=model, args=arguments, train_dataset=pairs, eval_dataset=pairs, compute_loss_func=loss)

@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: true figures, pictures, trackers, and no trace in the weights."""
+"""Evaluation while a run trains: true figures, images, trackers, and no trace in the weights."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ class Recorder(GeneralTracker):
 
     def __init__(self):
         super().__init__()
-        self.settings, self.rows, self.pictures, self.finished = None, [], [], 0
+        self.settings, self.rows, self.images, self.finished = None, [], [], 0
 
     @property
     def tracker(self):
@@ -40,7 +40,7 @@ class Recorder(GeneralTracker):
         self.rows.append((step, values))
 
     def log_images(self, values, step=None, **settings):
-        self.pictures.append((step, values))
+        self.images.append((step, values))
 
     def finish(self):
         self.finished += 1
@@ -88,16 +88,16 @@ def test_figures_are_those_of_the_weights_that_would_be_the_result(tmp_path, pai
     assert four["psnr"] != six["psnr"]
 
 
-def test_pictures_and_figures_reach_folder_and_trackers(tmp_path, pairs):
+def test_images_and_figures_reach_folder_and_trackers(tmp_path, pairs):
     recorder = Recorder()
     run(tmp_path, nafnet(), pairs, tracker=recorder, validation_steps=3, gradient_accumulation_steps=2)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-3.png", "step-6.png"]
-    for step, pictures in recorder.pictures:
-        with Image.open(tmp_path / "samples" / f"step-{step}.png") as picture:
-            assert np.array_equal(pictures["validation/samples"], np.asarray(picture.convert("RGB"))[None])
+    for step, images in recorder.images:
+        with Image.open(tmp_path / "samples" / f"step-{step}.png") as image:
+            assert np.array_equal(images["validation/samples"], np.asarray(image.convert("RGB"))[None])
     validated = [(step, values) for step, values in recorder.rows if "validation/psnr" in values]
     logged = rows(tmp_path, LOG)
-    assert [step for step, _ in validated] == [step for step, _ in recorder.pictures] == [3, 6]
+    assert [step for step, _ in validated] == [step for step, _ in recorder.images] == [3, 6]
     assert [values["validation/ssim"] for _, values in validated] == [row["ssim"] for row in logged]
     (trained,) = [(step, values) for step, values in recorder.rows if "loss" in values]
     (row,) = rows(tmp_path)
@@ -123,8 +123,8 @@ def test_no_evaluation_is_missing_or_twice_after_a_resume(tmp_path, pairs):
     assert rows(tmp_path / "parts", LOG) == rows(tmp_path / "whole", LOG)
 
 
-def test_evaluation_without_pictures_is_refused_at_once(tmp_path):
-    with pytest.raises(ValueError, match="--validation_steps needs pictures"):
+def test_evaluation_without_images_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="--validation_steps needs images"):
         run(tmp_path, nafnet(), None, validation_steps=2)
     assert not any(path.name.startswith(("checkpoint", "samples", LOG)) for path in tmp_path.iterdir())
 

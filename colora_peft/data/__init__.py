@@ -7,8 +7,8 @@ it. Sources are folders and Hugging Face datasets, streams included.
 from .pairs import Pair, PairedHubDataset, PairedImageFolder, PairSource, PairSubset, check_pairs, draw_pairs
 from .patches import (
     Batch,
+    DegradedImages,
     DegradedPatches,
-    DegradedPictures,
     PairedPatches,
     Position,
     StepSampler,
@@ -16,14 +16,14 @@ from .patches import (
     random_patch,
     sample_generator,
 )
-from .sources import HubPictures, ImageFiles, PictureSource, check_pictures
-from .streams import PictureStream, StreamPatches
+from .sources import HubImages, ImageFiles, ImageSource, check_images
+from .streams import ImageStream, StreamPatches
 
 __all__ = [
     "Batch",
     "DegradedPatches",
-    "DegradedPictures",
-    "HubPictures",
+    "DegradedImages",
+    "HubImages",
     "ImageFiles",
     "Pair",
     "PairSource",
@@ -31,13 +31,13 @@ __all__ = [
     "PairedHubDataset",
     "PairedImageFolder",
     "PairedPatches",
-    "PictureSource",
-    "PictureStream",
+    "ImageSource",
+    "ImageStream",
     "Position",
     "StepSampler",
     "StreamPatches",
     "check_pairs",
-    "check_pictures",
+    "check_images",
     "collate",
     "draw_pairs",
     "random_patch",

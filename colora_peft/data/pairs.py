@@ -1,6 +1,6 @@
-"""Pairs of degraded and clean pictures, from folders and Hugging Face datasets.
+"""Pairs of degraded and clean images, from folders and Hugging Face datasets.
 
-Pictures are float32 RGB (3, H, W) in [0, 1].
+Images are float32 RGB (3, H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 
 
 class PairSource(Protocol):
-    """Degraded and clean pictures of the same scene and size, by index; `names` tells users which is which.
+    """Degraded and clean images of the same scene and size, by index; `names` tells users which is which.
 
-    It may have a `fingerprint` as `PictureSource` has it.
+    It may have a `fingerprint` as `ImageSource` has it.
     """
 
     names: Sequence[str]
@@ -47,7 +47,7 @@ class PairedImageFolder:
         if orphans:
             sides = [f"{name} (only in {'input' if name in inputs else 'target'})" for name in orphans]
             raise ValueError(
-                f"In {folder} these pictures have no partner of the same name: {some(sides)}. Add the missing ones, "
+                f"In {folder} these images have no partner of the same name: {some(sides)}. Add the missing ones, "
                 "rename them or remove these."
             )
         self.names = sorted(inputs)
@@ -73,7 +73,7 @@ def _sides(folder: Path) -> tuple[Path, Path]:
         if not needed.is_dir():
             raise FileNotFoundError(
                 f"There is no folder {needed}; check the path. Pairs are read from a folder that holds `input/` and "
-                "`target/` with pictures of the same file names."
+                "`target/` with images of the same file names."
             )
     return sides
 
@@ -131,7 +131,7 @@ def check_pairs(pairs: PairSource, smallest_px: int, reason: str) -> None:
 
     Args:
         pairs: The pairs to check.
-        smallest_px: Both sides of every picture must have at least this many pixels.
+        smallest_px: Both sides of every image must have at least this many pixels.
         reason: Why, for the message, e.g. "the training patch (--resolution)".
 
     Raises:

@@ -1,6 +1,6 @@
 """Training samples as a pure function of (seed, epoch, index).
 
-A run asks for *sample numbers* 0, 1, 2, ...: number n is the picture at position n % len of a permutation drawn for
+A run asks for *sample numbers* 0, 1, 2, ...: number n is the image at position n % len of a permutation drawn for
 epoch n // len, cropped, flipped and degraded by a generator seeded with (seed, epoch, index). So the position of a run
 is one integer, and neither workers nor processes nor a restart change what any sample looks like.
 """
@@ -20,14 +20,14 @@ from colora_peft.images import as_float
 from colora_peft.prod import RandomOrderDegradation
 
 from .pairs import Pair, PairSource
-from .sources import PictureSource, check_size, first_usable
+from .sources import ImageSource, check_size, first_usable
 
-# "pixel_values" and "labels", (3, S, S) in [0, 1]; "skipped", why pictures were, if any; of a stream "position".
+# "pixel_values" and "labels", (3, S, S) in [0, 1]; "skipped", why images were, if any; of a stream "position".
 Sample = dict[str, Any]
 Batch = dict[str, Any]  # the same of several samples, (B, 3, S, S), always with "skipped"; "position" after the last
-Candidate = tuple[str, Callable[[], Tensor]]  # a picture's name, and how to read it
+Candidate = tuple[str, Callable[[], Tensor]]  # an image's name, and how to read it
 Position = list[int]  # where in a stream a process stands
-_REPLACEMENTS = 8  # pictures tried in place of one that cannot be used
+_REPLACEMENTS = 8  # images tried in place of one that cannot be used
 
 
 def sample_generator(*key: int) -> torch.Generator:
@@ -43,19 +43,19 @@ class PatchDataset(Dataset):
     """Patches by sample number; see the module's docstring. Subclasses say what one sample is.
 
     Args:
-        length: How many pictures an epoch has.
+        length: How many images an epoch has.
         resolution: Side of the square patch in pixels.
         seed: Seed of the whole run.
     """
 
     max_skipped_share = 0.0
-    fingerprint: str | None = None  # of what the pictures are, where that is known
+    fingerprint: str | None = None  # of what the images are, where that is known
 
     def __init__(self, length: int, resolution: int, seed: int) -> None:
         if resolution < 1:
             raise ValueError(f"The resolution must be at least 1 pixel, got {resolution}.")
         if length < 1:
-            raise ValueError("There are no pictures to take patches from; pass at least one.")
+            raise ValueError("There are no images to take patches from; pass at least one.")
         if seed < 0:
             raise ValueError(f"The seed must not be negative, got {seed}.")
         self.length = length
@@ -71,7 +71,7 @@ class PatchDataset(Dataset):
         return self._order
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Epoch and picture of a sample number."""
+        """Epoch and image of a sample number."""
         epoch, position = divmod(number, self.length)
         return epoch, self._order_of(epoch)[position]
 
@@ -89,13 +89,13 @@ class PatchDataset(Dataset):
 
 
 class DegradedPatches(PatchDataset):
-    """Clean pictures, cropped and degraded on the fly: the training data of PROD.
+    """Clean images, cropped and degraded on the fly: the training data of PROD.
 
-    A picture that cannot be read or is smaller than the patch is replaced by another one, drawn by the generator of
+    An image that cannot be read or is smaller than the patch is replaced by another one, drawn by the generator of
     the sample, which stays a pure function of (seed, epoch, index) as long as the files are what they are.
 
     Args:
-        pictures: The clean pictures.
+        images: The clean images.
         degradation: Draws a recipe for each.
         resolution: Side of the square patch in pixels.
         seed: Seed of the whole run.
@@ -104,20 +104,20 @@ class DegradedPatches(PatchDataset):
 
     def __init__(
         self,
-        pictures: PictureSource,
+        images: ImageSource,
         degradation: RandomOrderDegradation,
         resolution: int,
         seed: int,
         max_skipped_share: float = 0.0,
     ) -> None:
-        super().__init__(len(pictures), resolution, seed)
-        self.pictures = pictures
+        super().__init__(len(images), resolution, seed)
+        self.images = images
         self.degradation = degradation
         self.max_skipped_share = max_skipped_share
 
     @property
     def fingerprint(self) -> str | None:
-        return getattr(self.pictures, "fingerprint", None)
+        return getattr(self.images, "fingerprint", None)
 
     def __getitem__(self, number: int) -> Sample:
         epoch, index = self.locate(number)
@@ -127,7 +127,7 @@ class DegradedPatches(PatchDataset):
 
     def _candidates(self, index: int, generator: torch.Generator) -> Iterator[Candidate]:
         for _ in range(1 + _REPLACEMENTS):
-            yield self.pictures.name(index), partial(self.pictures.__getitem__, index)
+            yield self.images.name(index), partial(self.images.__getitem__, index)
             index = int(torch.randint(self.length, (), generator=generator))
 
 
@@ -145,19 +145,19 @@ def degraded_sample(
     return {**sample, "skipped": skipped} if skipped else sample
 
 
-class DegradedPictures:
-    """Pairs to evaluate on, of clean pictures: the patch and the degradation of picture i depend on i alone, so that
+class DegradedImages:
+    """Pairs to evaluate on, of clean images: the patch and the degradation of image i depend on i alone, so that
     the figures of runs with other seeds compare.
 
     Args:
-        pictures: The clean pictures.
+        images: The clean images.
         degradation: Draws a recipe for each.
         resolution: Side of the square patch in pixels.
     """
 
-    def __init__(self, pictures: PictureSource, degradation: RandomOrderDegradation, resolution: int) -> None:
-        self.names = [f"picture {index}" for index in range(len(pictures))]
-        self._pictures = pictures
+    def __init__(self, images: ImageSource, degradation: RandomOrderDegradation, resolution: int) -> None:
+        self.names = [f"image {index}" for index in range(len(images))]
+        self._images = images
         self._degradation = degradation
         self._resolution = resolution
 
@@ -165,7 +165,7 @@ class DegradedPictures:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:
-        candidates = [(self.names[index], partial(self._pictures.__getitem__, index))]
+        candidates = [(self.names[index], partial(self._images.__getitem__, index))]
         sample = degraded_sample(candidates, self._degradation, self._resolution, sample_generator(index))
         return sample["pixel_values"], sample["labels"]
 
@@ -193,7 +193,7 @@ def random_patch(
     """The same random square of all images (3, H, W), flipped and turned by one of the eight symmetries.
 
     Raises:
-        ValueError: if the pictures are smaller than the patch; it names them.
+        ValueError: if the images are smaller than the patch; it names them.
     """
     check_size(images[0], resolution, name)
     height, width = images[0].shape[-2:]

@@ -1,6 +1,6 @@
-"""Clean pictures by index, from a folder or a Hugging Face dataset; for those without an index see `streams.py`.
+"""Clean images by index, from a folder or a Hugging Face dataset; for those without an index see `streams.py`.
 
-Pictures are RGB (3, H, W), as uint8 where their file has 8 bits and as float32 in [0, 1] where it has 16.
+Images are RGB (3, H, W), as uint8 where their file has 8 bits and as float32 in [0, 1] where it has 16.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from colora_peft.images import decode_stored, read_stored
 from colora_peft.utils import some_sentences
 
 _PAUSES_S = (1.0, 4.0)  # between the tries to reach an address
-_SILENTLY_CHECKED = 100  # pictures; with more of them the check shows a bar
+_SILENTLY_CHECKED = 100  # images; with more of them the check shows a bar
 
 
-class PictureSource(Protocol):
-    """Clean pictures by index, uint8 or float32 in [0, 1], not to be written to; `name` tells users which is which.
+class ImageSource(Protocol):
+    """Clean images by index, uint8 or float32 in [0, 1], not to be written to; `name` tells users which is which.
 
-    `fingerprint` is one line that changes where the pictures do, so that a resumed run notices.
+    `fingerprint` is one line that changes where the images do, so that a resumed run notices.
     """
 
     fingerprint: str
@@ -41,7 +41,7 @@ class PictureSource(Protocol):
 
 
 class ImageFiles:
-    """Picture files by index; those of 8 bits are kept decoded in memory while they fit into `cache_bytes`."""
+    """Image files by index; those of 8 bits are kept decoded in memory while they fit into `cache_bytes`."""
 
     def __init__(self, paths: Sequence[Path], cache_bytes: int = 2**30) -> None:
         self.paths = list(paths)
@@ -53,6 +53,7 @@ class ImageFiles:
         """The names below the folder they share, and the sizes; a file that is gone has none."""
         folder = os.path.commonpath([path.parent for path in self.paths]) if self.paths else ""
         lines = (f"{os.path.relpath(path, folder)}:{_size(path)}" for path in self.paths)
+        # "pictures": the run folders of earlier versions hold this line, and a run goes on only where it is the same.
         return fingerprint_of(f"{len(self)} clean pictures", lines)
 
     def __len__(self) -> int:
@@ -78,8 +79,8 @@ def _size(path: Path) -> int:
         return -1
 
 
-class HubPictures:
-    """The pictures in an image column of a Hugging Face dataset split, by row.
+class HubImages:
+    """The images in an image column of a Hugging Face dataset split, by row.
 
     Raises:
         ValueError: if there is no such column, it does not hold images, or the split is empty.
@@ -126,16 +127,16 @@ def undecoded(split: Any, column: str) -> Any:
 
 
 def read_cell(cell: dict[str, Any] | None, name: str) -> Tensor:
-    """The picture in a cell of an undecoded image column, which holds the file's bytes, or its path or address.
+    """The image in a cell of an undecoded image column, which holds the file's bytes, or its path or address.
 
     Raises:
-        ValueError: if it is missing, cannot be read or is damaged; it calls the picture by `name`.
+        ValueError: if it is missing, cannot be read or is damaged; it calls the image by `name`.
         ConnectionError: if the server of its address does not answer, or not with the file, three times.
     """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise ValueError(f"The picture of {name} is missing; remove that row.")
+        raise ValueError(f"The image of {name} is missing; remove that row.")
     if cell["bytes"] is not None:
-        return decode_stored(cell["bytes"], f"The picture of {name}")
+        return decode_stored(cell["bytes"], f"The image of {name}")
     if "://" not in cell["path"]:
         return read_stored(cell["path"])
     return decode_stored(_download(cell["path"], name), cell["path"])
@@ -144,8 +145,8 @@ def read_cell(cell: dict[str, Any] | None, name: str) -> Tensor:
 def _download(address: str, name: str) -> bytes:
     """The file at an address.
 
-    Only what is certain to be so tomorrow is a bad picture, that another may replace: if it were also a server that is
-    busy, a run would not see the pictures again that it saw, and could not be resumed exactly.
+    Only what is certain to be so tomorrow is a bad image, that another may replace: if it were also a server that is
+    busy, a run would not see the images again that it saw, and could not be resumed exactly.
     """
     import fsspec  # comes with datasets
 
@@ -166,10 +167,10 @@ def _download(address: str, name: str) -> bytes:
 
 
 def check_size(image: Tensor, resolution: int, name: str) -> None:
-    """Refuse a picture (3, H, W) that is smaller than the patch.
+    """Refuse an image (3, H, W) that is smaller than the patch.
 
     Raises:
-        ValueError: it names the picture.
+        ValueError: it names the image.
     """
     height, width = image.shape[-2:]
     if min(height, width) < resolution:
@@ -179,34 +180,34 @@ def check_size(image: Tensor, resolution: int, name: str) -> None:
         )
 
 
-def check_pictures(pictures: PictureSource, resolution: int) -> None:
-    """Decode every picture once, before a run begins: half a file has a whole header.
+def check_images(images: ImageSource, resolution: int) -> None:
+    """Decode every image once, before a run begins: half a file has a whole header.
 
     Raises:
         ValueError: if some are unreadable or smaller than the patch; it lists them (the first 20) with the reason.
     """
     culprits = []
-    indices = range(len(pictures))
-    for index in tqdm(indices, desc="checking pictures", disable=len(indices) <= _SILENTLY_CHECKED):
+    indices = range(len(images))
+    for index in tqdm(indices, desc="checking images", disable=len(indices) <= _SILENTLY_CHECKED):
         try:
-            check_size(pictures[index], resolution, pictures.name(index))
+            check_size(images[index], resolution, images.name(index))
         except ValueError as error:
             culprits.append(str(error))
     if culprits:
-        raise ValueError(f"Of {len(pictures)} pictures {len(culprits)} cannot be used. {some_sentences(culprits)}")
+        raise ValueError(f"Of {len(images)} images {len(culprits)} cannot be used. {some_sentences(culprits)}")
 
 
 def first_usable(
     candidates: Iterable[tuple[str, Callable[[], Tensor]]], resolution: int
 ) -> tuple[Tensor, str, list[str]]:
-    """The first picture that can be read and is no smaller than the patch.
+    """The first image that can be read and is no smaller than the patch.
 
     Args:
-        candidates: Names of pictures and how to read them; asked for one by one.
+        candidates: Names of images and how to read them; asked for one by one.
         resolution: Side of the patch in pixels.
 
     Returns:
-        The picture, its name, and why each of those before it was skipped.
+        The image, its name, and why each of those before it was skipped.
 
     Raises:
         ValueError: if none can be used; it gives the reasons.
@@ -220,7 +221,7 @@ def first_usable(
             reasons.append(str(error))
             continue
         return image, name, reasons
-    raise ValueError(f"None of {len(reasons)} pictures drawn can be used. {some_sentences(reasons)}")
+    raise ValueError(f"None of {len(reasons)} images drawn can be used. {some_sentences(reasons)}")
 
 
 def column_lines(split: Any, column: str) -> list[str]:
@@ -241,7 +242,7 @@ def column_lines(split: Any, column: str) -> list[str]:
 
 
 def _file_line(name: str | None, size: int | None) -> str:
-    """Of a picture that the dataset holds, or that lies at a path or, unseen, at an address."""
+    """Of an image that the dataset holds, or that lies at a path or, unseen, at an address."""
     if name is None or size is not None:
         return f"{name and os.path.basename(name)}:{size}"
     return name if "://" in name else f"{os.path.basename(name)}:{_size(Path(name))}"

@@ -1,14 +1,14 @@
-"""Clean pictures that come one after another: a streaming Hugging Face dataset of any size as training data of PROD.
+"""Clean images that come one after another: a streaming Hugging Face dataset of any size as training data of PROD.
 
 A stream has no length and no way back, so it is read in *blocks*. The law, all of it a function of (seed, epoch) and
 the number of processes:
 
 - Order: an epoch reads the shards in an order drawn by (seed, epoch). With at least as many shards as processes, each
-  process reads every `world_size`-th of them; with fewer, each reads all and keeps every `world_size`-th picture. A
-  process permutes the pictures of a block among themselves, and begins its next epoch where its share ends, so that
+  process reads every `world_size`-th of them; with fewer, each reads all and keeps every `world_size`-th image. A
+  process permutes the images of a block among themselves, and begins its next epoch where its share ends, so that
   all processes make equally many steps.
-- Sample: crop and degradations of a picture depend on (seed, epoch, shard, row) alone, not on who draws it when.
-- Position: (epoch, shard, row) of the first picture of the block, and how many of the block are done. A resumed run
+- Sample: crop and degradations of an image depend on (seed, epoch, shard, row) alone, not on who draws it when.
+- Position: (epoch, shard, row) of the first image of the block, and how many of the block are done. A resumed run
   opens that shard, skips to the row and reads the block again: nothing else has to be kept.
 
 The process itself reads the undecoded files, one block ahead, and hands each with its position to whoever makes the
@@ -33,13 +33,13 @@ from .patches import Candidate, Position, Sample, StepSampler, degraded_sample, 
 from .sources import check_column, fingerprint_of, first_usable, read_cell, undecoded
 
 _MOST_SHARDS = 4096  # a folder has a shard for each file; so many of them are read as one that no more are left
-_SPARES = 8  # pictures of a block that may stand in for one that cannot be used
+_SPARES = 8  # images of a block that may stand in for one that cannot be used
 _MOST_EMPTY_EPOCHS = 64  # in a row; where shards are empty, a process may get none but them in some epoch
 _BEGINNING: Position = [0, 0, 0, 0]  # epoch, turn among the shards of the process, row, done in the block
 
 
 class Cell(NamedTuple):
-    """A picture as the stream holds it, undecoded, and where."""
+    """An image as the stream holds it, undecoded, and where."""
 
     shard: int
     row: int
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What becomes a sample: a picture, others of its block in case it cannot be used, and where the process stands
+    """What becomes a sample: an image, others of its block in case it cannot be used, and where the process stands
     after it."""
 
     epoch: int
@@ -64,18 +64,18 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True)
 class _Block:
     epoch: int
-    start: tuple[int, int]  # turn and row of the first picture
+    start: tuple[int, int]  # turn and row of the first image
     cells: list[Cell]
 
 
-class PictureStream:
+class ImageStream:
     """A streaming dataset split with an image column.
 
     Args:
         split: A `datasets.IterableDataset`.
         column: Its image column.
         seed: Seed of the order.
-        block_size: How many pictures are mixed with each other, and held in memory undecoded, twice.
+        block_size: How many images are mixed with each other, and held in memory undecoded, twice.
 
     Raises:
         ValueError: if there is no such column, or it does not hold images.
@@ -89,11 +89,11 @@ class PictureStream:
         self.block_size = block_size
         self.num_shards = min(split.num_shards, _MOST_SHARDS)
         self.fingerprint = fingerprint_of(
-            f"a stream of clean pictures in {split.num_shards} shards", (str(split.features), column)
+            f"a stream of clean images in {split.num_shards} shards", (str(split.features), column)
         )
 
     def check(self, resolution: int, rank: int, world_size: int) -> None:
-        """Read the first pictures of a process.
+        """Read the first images of a process.
 
         Raises:
             ValueError: if there is none for it, or none of them can be used.
@@ -102,7 +102,7 @@ class PictureStream:
         first_usable(map(_candidate, block.cells), resolution)
 
     def drawn(self, position: Position, rank: int, world_size: int) -> Iterator[Drawn]:
-        """The pictures of a process from `position` on, without end."""
+        """The images of a process from `position` on, without end."""
         done = position[3]
         blocks = self._blocks(position, rank, world_size, self.block_size)
         with ThreadPoolExecutor(1) as reader:
@@ -123,20 +123,20 @@ class PictureStream:
         epoch, turn, row, _ = position
         empty_epochs = 0
         while empty_epochs < _MOST_EMPTY_EPOCHS:
-            pictures = self._epoch(epoch, turn, row, rank, world_size)
+            images = self._epoch(epoch, turn, row, rank, world_size)
             empty_epochs += 1
-            while cells := list(islice(pictures, size)):
+            while cells := list(islice(images, size)):
                 first_turn, first = cells[0]
                 yield _Block(epoch, (first_turn, first.row), [cell for _, cell in cells])
                 empty_epochs = 0
             epoch, turn, row = epoch + 1, 0, 0
         raise ValueError(
-            f"The dataset has no picture for process {rank} of {world_size}: {empty_epochs} epochs in a row gave it "
+            f"The dataset has no image for process {rank} of {world_size}: {empty_epochs} epochs in a row gave it "
             "none. Launch fewer processes, or name a split that has more."
         )
 
     def _epoch(self, epoch: int, turn: int, row: int, rank: int, world_size: int) -> Iterator[tuple[int, Cell]]:
-        """The pictures of a process from a row of the shard whose turn it is, each with the turn."""
+        """The images of a process from a row of the shard whose turn it is, each with the turn."""
         order = torch.randperm(self.num_shards, generator=sample_generator(self.seed, epoch)).tolist()
         whole_shards = self.num_shards >= world_size
         mine = order[rank::world_size] if whole_shards else order
@@ -158,16 +158,16 @@ class StreamPatches(Dataset):
     """Patches of a stream; the data loader asks for what `StreamSampler` drew.
 
     Args:
-        stream: Where the pictures come from.
+        stream: Where the images come from.
         degradation: Draws a recipe for each.
         resolution: Side of the square patch in pixels.
         max_skipped_share: Training stops where more than this share of the samples had to be replaced, by another
-            picture of the block, chosen by (seed, epoch, shard, row).
+            image of the block, chosen by (seed, epoch, shard, row).
     """
 
     def __init__(
         self,
-        stream: PictureStream,
+        stream: ImageStream,
         degradation: RandomOrderDegradation,
         resolution: int,
         max_skipped_share: float = 0.0,
@@ -199,7 +199,7 @@ class StreamPatches(Dataset):
 class StreamSampler(Sampler[list[Drawn]]):
     """What the stream draws for the steps of one process, from `position` on."""
 
-    def __init__(self, stream: PictureStream, steps: StepSampler, position: Position) -> None:
+    def __init__(self, stream: ImageStream, steps: StepSampler, position: Position) -> None:
         self.stream = stream
         self.steps = steps
         self.position = position

@@ -35,7 +35,7 @@ _FILE_BYTES_MAX = 1_400_000
 
 
 def save_before_after(rows: Sequence[tuple[Tensor, Tensor, Tensor]], path: str | os.PathLike[str]) -> None:
-    """Save input | restored | target for some pictures, with the PSNR of the first two, as one image file below 1.5
+    """Save input | restored | target for some images, with the PSNR of the first two, as one image file below 1.5
     MB.
 
     Args:
@@ -44,16 +44,16 @@ def save_before_after(rows: Sequence[tuple[Tensor, Tensor, Tensor]], path: str |
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no rows, or a row whose three pictures differ in size (numbered).
+        ValueError: no rows, or a row whose three images differ in size (numbered).
     """
     if not rows:
-        raise ValueError("There is no picture to show: `rows` is empty. Pass at least one.")
+        raise ValueError("There is no image to show: `rows` is empty. Pass at least one.")
     captions = []
     for number, (degraded, restored, target) in enumerate(rows):
         try:
-            before, after = (psnr(picture[None], target[None]).item() for picture in (degraded, restored))
+            before, after = (psnr(image[None], target[None]).item() for image in (degraded, restored))
         except ValueError as error:
-            raise ValueError(f"Row {number} of the before/after picture does not fit. {error}") from error
+            raise ValueError(f"Row {number} of the before/after image does not fit. {error}") from error
         captions.append((f"{before:.2f} dB", f"{after:.2f} dB  ({after - before:+.2f})", ""))
     path = Path(path)
     file_format = path.suffix.lstrip(".").lower() or "png"
@@ -73,7 +73,7 @@ def _drawn_rows(
     cell_width: int,
     file_format: str,
 ) -> bytes:
-    """The image file; every picture is resized to whole pixels first, so that none is resampled twice."""
+    """The image file; every image is resized to whole pixels first, so that none is resampled twice."""
     heights = [max(1, round(cell_width * target.shape[-2] / target.shape[-1])) for _, _, target in rows]
     width = 3 * cell_width + 4 * _GAP_PIXELS
     height = _CAPTION_PIXELS + sum(heights) + len(rows) * _CAPTION_PIXELS
@@ -89,10 +89,10 @@ def _drawn_rows(
         write(title, left, 0, fontsize=11, fontweight="bold")
     top = _CAPTION_PIXELS
     for row, row_captions, row_height in zip(rows, captions, heights, strict=True):
-        for left, picture, caption in zip(lefts, row, row_captions, strict=True):
+        for left, image, caption in zip(lefts, row, row_captions, strict=True):
             box = (left / width, 1 - (top + row_height) / height, cell_width / width, row_height / height)
             axes = figure.add_axes(box)
-            axes.imshow(_pixels(picture, cell_width, row_height), interpolation="none", aspect="auto")
+            axes.imshow(_pixels(image, cell_width, row_height), interpolation="none", aspect="auto")
             axes.set_axis_off()
             write(caption, left, top + row_height, fontsize=10)
         top += row_height + _CAPTION_PIXELS
@@ -101,7 +101,7 @@ def _drawn_rows(
     return buffer.getvalue()
 
 
-def _pixels(picture: Tensor, width: int, height: int) -> np.ndarray:
+def _pixels(image: Tensor, width: int, height: int) -> np.ndarray:
     """(C, H, W) in [0, 1] to (height, width, 3) uint8."""
-    image = to_pil(picture.expand(3, -1, -1))
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    drawn = to_pil(image.expand(3, -1, -1))
+    return np.asarray(drawn.resize((width, height), Image.Resampling.LANCZOS))

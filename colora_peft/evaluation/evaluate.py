@@ -1,4 +1,4 @@
-"""PSNR and SSIM of a network over whole pictures."""
+"""PSNR and SSIM of a network over whole images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .metrics import psnr, ssim
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, description: str) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of whole restored pictures, `psnr` and `ssim`, and of the inputs, `*_input`.
+    """Mean PSNR (dB) and SSIM of whole restored images, `psnr` and `ssim`, and of the inputs, `*_input`.
 
-    Per picture in RGB on [0, 1] after rounding to 8 bits, then averaged over the pictures. `description` labels a
+    Per image in RGB on [0, 1] after rounding to 8 bits, then averaged over the images. `description` labels a
     progress bar; an empty one shows none. The network is in
     evaluation mode meanwhile and as before afterwards.
     """
     rows = []
     with evaluation_mode(model):
-        bar = tqdm(range(len(pairs)), desc=description, unit="picture", leave=False, disable=not description)
+        bar = tqdm(range(len(pairs)), desc=description, unit="image", leave=False, disable=not description)
         for index in bar:
             degraded, target = (image.to(device)[None] for image in pairs[index])
             restored = reconstruct(model, degraded).float()

@@ -1,6 +1,6 @@
-"""PSNR and SSIM as the project reports them: per picture, in RGB on [0, 1], after rounding to 8 bits.
+"""PSNR and SSIM as the project reports them: per image, in RGB on [0, 1], after rounding to 8 bits.
 
-Rounding first makes the figures those of the saved picture. Average over pictures afterwards, not over pooled pixels.
+Rounding first makes the figures those of the saved image. Average over images afterwards, not over pooled pixels.
 SSIM: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", IEEE
 TIP 13(4), 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03.
 """
@@ -20,10 +20,10 @@ _C2 = 0.03**2
 
 @torch.no_grad()
 def psnr(restored: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, (B,), in dB.
+    """Peak signal-to-noise ratio of each image, (B,), in dB.
 
-    Capped at 100 dB, which identical pictures get: an infinite value would swallow every mean and has no place in
-    JSON. (One level of one channel of one pixel wrong in a picture of 512 x 512 is 107 dB: nothing worth telling
+    Capped at 100 dB, which identical images get: an infinite value would swallow every mean and has no place in
+    JSON. (One level of one channel of one pixel wrong in an image of 512 x 512 is 107 dB: nothing worth telling
     apart is lost.) NaN stays NaN.
 
     Args:
@@ -40,10 +40,10 @@ def psnr(restored: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ssim(restored: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity of each picture, (B,), at most 1 (Wang et al. 2004, equation 13).
+    """Structural similarity of each image, (B,), at most 1 (Wang et al. 2004, equation 13).
 
     Variances with the window's own weights (biased), mean over the channels and over the positions where the window
-    lies inside the picture. Equals scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5,
+    lies inside the image. Equals scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False, data_range=1).
 
     Args:
@@ -51,13 +51,13 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
         target: the same shape.
 
     Raises:
-        ValueError: as `psnr`, or a picture smaller than the window.
+        ValueError: as `psnr`, or an image smaller than the window.
     """
     restored, target = _eight_bit(restored, target)
     height, width = target.shape[-2:]
     if min(height, width) < SSIM_WINDOW_PX:
         raise ValueError(
-            f"SSIM needs pictures of at least {SSIM_WINDOW_PX} x {SSIM_WINDOW_PX} pixels, its window, got {height} x "
+            f"SSIM needs images of at least {SSIM_WINDOW_PX} x {SSIM_WINDOW_PX} pixels, its window, got {height} x "
             f"{width}: leave out smaller ones."
         )
     if target.device.type != "mps":  # which has no float64; in float32 flat areas are off by 1e-4
@@ -72,21 +72,21 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
 
 
 def _eight_bit(restored: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both pictures in float32 on the 256 levels k / 255."""
+    """Both images in float32 on the 256 levels k / 255."""
     if restored.shape != target.shape:
         raise ValueError(
-            f"The restored pictures have shape {tuple(restored.shape)}, the targets {tuple(target.shape)}: make them "
+            f"The restored images have shape {tuple(restored.shape)}, the targets {tuple(target.shape)}: make them "
             "equal."
         )
     if target.ndim != 4 or target.numel() == 0:
-        raise ValueError(f"Pictures must be (B, C, H, W) and not empty, got shape {tuple(target.shape)}.")
-    for name, picture in (("restored", restored), ("target", target)):
-        if not picture.is_floating_point():
+        raise ValueError(f"Images must be (B, C, H, W) and not empty, got shape {tuple(target.shape)}.")
+    for name, image in (("restored", restored), ("target", target)):
+        if not image.is_floating_point():
             raise ValueError(
-                f"The {name} pictures are {picture.dtype}: pass floats in [0, 1] (divide 8-bit pictures by 255)."
+                f"The {name} images are {image.dtype}: pass floats in [0, 1] (divide 8-bit images by 255)."
             )
     restored, target = restored.detach().float(), target.detach().to(restored.device, torch.float32)
-    return tuple(picture.clamp(0, 1).mul(255).round().div(255) for picture in (restored, target))
+    return tuple(image.clamp(0, 1).mul(255).round().div(255) for image in (restored, target))
 
 
 def _windowed(x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _beginning(arguments: list[str]) -> list[str]:
 
 
 def loading_code(name_or_path: str, base: str | None = None) -> str:
-    """Python that loads the result of a run and restores a picture with it.
+    """Python that loads the result of a run and restores an image with it.
 
     Args:
         name_or_path: What to load it from: a folder or an id on the Hub.
@@ -139,7 +139,7 @@ class AdaptedNetwork:
         base: Folder or Hub id of the pre-trained network.
         base_revision: Its commit on the Hub, where it is from there.
         is_adapter: Whether the result is an adapter for `base`, or a network of its own.
-        pictures: File name beside the card to what it shows.
+        images: File name beside the card to what it shows.
     """
 
     title: str
@@ -147,7 +147,7 @@ class AdaptedNetwork:
     base: str
     base_revision: str | None
     is_adapter: bool
-    pictures: Mapping[str, str]
+    images: Mapping[str, str]
 
     @property
     def is_base_on_hub(self) -> bool:
@@ -173,7 +173,7 @@ def adapted_card(result: AdaptedNetwork, metrics: Mapping[str, object], facts: R
     of_what = "of the weights of its layers" if result.is_adapter else "of its parameters"
     revision = f" at `{result.base_revision}`" if result.base_revision else ""
     budget = f", budget {metrics['parameter_budget']:.2%}" if result.is_adapter else ""
-    pictures = "\n\n".join(f"![{shows}]({name})" for name, shows in result.pictures.items())
+    images = "\n\n".join(f"![{shows}]({name})" for name, shows in result.images.items())
     return f"""---
 {_metadata(result, metrics, facts).to_yaml()}
 ---
@@ -193,9 +193,9 @@ trained, {metrics[share]:.2%} {of_what}{budget}.
 | before | {metrics["psnr_before"]:.2f} | {metrics["ssim_before"]:.3f} |
 | **after** | **{metrics["psnr_after"]:.2f}** | **{metrics["ssim_after"]:.3f}** |
 
-In RGB on [0, 1] after rounding to 8 bits, per picture, then averaged.
+In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 
-{pictures}
+{images}
 
 | | |
 |---|---|

@@ -1,7 +1,8 @@
 """Use somebody else's adapter, or share one's own: from an id on the Hub, or a folder, to a network that restores.
 
-What comes from elsewhere is not trusted: `colora_peft.hub.source` fetches JSON and safetensors alone, a base that would
-have to be built by a function is not built, and a base with other weights than the adapter was trained on is refused.
+What comes from elsewhere is not trusted: `colora_peft.hub.source` fetches JSON and safetensors alone, a base that
+would have to be built by a function is not built, and a base with other weights than the adapter was trained on is
+refused.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ __all__ = ["create_hub_repo", "load", "load_base", "peft_type_of", "push_folder"
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
 RESULT_FILES = (*ADAPTER_FILES, *NETWORK_FILES, "README.md", "metrics.json", "contributions.json")
-"""What a training run leaves for others; besides, the pictures that its card shows."""
+"""What a training run leaves for others; besides, the images that its card shows."""
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 
 
 # ------------------------------------------------------------------------------------------------------------- load
@@ -240,7 +241,7 @@ def create_hub_repo(repo_id: str, *, private: bool | None = None, token: str | b
 def push_folder(
     folder: str | Path, repo_id: str, *, token: str | bool | None = None, message: str = "Upload with colora_peft"
 ) -> str:
-    """Push the result of a run in one commit: `RESULT_FILES`, and the pictures that its card shows.
+    """Push the result of a run in one commit: `RESULT_FILES`, and the images that its card shows.
 
     Args:
         folder: What `finetune.py` or `pretrain.py` wrote; checkpoints and logs in it stay here.
@@ -253,7 +254,7 @@ def push_folder(
 
     Raises:
         OSError: The Hub refuses, or does not answer; nothing was pushed.
-        ValueError: There is no result in the folder, or a picture of the card is missing.
+        ValueError: There is no result in the folder, or an image of the card is missing.
     """
     files = files_to_push(Path(folder))
     try:
@@ -269,17 +270,17 @@ def files_to_push(folder: Path) -> Sequence[str]:
     """Names of what `push_folder` pushes.
 
     Raises:
-        ValueError: There is no result in the folder, or a picture of the card is missing.
+        ValueError: There is no result in the folder, or an image of the card is missing.
     """
     names = [name for name in RESULT_FILES if (folder / name).is_file()]
     if not any(weights in names for weights in (ADAPTER_WEIGHTS, NETWORK_FILES[1])):
         raise ValueError(f"There is no adapter and no network in {folder}: push the output folder of a finished run.")
     card = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in names else ""
-    for picture in dict.fromkeys(_PICTURE.findall(card)):
-        if "://" in picture:
+    for image in dict.fromkeys(_IMAGE.findall(card)):
+        if "://" in image:
             continue
-        path = (folder / picture).resolve()
+        path = (folder / image).resolve()
         if not path.is_relative_to(folder.resolve()) or not path.is_file():
-            raise ValueError(f"The card in {folder} shows {picture}, which is not in there: remove it from README.md.")
-        names.append(picture)
+            raise ValueError(f"The card in {folder} shows {image}, which is not in there: remove it from README.md.")
+        names.append(image)
     return names

@@ -6,7 +6,7 @@ else a file holds: bit depth, EXIF, colour profile, transparency.
 
 from .formats import FORMATS, format_of
 from .icc import fitting_profile
-from .image_file import DEFAULT_MAX_PIXELS, Picture, encode_picture, read_picture, write_picture
+from .image_file import DEFAULT_MAX_PIXELS, ImageFile, encode_image_file, read_image_file, write_image_file
 from .reading import IMAGE_SUFFIXES, as_float, decode_stored, list_images, read_bytes, read_image, read_stored, to_pil
 from .sheets import save_comparison
 
@@ -14,18 +14,18 @@ __all__ = [
     "DEFAULT_MAX_PIXELS",
     "FORMATS",
     "IMAGE_SUFFIXES",
-    "Picture",
+    "ImageFile",
     "as_float",
     "decode_stored",
-    "encode_picture",
+    "encode_image_file",
     "fitting_profile",
     "format_of",
     "list_images",
     "read_bytes",
     "read_image",
-    "read_picture",
+    "read_image_file",
     "read_stored",
     "save_comparison",
     "to_pil",
-    "write_picture",
+    "write_image_file",
 ]

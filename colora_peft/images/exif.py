@@ -1,4 +1,4 @@
-"""EXIF blocks: made to fit a picture that now stands upright, taken out of TIFF files and put into them.
+"""EXIF blocks: made to fit an image that now stands upright, taken out of TIFF files and put into them.
 
 An EXIF block is a small TIFF file: a header, and directories of entries (tag, type, count, value or offset). It is
 edited in place, so that all else stays as it was to the byte: the notes of camera makers hold offsets and would break
@@ -51,11 +51,11 @@ def integers(order: str, tag: int, *values: int, kind: int = _LONG) -> Entry:
 
 
 def upright(block: bytes, width: int, height: int) -> bytes:
-    """The block of a picture whose orientation was applied: orientation 1, its size in pixels, and no thumbnail.
+    """The block of an image whose orientation was applied: orientation 1, its size in pixels, and no thumbnail.
 
     Args:
         block: From the byte order mark on, without the "Exif" that JPEG puts before.
-        width: Of the picture as it stands now.
+        width: Of the image as it stands now.
         height: The same.
 
     Raises:
@@ -76,7 +76,7 @@ def upright(block: bytes, width: int, height: int) -> bytes:
 
 
 def _without_thumbnail(data: bytearray, order: str, first: int) -> bytearray:
-    """Unlink the second directory, and blank the JPEG that it points to: it shows the picture as it was."""
+    """Unlink the second directory, and blank the JPEG that it points to: it shows the image as it was."""
     link = first + 2 + _ENTRY_BYTES * _number_of_entries(data, order, first)
     if link + 4 > len(data):  # some writers leave out the link
         return data

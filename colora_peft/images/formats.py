@@ -19,7 +19,7 @@ from PIL import Image
 
 from .exif import Entry, block_entries, integers, pack_directory
 
-__all__ = ["FORMATS", "Content", "PictureFormat", "format_of", "png_chunks"]
+__all__ = ["FORMATS", "Content", "ImageFormat", "format_of", "png_chunks"]
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _METRES_PER_INCH = 0.0254
@@ -50,7 +50,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class PictureFormat:
+class ImageFormat:
     """A file format: how it is called, what it can hold, and its encoder."""
 
     name: str
@@ -225,10 +225,10 @@ def _by_pillow(pixels: np.ndarray, file_format: str, **settings: object) -> byte
 
 _NO_LIMIT = 1 << 31
 FORMATS = {
-    "png": PictureFormat("PNG", (".png",), encode_png, 16, True, True, _NO_LIMIT),
-    "tiff": PictureFormat("TIFF", (".tif", ".tiff"), encode_tiff, 16, True, True, _NO_LIMIT),
+    "png": ImageFormat("PNG", (".png",), encode_png, 16, True, True, _NO_LIMIT),
+    "tiff": ImageFormat("TIFF", (".tif", ".tiff"), encode_tiff, 16, True, True, _NO_LIMIT),
     # A segment of a JPEG holds 65,533 bytes, with the mark "Exif" before the block.
-    "jpeg": PictureFormat("JPEG", (".jpg", ".jpeg"), encode_jpeg, 8, False, True, 65533 - 6),
-    "webp": PictureFormat("WebP", (".webp",), encode_webp, 8, True, False, _NO_LIMIT),
-    "bmp": PictureFormat("BMP", (".bmp",), encode_bmp, 8, False, True, 0),
+    "jpeg": ImageFormat("JPEG", (".jpg", ".jpeg"), encode_jpeg, 8, False, True, 65533 - 6),
+    "webp": ImageFormat("WebP", (".webp",), encode_webp, 8, True, False, _NO_LIMIT),
+    "bmp": ImageFormat("BMP", (".bmp",), encode_bmp, 8, False, True, 0),
 }  # fmt: skip

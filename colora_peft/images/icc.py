@@ -1,4 +1,4 @@
-"""Which colour profile a restored picture may carry: that of its input, if it is whole and describes what is written.
+"""Which colour profile a restored image may carry: that of its input, if it is whole and describes what is written.
 
 ICC.1:2022, section 7: a header of 128 bytes with size, colour space and signature, then a table of tags.
 """

@@ -1,4 +1,4 @@
-"""Read a picture together with what must survive its restoration, and write the restored one as a file of its kind.
+"""Read an image together with what must survive its restoration, and write the restored one as a file of its kind.
 
 What survives, and what we decided:
 
@@ -8,10 +8,10 @@ What survives, and what we decided:
 - The ICC profile. No colour management takes place: the network sees the values of the file, and the profile goes on
   describing them. One that is damaged or describes something else (CMYK that was converted) is left out.
 - Transparency: the network restores the colours below it, and it is put back as it was. Formats that hold none get the
-  picture on white.
+  image on white.
 - Grey stays grey: the mean of what the network makes of three equal channels. WebP holds RGB only.
 - Resolution (dots per inch) and, from PNG to PNG, gamma, chromaticities and the sRGB mark.
-- The first picture of an animation or of several pages; a note says so.
+- The first image of an animation or of several pages; a note says so.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from torch import Tensor
 from colora_peft.utils import write_bytes
 
 from .exif import block_of_tiff, upright
-from .formats import FORMATS, Content, PictureFormat, format_of, png_chunks
+from .formats import FORMATS, Content, ImageFormat, format_of, png_chunks
 from .icc import fitting_profile
-from .reading import PICTURE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
+from .reading import IMAGE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
 
-__all__ = ["DEFAULT_MAX_PIXELS", "Picture", "encode_picture", "read_picture", "write_picture"]
+__all__ = ["DEFAULT_MAX_PIXELS", "ImageFile", "encode_image_file", "read_image_file", "write_image_file"]
 
 # Above the 151 million of the largest cameras; as float32 RGB 2.4 GB.
 DEFAULT_MAX_PIXELS = 200_000_000
@@ -47,8 +47,8 @@ _GREY_MODES = ("1", "L", "LA", "La")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that stands upright, and what its restored version inherits.
+class ImageFile:
+    """An image that stands upright, and what its restored version inherits.
 
     Attributes:
         colour: (3, H, W) float32 in [0, 1], straight: not laid on white.
@@ -56,7 +56,7 @@ class Picture:
         bits: A value of the file has, 8 or 16.
         is_grey: The three channels are one.
         is_lossless_webp: A WebP that is exact.
-        exif: An EXIF block that fits the upright picture, or None.
+        exif: An EXIF block that fits the upright image, or None.
         icc_profile: As it stands in the file, or None.
         dpi: Dots per inch, horizontal and vertical, or None.
         colour_chunks: What a PNG says about its colours besides the profile, by the name of the chunk.
@@ -76,39 +76,39 @@ class Picture:
 
     @property
     def on_white(self) -> Tensor:
-        """(3, H, W) as `colora_peft.images.reading.read_image` gives it, up to the rounding of half transparent 8 bits."""
+        """(3, H, W) as `colora_peft.images.read_image` gives it, up to the rounding of half transparent 8 bits."""
         return self.colour if self.opacity is None else on_white(self.colour, self.opacity)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def read_picture(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
-    """Read a picture and what must survive.
+def read_image_file(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageFile:
+    """Read an image and what must survive.
 
     Args:
         path: A file of any kind that `colora_peft.images.reading.read_image` reads.
-        max_pixels: Larger pictures are refused before they are decoded. Holds instead of Pillow's own limit, which is
+        max_pixels: Larger images are refused before they are decoded. Holds instead of Pillow's own limit, which is
             global to the process and suspended meanwhile.
 
     Raises:
-        ValueError: the file is missing, not a picture, damaged or too large; it names the file.
+        ValueError: the file is missing, not an image, damaged or too large; it names the file.
     """
     data = read_bytes(path)
     with naming(str(path)), _without_pillow_s_limit(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on metadata: what is damaged is left out with a note
-        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as opened:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise ValueError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}, `max_pixels`")
             several = getattr(opened, "n_frames", 1) > 1
             opened.load()
             colour, opacity = decode_straight(opened, data)
-            notes = ["only the first picture of several in the file was restored"] if several else []
+            notes = ["only the first image of several in the file was restored"] if several else []
             if opened.mode == "CMYK":
                 notes.append("CMYK became RGB, without colour management")
             exif, note = _exif_of(opened, data, colour.shape[2], colour.shape[1])
-            return Picture(
+            return ImageFile(
                 colour,
                 opacity,
                 bits=16 if has_16_bits(opened, data) else 8,
@@ -138,7 +138,7 @@ def _is_grey(opened: Image.Image, data: bytes) -> bool:
 
 
 def _exif_of(opened: Image.Image, data: bytes, width: int, height: int) -> tuple[bytes | None, str | None]:
-    """The EXIF block for the upright picture, and a note if it is lost."""
+    """The EXIF block for the upright image, and a note if it is lost."""
     if opened.format == "TIFF" and data[2:4] in (b"+\0", b"\0+"):
         return None, "the EXIF of a BigTIFF was left out"
     try:
@@ -181,25 +181,25 @@ def _webp_chunk_names(data: bytes) -> bytes:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def write_picture(
-    path: str | os.PathLike[str], restored: Tensor, source: Picture, *, quality: int = 95, grey_as_rgb: bool = False
+def write_image_file(
+    path: str | os.PathLike[str], restored: Tensor, source: ImageFile, *, quality: int = 95, grey_as_rgb: bool = False
 ) -> tuple[str, ...]:
-    """Write what `encode_picture` gives whole or not at all, and return the notes.
+    """Write what `encode_image_file` gives whole or not at all, and return the notes.
 
     Raises:
-        ValueError: as `encode_picture`.
+        ValueError: as `encode_image_file`.
         OSError: the file cannot be written.
     """
-    encoded, notes = encode_picture(path, restored, source, quality=quality, grey_as_rgb=grey_as_rgb)
+    encoded, notes = encode_image_file(path, restored, source, quality=quality, grey_as_rgb=grey_as_rgb)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, encoded)
     return notes
 
 
-def encode_picture(
-    path: str | os.PathLike[str], restored: Tensor, source: Picture, *, quality: int = 95, grey_as_rgb: bool = False
+def encode_image_file(
+    path: str | os.PathLike[str], restored: Tensor, source: ImageFile, *, quality: int = 95, grey_as_rgb: bool = False
 ) -> tuple[bytes, tuple[str, ...]]:
-    """The file of a restored picture, with what it inherits, and notes on what is lost; writes nothing.
+    """The file of a restored image, with what it inherits, and notes on what is lost; writes nothing.
 
     Args:
         path: The file that it is for; its suffix chooses the format.
@@ -207,7 +207,7 @@ def encode_picture(
         source: What it was restored from.
         quality: Of JPEG (without chroma subsampling) and WebP, 1 to 100. The other formats are exact, and WebP where
             the source is an exact WebP.
-        grey_as_rgb: Write what the network makes of a grey picture in colour.
+        grey_as_rgb: Write what the network makes of a grey image in colour.
 
     Raises:
         ValueError: the sizes differ, the suffix is of no format that can be written, or the format cannot hold so many
@@ -217,7 +217,7 @@ def encode_picture(
     file_format = FORMATS[format_of(path)]
     if restored.shape != source.colour.shape:
         raise ValueError(
-            f"The restored picture has the shape {tuple(restored.shape)}, its source {tuple(source.colour.shape)}; "
+            f"The restored image has the shape {tuple(restored.shape)}, its source {tuple(source.colour.shape)}; "
             "they must be equal."
         )
     content, notes = _content(restored, source, file_format, quality, grey_as_rgb)
@@ -232,7 +232,7 @@ def encode_picture(
 
 
 def _content(
-    restored: Tensor, source: Picture, file_format: PictureFormat, quality: int, grey_as_rgb: bool
+    restored: Tensor, source: ImageFile, file_format: ImageFormat, quality: int, grey_as_rgb: bool
 ) -> tuple[Content, list[str]]:
     """What goes into the file, and notes on what does not."""
     notes, name, bits = [], file_format.name, min(source.bits, file_format.bits)

@@ -1,6 +1,6 @@
-"""Reading and writing pictures: files of any kind to float32 RGB (3, H, W) in [0, 1], and back.
+"""Reading and writing images: files of any kind to float32 RGB (3, H, W) in [0, 1], and back.
 
-A picture of 8 bits may be held as uint8 RGB (3, H, W), a quarter of the memory; `as_float` makes it the former.
+An image of 8 bits may be held as uint8 RGB (3, H, W), a quarter of the memory; `as_float` makes it the former.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _LASTING = frozenset(
 )
 
 # Pillow's names of what is read, whatever a file is called. Others start programs (EPS: Ghostscript) or go through
-# rarely tested decoders. JPEG covers MPO, the several pictures in one file of phones and stereo cameras.
-PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
+# rarely tested decoders. JPEG covers MPO, the several images in one file of phones and stereo cameras.
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 
 # TIFF and EXIF tags, and values of the photometric interpretation.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLES_PER_PIXEL, _PLANAR_CONFIGURATION = 258, 262, 274, 277, 284
@@ -47,13 +47,13 @@ _OPACITY_IS_MULTIPLIED_IN = 1
 
 
 def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
-    """The pictures in `folder`, sorted by name, hidden files left out; those below it, too, where `nested`.
+    """The images in `folder`, sorted by name, hidden files left out; those below it, too, where `nested`.
 
     Below it, hidden folders and links to folders are not followed.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        ValueError: if it holds no picture.
+        ValueError: if it holds no image.
         OSError: if it may not be read, or the disk of a folder below it fails. Folders below that may not be read are
             left out with a warning.
     """
@@ -65,7 +65,7 @@ def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
     if not paths:
         below = "" if nested else ": those below it are not searched"
         raise ValueError(
-            f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}); name the folder that does"
+            f"The folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name the folder that does"
             f"{below}."
         )
     return paths
@@ -90,16 +90,16 @@ def _looks_like_an_image(path: Path) -> bool:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read a picture as float32 RGB (3, H, W) in [0, 1]; see `decode_image`.
+    """Read an image as float32 RGB (3, H, W) in [0, 1]; see `decode_image`.
 
     Raises:
-        ValueError: if the file is missing, not a picture or damaged; it names the file.
+        ValueError: if the file is missing, not an image or damaged; it names the file.
     """
     return as_float(read_stored(path))
 
 
 def read_stored(path: str | Path) -> Tensor:
-    """Read a picture as `decode_stored` gives it.
+    """Read an image as `decode_stored` gives it.
 
     Raises:
         ValueError: as `read_image`.
@@ -123,7 +123,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def as_float(image: Tensor) -> Tensor:
-    """A picture or patch of 8 bits as new float32 in [0, 1]; one that is float already as it is."""
+    """An image or patch of 8 bits as new float32 in [0, 1]; one that is float already as it is."""
     return image.float().div_(255) if image.dtype == torch.uint8 else image
 
 
@@ -134,7 +134,7 @@ def decode_image(data: bytes, name: str) -> Tensor:
     and the 16 bits of PNG and TIFF files are kept.
 
     Raises:
-        ValueError: if they are not a picture or damaged; it calls the picture by `name`.
+        ValueError: if they are not an image or damaged; it calls the image by `name`.
     """
     return as_float(decode_stored(data, name))
 
@@ -145,7 +145,7 @@ def decode_stored(data: bytes, name: str) -> Tensor:
     Raises:
         ValueError: as `decode_image`.
     """
-    with naming(name), Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as opened:
+    with naming(name), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
         opened.load()
         if not has_16_bits(opened, data):
             return _decode_8_bits(opened)
@@ -154,12 +154,12 @@ def decode_stored(data: bytes, name: str) -> Tensor:
 
 
 def decode_straight(opened: Image.Image, data: bytes) -> tuple[Tensor, Tensor | None]:
-    """Colour (3, H, W) and opacity (1, H, W), float32 in [0, 1], of a picture whose transparency is to be kept.
+    """Colour (3, H, W) and opacity (1, H, W), float32 in [0, 1], of an image whose transparency is to be kept.
 
     As `decode_image`, but the colours are those below the transparency. The opacity is None where there is none.
 
     Args:
-        opened: The picture, loaded by Pillow.
+        opened: The image, loaded by Pillow.
         data: The bytes of its file.
 
     Raises:
@@ -176,14 +176,14 @@ def decode_straight(opened: Image.Image, data: bytes) -> tuple[Tensor, Tensor | 
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside, while a picture is decoded, is a ValueError that calls it by `name`."""
+    """Whatever goes wrong inside, while an image is decoded, is a ValueError that calls it by `name`."""
     try:
         yield
     except UnidentifiedImageError as error:  # its message shows a buffer's address
-        raise ValueError(f"{name} cannot be read as a picture (unknown format); replace or remove it.") from error
+        raise ValueError(f"{name} cannot be read as an image (unknown format); replace or remove it.") from error
     # On damaged data the decoders raise nearly anything: OSError, SyntaxError, struct.error, zlib.error...
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as a picture ({error}); replace or remove it.") from error
+        raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
 
 
 def on_white(colour: Tensor, opacity: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def on_white(colour: Tensor, opacity: Tensor) -> Tensor:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A Pillow picture to float32 RGB (3, H, W) in [0, 1], EXIF orientation applied, transparency laid on white.
+    """A Pillow image to float32 RGB (3, H, W) in [0, 1], EXIF orientation applied, transparency laid on white.
 
     Raises:
         ValueError: if it has more than 8 bits. Those of PNG and TIFF files are for `decode_image`; 32 have no agreed
@@ -220,13 +220,13 @@ def _check_white(image: Image.Image) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    # Pillow raises nearly anything on damaged EXIF, for which no picture is refused.
+    # Pillow raises nearly anything on damaged EXIF, for which no image is refused.
     except Exception:
         return 1
 
 
 def has_16_bits(image: Image.Image, data: bytes) -> bool:
-    """Whether a picture that Pillow opened from `data` is a PNG or TIFF of 16 bits a value."""
+    """Whether an image that Pillow opened from `data` is a PNG or TIFF of 16 bits a value."""
     # Pillow halves 16-bit colour silently, so its mode does not tell.
     if image.format == "TIFF":
         return 16 in np.ravel(image.tag_v2.get(_BITS_PER_SAMPLE, ()))
@@ -276,6 +276,6 @@ def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] (clamped) to an 8-bit RGB Pillow picture."""
+    """(3, H, W) in [0, 1] (clamped) to an 8-bit RGB Pillow image."""
     pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -5,7 +5,7 @@ of a restoration network: what goes in, what comes out, and its loss.
 """
 
 from .local_pooling import local_pooling, size_multiple_of
-from .network import evaluation_mode, output_pictures, reconstruct, restoration_loss, size_multiple
+from .network import evaluation_mode, output_images, reconstruct, restoration_loss, size_multiple
 from .padding import pad_to_multiple
 from .tile_grid import check_tile
 from .tiling import Pooling, restore_image
@@ -15,7 +15,7 @@ __all__ = [
     "check_tile",
     "evaluation_mode",
     "local_pooling",
-    "output_pictures",
+    "output_images",
     "pad_to_multiple",
     "reconstruct",
     "restoration_loss",

@@ -1,8 +1,8 @@
-"""Means over a whole picture, gathered tile by tile, for networks that pool over all they see.
+"""Means over a whole image, gathered tile by tile, for networks that pool over all they see.
 
-A network such as NAFNet averages its features over the whole picture (channel attention). Given a tile it averages
-over the tile, so that tiles of one picture are restored differently. Here a first pass over the tiles gathers what
-each pooling layer sees, and the pass that restores them uses the mean over the picture in every tile. The method is
+A network such as NAFNet averages its features over the whole image (channel attention). Given a tile it averages
+over the tile, so that tiles of one image are restored differently. Here a first pass over the tiles gathers what
+each pooling layer sees, and the pass that restores them uses the mean over the image in every tile. The method is
 our own.
 
 In the first pass layers use the mean over the tiles so far, in the second that of the whole first pass, and so on.
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["PictureStatistics", "Rectangle", "averages_over_pixels", "is_global_pool"]
+__all__ = ["ImageStatistics", "Rectangle", "averages_over_pixels", "is_global_pool"]
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """[first, end) of rows and of columns."""
@@ -43,8 +43,8 @@ def averages_over_pixels(module: nn.Module) -> bool:
     return is_global_pool(module) or getattr(module, "averages_over_pixels", False) is True
 
 
-class PictureStatistics:
-    """What the averaging layers of a network see in one picture; `gathering` and `applied` hook into them."""
+class ImageStatistics:
+    """What the averaging layers of a network see in one image; `gathering` and `applied` hook into them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [module for module in model.modules() if averages_over_pixels(module)]
@@ -75,7 +75,7 @@ class PictureStatistics:
     def begin_batch(self, tile_shape: tuple[int, int], cores: Sequence[Rectangle] | None) -> None:
         """The next pass of the network is over tiles (B, C, *tile_shape).
 
-        `cores` are the parts of them that count in the means (the cores of all tiles make up the picture), None if
+        `cores` are the parts of them that count in the means (the cores of all tiles make up the image), None if
         nothing is to be gathered.
         """
         self._call, self._tile_shape, self._cores = 0, tile_shape, cores

@@ -1,8 +1,8 @@
-"""Local pooling at test time: a network that pools over the whole picture pools over windows of the training size.
+"""Local pooling at test time: a network that pools over the whole image pools over windows of the training size.
 
 Chu, Chen, Chen, Lu, "Improving Image Restoration by Revisiting Global Information Aggregation", ECCV 2022, arXiv
 2112.04491 (Test-time Local Converter, TLC), written from the paper. A network that is trained on patches and averages
-its features over all it sees meets other averages in whole pictures. With local pooling each pixel gets the mean over
+its features over all it sees meets other averages in whole images. With local pooling each pixel gets the mean over
 a window around it, by running sums along rows and columns that cost the same for every window; near the border it gets
 that of the nearest window that lies inside.
 """
@@ -23,7 +23,7 @@ from .network import evaluation_mode, reconstruct, size_multiple
 
 __all__ = ["LocalMean", "local_pooling", "pools_locally", "size_multiple_of", "sliding_mean"]
 
-_PROBE_PX = 64  # at least; the side of the picture that shows at which resolution a layer works
+_PROBE_PX = 64  # at least; the side of the image that shows at which resolution a layer works
 
 
 @contextmanager
@@ -31,15 +31,15 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
     """Inside, each `nn.AdaptiveAvgPool2d(1)` of `model` returns means over windows, (B, C, H, W), not one mean.
 
         with local_pooling(model, window=192):
-            restored = model(picture)
+            restored = model(image)
 
     The network must multiply or add to feature maps what it has pooled, with nothing but 1 x 1 convolutions and
-    activations between. With a window as large as the picture it is exactly the network itself. Layers are watched,
+    activations between. With a window as large as the image it is exactly the network itself. Layers are watched,
     not replaced: adapters make no difference, and afterwards the network is as before.
 
     Args:
         model: The network, bare or with adapters, not compiled.
-        window: Side in pixels of the picture, rounded up to the network's size multiple; each layer takes as much of
+        window: Side in pixels of the image, rounded up to the network's size multiple; each layer takes as much of
             its feature map.
 
     Raises:
@@ -52,7 +52,7 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} pools locally already: leave that `local_pooling` first.")
     scales = _pixels_per_feature(model)
     _check_maps_fit(model, scales)
-    # A network pads pictures to its size multiple: a window as large as the picture must cover the padding, too.
+    # A network pads images to its size multiple: a window as large as the image must cover the padding, too.
     multiple = size_multiple_of(model)
     window = math.ceil(window / multiple) * multiple
     windows = {
@@ -112,7 +112,7 @@ def _sliding_mean(x: Tensor, window: int, dim: int) -> Tensor:
 
 
 def _pixels_per_feature(model: nn.Module) -> dict[nn.Module, tuple[float, float]]:
-    """Each global pooling layer that runs: rows and columns of the picture for one of its feature map."""
+    """Each global pooling layer that runs: rows and columns of the image for one of its feature map."""
     scales: dict[nn.Module, tuple[float, float]] = {}
     names = {module: name for name, module in model.named_modules() if is_global_pool(module)}
 
@@ -146,7 +146,7 @@ def _check_maps_fit(model: nn.Module, layers: Mapping[nn.Module, Any]) -> None:
 
 
 def _probe(model: nn.Module) -> Tensor:
-    """A black picture (1, C, S, S), S a multiple of the network's size multiple."""
+    """A black image (1, C, S, S), S a multiple of the network's size multiple."""
     multiple = size_multiple_of(model)
     channels = getattr(getattr(model, "config", None), "num_channels", 3)
     side = math.ceil(_PROBE_PX / multiple) * multiple
@@ -155,9 +155,9 @@ def _probe(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, pictures: Tensor) -> None:
+def _run(model: nn.Module, images: Tensor) -> None:
     with evaluation_mode(model):
-        reconstruct(model, pictures)
+        reconstruct(model, images)
 
 
 @contextmanager

@@ -11,47 +11,47 @@ from torch import Tensor, nn
 
 from .padding import pad_to_multiple
 
-__all__ = ["evaluation_mode", "output_pictures", "reconstruct", "restoration_loss", "size_multiple"]
+__all__ = ["evaluation_mode", "output_images", "reconstruct", "restoration_loss", "size_multiple"]
 
 
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """The restored pictures (B, C, H, W) of any network that returns them as a tensor or under `reconstruction`.
+    """The restored images (B, C, H, W) of any network that returns them as a tensor or under `reconstruction`.
 
-    Where the network runs on heights and widths of some multiple only (`size_multiple`), it gets the pictures padded
+    Where the network runs on heights and widths of some multiple only (`size_multiple`), it gets the images padded
     and what was added is cut off again.
 
     Raises:
         TypeError: if the network returns something else.
-        ValueError: if the restored pictures are not of the shape of the input.
+        ValueError: if the restored images are not of the shape of the input.
     """
     padded = pad_to_multiple(pixel_values, size_multiple(model))
-    reconstruction = output_pictures(model, model(padded))
+    reconstruction = output_images(model, model(padded))
     if reconstruction.shape != padded.shape:
         raise ValueError(
-            f"{type(model).__name__} returned pictures of shape {tuple(reconstruction.shape)} for inputs of shape "
+            f"{type(model).__name__} returned images of shape {tuple(reconstruction.shape)} for inputs of shape "
             f"{tuple(padded.shape)}; a restoration network must keep the shape.{_hint(reconstruction, padded)}"
         )
     height, width = pixel_values.shape[-2:]
     return reconstruction[..., :height, :width]
 
 
-def output_pictures(model: nn.Module, output: Any) -> Tensor:
-    """The pictures in what `model` returned: a tensor, or the field `reconstruction`.
+def output_images(model: nn.Module, output: Any) -> Tensor:
+    """The images in what `model` returned: a tensor, or the field `reconstruction`.
 
     Raises:
         TypeError: if it is neither.
     """
-    pictures = output if isinstance(output, Tensor) else getattr(output, "reconstruction", None)
-    if not isinstance(pictures, Tensor):
+    images = output if isinstance(output, Tensor) else getattr(output, "reconstruction", None)
+    if not isinstance(images, Tensor):
         raise TypeError(
             f"{type(model).__name__} returned {type(output).__name__}; a restoration network must return the restored "
-            "pictures as a tensor or as an output with the field `reconstruction`."
+            "images as a tensor or as an output with the field `reconstruction`."
         )
-    return pictures
+    return images
 
 
 def size_multiple(model: nn.Module) -> int:
-    """What the height and width of the pictures that `model` takes must be multiples of; 1 where any size will do.
+    """What the height and width of the images that `model` takes must be multiples of; 1 where any size will do.
 
     That is the attribute `size_multiple` of the network, which its author or whoever loads it sets. The Swin2SR of
     transformers, whose image processor pads for it, needs no attribute: it is the side of its windows.
@@ -72,9 +72,9 @@ def _is_wrapper(network: nn.Module) -> bool:
     return is_shared_out or type(network).__name__ == "DeepSpeedEngine" or hasattr(network, "_orig_mod")
 
 
-def _hint(reconstruction: Tensor, pictures: Tensor) -> str:
+def _hint(reconstruction: Tensor, images: Tensor) -> str:
     """A sentence for networks that enlarge, the likeliest of those that change the shape."""
-    factors = [new / old for new, old in zip(reconstruction.shape[-2:], pictures.shape[-2:], strict=True)]
+    factors = [new / old for new, old in zip(reconstruction.shape[-2:], images.shape[-2:], strict=True)]
     if factors[0] != factors[1] or factors[0] <= 1:
         return ""
     return (

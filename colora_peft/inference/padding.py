@@ -1,4 +1,4 @@
-"""Pictures continued beyond their edges by reflection, however far.
+"""Images continued beyond their edges by reflection, however far.
 
 (Restormer, which imports nothing from here, reflects by itself.)
 """
@@ -12,19 +12,19 @@ from torch import Tensor
 __all__ = ["pad_to_multiple", "reflected_indices"]
 
 
-def pad_to_multiple(pictures: Tensor, multiple: int) -> Tensor:
-    """Pictures (B, C, H, W) continued below and to the right until H and W are multiples of `multiple`.
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Images (B, C, H, W) continued below and to the right until H and W are multiples of `multiple`.
 
     They are mirrored about the last row and column, and back and forth where a side is too short for `F.pad`.
     """
     if multiple == 1:
-        return pictures
-    height, width = pictures.shape[-2:]
+        return images
+    height, width = images.shape[-2:]
     below, right = -height % multiple, -width % multiple
     if min(height, width) >= multiple:  # this way only is in exported networks
-        return F.pad(pictures, (0, right, 0, below), mode="reflect")
+        return F.pad(images, (0, right, 0, below), mode="reflect")
     rows, columns = reflected_indices(0, height + below, height), reflected_indices(0, width + right, width)
-    return pictures[..., rows.to(pictures.device), :][..., columns.to(pictures.device)]
+    return images[..., rows.to(images.device), :][..., columns.to(images.device)]
 
 
 def reflected_indices(start: int, end: int, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The eight flips and rotations of a picture, over which a geometric self-ensemble averages.
+"""The eight flips and rotations of an image, over which a geometric self-ensemble averages.
 
 Lim, Son, Kim, Nah, Lee, "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPR Workshops 2017,
 arXiv 1707.02921, section 3.4.

@@ -1,4 +1,4 @@
-"""Where the tiles of a picture lie, how they are blended, and which part of the picture each one answers for."""
+"""Where the tiles of an image lie, how they are blended, and which part of the image each one answers for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DISCARDED_SHARE = 0.25
 
 @dataclass(frozen=True)
 class TileAxis:
-    """The tiles along one axis, all of one length; positions in pixels of the padded picture."""
+    """The tiles along one axis, all of one length; positions in pixels of the padded image."""
 
     size: int
-    """Pixels of the picture, without padding."""
+    """Pixels of the image, without padding."""
     length: int
     """Pixels of each tile."""
     starts: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Restoring pictures of any size, tile by tile, in a memory that the tile bounds and not the picture."""
+"""Restoring images of any size, tile by tile, in a memory that the tile bounds and not the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .global_pooling import PictureStatistics, Rectangle
+from .global_pooling import ImageStatistics, Rectangle
 from .local_pooling import local_pooling, pools_locally, size_multiple_of
 from .network import evaluation_mode, reconstruct
 from .padding import reflected_indices
@@ -40,34 +40,34 @@ def restore_image(
     size_multiple: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Restore one picture (3, H, W) in [0, 1]: float32 of the same shape in [0, 1], on the picture's device.
+    """Restore one image (3, H, W) in [0, 1]: float32 of the same shape in [0, 1], on the image's device.
 
-    Tiles overlap and are blended by smooth weights that sum to one. The picture is extended by reflection at its lower
+    Tiles overlap and are blended by smooth weights that sum to one. The image is extended by reflection at its lower
     and right border, up to a multiple of what the network halves. Besides `image` and the result, which may lie on the
     CPU while the network is on a GPU, no more memory is taken than `batch_size` tiles need. The network is in
     evaluation mode meanwhile and as before afterwards.
 
-    The same figures as `colora_peft.evaluation.evaluate`, which gives whole pictures to the network as they are, come
+    The same figures as `colora_peft.evaluation.evaluate`, which gives whole images to the network as they are, come
     with `tile=None, size_multiple=1`.
 
     Args:
         model: Any network that `colora_peft.inference.network.reconstruct` takes, bare or with adapters.
-        image: The degraded picture.
-        tile: Side of the square tiles in pixels, rounded down to the size multiple; None is the whole picture at once.
+        image: The degraded image.
+        tile: Side of the square tiles in pixels, rounded down to the size multiple; None is the whole image at once.
         overlap: Pixels that neighbouring tiles share, at least.
         batch_size: Tiles that go through the network together. (Where statistics are gathered it moves the result a
             little: the tiles of a batch know each other's.)
         dtype: Half precision (torch.bfloat16, torch.float16) by autocast; None leaves the network's own precision.
         self_ensemble: Average over the eight flips and rotations of each tile (EDSR: Lim et al., CVPRW 2017, arXiv
             1707.02921, section 3.4). Eight times the time.
-        pooling: What layers that average over all they see are given. "picture": the mean over the whole picture,
+        pooling: What layers that average over all they see are given. "picture": the mean over the whole image,
             which `statistics_passes` gather before; "tile": that of their tile alone; "local": windows of
-            `pooling_window` (see `colora_peft.inference.local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also
-            about modules that say so (see `colora_peft.inference.global_pooling`), such as that of Restormer's attention.
-            Other layers see their tile alone.
+            `pooling_window` (see `local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also about
+            modules that say so (see `colora_peft.inference.global_pooling`), such as that of Restormer's attention. Other
+            layers see their tile alone.
         pooling_window: Side of the windows in pixels.
-        statistics_passes: Passes over the picture before that which restores it, each as long; more come closer to the
-            untiled picture (at least 29.6, 41.3 and 45.6 dB after one, two and three, on six underwater photos in
+        statistics_passes: Passes over the image before that which restores it, each as long; more come closer to the
+            untiled image (at least 29.6, 41.3 and 45.6 dB after one, two and three, on six underwater photos in
             examples/benchmark_tiles.py).
             None takes place where there is one tile, or no layer that averages.
         size_multiple: What tiles start and end at multiples of; None takes `model.config.size_multiple` or
@@ -75,12 +75,12 @@ def restore_image(
         progress: Show a bar.
 
     Raises:
-        ValueError: `image` is not a float picture (3, H, W) in [0, 1], is empty or holds NaN; a setting is impossible;
+        ValueError: `image` is not a float image (3, H, W) in [0, 1], is empty or holds NaN; a setting is impossible;
             or the network changes the shape, or returns NaN or infinite values.
         RuntimeError: No pooling layer of a compiled network that has some can be watched.
-        TypeError: The network returns no pictures.
+        TypeError: The network returns no images.
     """
-    _check_picture(image)
+    _check_image(image)
     _check_choice(model, pooling, pooling_window, statistics_passes, batch_size)
     multiple = size_multiple_of(model) if size_multiple is None else size_multiple
     if multiple < 1:
@@ -90,7 +90,7 @@ def restore_image(
     rows, columns = (lay_tiles(size, tile, overlap, multiple) for size in image.shape[1:])
     run = _Run(model, image, rows, columns, batch_size, dtype)
     transforms = EIGHT if self_ensemble else EIGHT[:1]
-    averaged = pooling == "picture" and run.tiles > 1 and PictureStatistics(model).needed
+    averaged = pooling == "picture" and run.tiles > 1 and ImageStatistics(model).needed
     passes = statistics_passes if averaged else 0
     restored = torch.zeros_like(image, dtype=torch.float32, memory_format=torch.contiguous_format)
     total = len(transforms) * (passes + 1) * run.tiles
@@ -108,16 +108,16 @@ def restore_image(
     return restored.clamp_(0, 1)
 
 
-def _check_picture(image: Tensor) -> None:
+def _check_image(image: Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"The picture must be (3, H, W) and not empty, got shape {tuple(image.shape)}.")
+        raise ValueError(f"The image must be (3, H, W) and not empty, got shape {tuple(image.shape)}.")
     if not image.is_floating_point():
-        raise ValueError(f"The picture is {image.dtype}: pass floats in [0, 1] (divide 8-bit pictures by 255).")
+        raise ValueError(f"The image is {image.dtype}: pass floats in [0, 1] (divide 8-bit images by 255).")
     low, high = (value.item() for value in image.aminmax())  # NaN if there is any
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"The picture has values from {low:g} to {high:g}; it must lie in [0, 1] without NaN: clamp it, or divide "
-            "8-bit pictures by 255."
+            f"The image has values from {low:g} to {high:g}; it must lie in [0, 1] without NaN: clamp it, or divide "
+            "8-bit images by 255."
         )
 
 
@@ -141,7 +141,7 @@ def _check_choice(
 
 @dataclass(frozen=True)
 class _Place:
-    """One tile: where it begins in the picture, its weights, and the part that it alone answers for."""
+    """One tile: where it begins in the image, its weights, and the part that it alone answers for."""
 
     top: int
     left: int
@@ -152,7 +152,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Run:
-    """A network, a picture and the tiles in which the one goes through the other."""
+    """A network, an image and the tiles in which the one goes through the other."""
 
     model: nn.Module
     image: Tensor
@@ -166,7 +166,7 @@ class _Run:
         return len(self.rows.starts) * len(self.columns.starts)
 
     def restored_tiles(
-        self, transform: Transform, statistics: PictureStatistics | None, gather: bool
+        self, transform: Transform, statistics: ImageStatistics | None, gather: bool
     ) -> Iterator[tuple[list[_Place], Tensor]]:
         """Batches of tiles: where they are, and (B, 3, h, w) float32, what the network made of them."""
         parameter = next((each for each in self.model.parameters() if each.is_floating_point()), self.image)
@@ -195,19 +195,19 @@ class _Run:
         return _Place(rows.starts[row], columns.starts[column], rows.weights[row], columns.weights[column], core)
 
     def _cut(self, place: _Place) -> Tensor:
-        """(3, h, w): the tile, reflected where it reaches beyond the picture."""
+        """(3, h, w): the tile, reflected where it reaches beyond the image."""
         rows = reflected_indices(place.top, place.top + self.rows.length, self.rows.size)
         columns = reflected_indices(place.left, place.left + self.columns.length, self.columns.size)
         return self.image[:, rows.to(self.image.device)[:, None], columns.to(self.image.device)]
 
 
 @contextmanager
-def _statistics(run: _Run, transform: Transform, passes: int, bar: tqdm) -> Iterator[PictureStatistics | None]:
-    """Inside, pooling layers use the means over the picture, if there are `passes` to gather them in."""
+def _statistics(run: _Run, transform: Transform, passes: int, bar: tqdm) -> Iterator[ImageStatistics | None]:
+    """Inside, pooling layers use the means over the image, if there are `passes` to gather them in."""
     if passes == 0:
         yield None
         return
-    statistics = PictureStatistics(run.model)
+    statistics = ImageStatistics(run.model)
     with statistics.attached():
         for _ in range(passes):
             for places, _ in run.restored_tiles(transform, statistics, gather=True):
@@ -217,13 +217,13 @@ def _statistics(run: _Run, transform: Transform, passes: int, bar: tqdm) -> Iter
 
 
 def _scattered(place: tuple[int, int]) -> float:
-    """A key that sorts tiles so that the first few lie all over the picture."""
+    """A key that sorts tiles so that the first few lie all over the image."""
     row, column = place
     return (row * 0.7548776662466927 + column * 0.5698402909980532) % 1  # Roberts' sequence
 
 
 def _blend(restored: Tensor, tile: Tensor, place: _Place) -> None:
-    """Add a weighted tile (3, h, w) to the picture, less what lies in its padding."""
+    """Add a weighted tile (3, h, w) to the image, less what lies in its padding."""
     tile = tile * place.row_weights.to(tile.device)[:, None] * place.column_weights.to(tile.device)
     part = restored[:, place.top : place.top + tile.shape[1], place.left : place.left + tile.shape[2]]
     part += tile[:, : part.shape[1], : part.shape[2]].to(restored.device)

@@ -1,4 +1,4 @@
-"""A picture of what PROD does to a photo: each degradation at weak, medium and strong, and some random recipes."""
+"""An image of what PROD does to a photo: each degradation at weak, medium and strong, and some random recipes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _between_logarithms(bounds: Range, share: float) -> float:
 
 
 def draw_contact_sheet(clean: Tensor, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
-    """Draw the sheet: a row for each degradation with the clean picture first, then the recipes, four in a row.
+    """Draw the sheet: a row for each degradation with the clean image first, then the recipes, four in a row.
 
     Args:
         clean: (3, H, W) float in [0, 1]; about 256 x 256 pixels, which are shown one by one.
@@ -117,10 +117,10 @@ def _drawn(cells: Sequence[tuple[Tensor, str]]) -> Image.Image:
     rows = math.ceil(len(cells) / _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * step_x + _GAP_PIXELS, rows * step_y + _GAP_PIXELS), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_PIXELS)
-    for place, (picture, caption) in enumerate(cells):
+    for place, (image, caption) in enumerate(cells):
         left = _GAP_PIXELS + place % _COLUMNS * step_x
         top = _GAP_PIXELS + place // _COLUMNS * step_y
-        sheet.paste(to_pil(picture), (left, top))
+        sheet.paste(to_pil(image), (left, top))
         for number, line in enumerate(caption.split("\n")):
             draw.text((left, top + height + number * _LINE_PIXELS), line, "black", font)
     return sheet

@@ -5,7 +5,7 @@ parameters within them, and `apply(image, **parameters)`, which is deterministic
 their random field among the parameters. So the parameters that were drawn are a recipe that can be stored as JSON and
 replayed.
 
-Pictures are float32 RGB (3, H, W) in [0, 1], and stay in that range: each step ends as a camera would, clipped.
+Images are float32 RGB (3, H, W) in [0, 1], and stay in that range: each step ends as a camera would, clipped.
 Our sources (the project page and its figures) name the five but do not say their ranges. All ranges here are our
 choice, from barely visible to clearly worse than the photos our users bring; each field says why.
 """
@@ -137,13 +137,13 @@ class Noise:
 
 @dataclass(frozen=True)
 class Rain:
-    """Streaks of rain in depth layers, the near ones out of focus, veiling the picture like thin bright glass.
+    """Streaks of rain in depth layers, the near ones out of focus, veiling the image like thin bright glass.
 
     The camera is focused on the scene behind: a drop n times as far away has a streak 1/n as long, 1/n as opaque, and
     spread over a disc of 1/n the diameter. Spreading keeps the light of a streak, so wide streaks are faint ones.
 
     length_px, angle_deg (0 is vertical, positive from the upper left): 6 is drizzle at a short exposure, 30 a downpour
-        in a small picture; wind from either side. Beyond 40 degrees rain is a storm that nobody photographs.
+        in a small image; wind from either side. Beyond 40 degrees rain is a storm that nobody photographs.
     density: mean number of streaks of a layer for each pixel, drawn log-uniformly. At 0.001 a patch of
         64 x 64 has four, at 0.02 long streaks begin to close: what they hide can no longer be restored.
     opacity: how much of the background the strongest streak in focus hides. Below 0.2 it drowns in a photo's texture;
@@ -209,7 +209,7 @@ def rain_layer(
     # Drops come in all sizes; one half as strong as the strongest still shows.
     drops.reshape(-1)[places] = torch.rand(count, generator=generator).mul_(0.5).add_(0.5).numpy()
     kernel = line_kernel(length_px, angle_deg)
-    # The streaks of drops above the picture reach into it: the periodic border supplies them.
+    # The streaks of drops above the image reach into it: the periodic border supplies them.
     streaks = convolve(drops, kernel / kernel.max(), cv2.BORDER_WRAP)
     return np.clip(streaks, 0, 1, out=streaks)
 
@@ -270,7 +270,7 @@ class MotionBlur:
         }
 
     def apply(self, image: Tensor, length_px: float, angle_deg: float, shake_deg: float, seed: int) -> Tensor:
-        """Average the picture along the path of `seed`; length 0 leaves it alone."""
+        """Average the image along the path of `seed`; length 0 leaves it alone."""
         if length_px == 0:
             return image
         return to_image(convolve(to_planes(image), motion_kernel(length_px, angle_deg, shake_deg, seed)))

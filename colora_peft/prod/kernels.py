@@ -56,7 +56,7 @@ def motion_kernel(length_px: float, angle_deg: float, shake_deg: float, seed: in
     heading = np.radians(angle_deg) + np.cumsum(turns) * np.radians(shake_deg) / math.sqrt(steps)
     x_px = np.cumsum(np.cos(heading)) * length_px / steps
     y_px = np.cumsum(np.sin(heading)) * length_px / steps
-    # Centred, the blurred picture stays registered with its clean target.
+    # Centred, the blurred image stays registered with its clean target.
     return path_kernel(x_px - x_px.mean(), y_px - y_px.mean())
 
 

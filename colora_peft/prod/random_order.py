@@ -1,8 +1,8 @@
 """PROD: pre-training with random order degradations (arXiv 2408.01099), and its two ablations.
 
-From a clean picture a random subset of the degradations is applied in random order. Our sources (the project page and
+From a clean image a random subset of the degradations is applied in random order. Our sources (the project page and
 its figures) do not say how subsets are drawn; here each degradation takes part with probability 1/2, so all subsets
-are equally likely, the empty one (learn to leave a good picture alone) included.
+are equally likely, the empty one (learn to leave a good image alone) included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, Parameters, Rain
 
 Mode = Literal["prod", "single", "fixed"]
-# The steps that were drawn for one picture, in order: {"degradation": name, **parameters}. Plain JSON.
+# The steps that were drawn for one image, in order: {"degradation": name, **parameters}. Plain JSON.
 Recipe = list[dict[str, str | float | int | bool]]
 
 
@@ -59,7 +59,7 @@ class RandomOrderDegradation:
         return [i for i in torch.randperm(count, generator=generator).tolist() if chosen[i]]
 
     def apply(self, image: Tensor, recipe: Recipe) -> Tensor:
-        """Apply (or replay) a recipe to a (3, H, W) picture in [0, 1].
+        """Apply (or replay) a recipe to a (3, H, W) image in [0, 1].
 
         Raises:
             ValueError: if the recipe names a degradation that is not in the pool.

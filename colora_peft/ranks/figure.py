@@ -1,4 +1,4 @@
-"""Pictures of a run: contribution and rank of each layer (as a table: report.py), and pictures before and after.
+"""Images of a run: contribution and rank of each layer (as a table: report.py), and images before and after.
 
 Matplotlib is imported inside the functions (it is an extra), through its object interface: no window, no global state.
 """

@@ -1,4 +1,4 @@
-"""Which picture files are restored, and where the results go: settled, and checked, before anything runs."""
+"""Which image files are restored, and where the results go: settled, and checked, before anything runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COMPARISONS = "comparisons"
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to restore.
+    """One image to restore.
 
     Attributes:
         source: The file.
         name: How it is called in tables: its path below the folder that was given.
         results: One file for each adapter.
-        comparison: The picture of input and results side by side.
+        comparison: The image of input and results side by side.
         target: What the results are compared with, or None.
     """
 
@@ -49,16 +49,16 @@ def plan_jobs(
 
     Args:
         inputs: Files, folders (searched with all below them) and patterns such as `photos/**/*.png`. In the latter two
-            hidden files, what is called otherwise than pictures are, and the output folder are left out.
+            hidden files, what is called otherwise than images are, and the output folder are left out.
         output_dir: Where the results go.
         subfolders: One below `output_dir` for each adapter; "" is `output_dir` itself.
         file_format: A key of `colora_peft.images.formats.FORMATS`; None keeps each file's own.
-        targets: Folder of pictures of the same names, with any suffix: at the same path below it, or else,
+        targets: Folder of images of the same names, with any suffix: at the same path below it, or else,
             where no other input has that name, anywhere below it.
 
     Raises:
         FileNotFoundError: An input is not there, or the folder of targets.
-        ValueError: There is no picture; two results would be one file, or a result an input; several
+        ValueError: There is no image; two results would be one file, or a result an input; several
             targets fit, or none.
     """
     output_dir = Path(output_dir)
@@ -75,7 +75,7 @@ def plan_jobs(
         jobs.append(Job(source, str(name), results, comparison, target))
     _check_outputs(jobs)
     if targets_of is not None and not any(job.target for job in jobs):
-        raise ValueError(f"None of the pictures has a target of the same name in {targets}; check the folder.")
+        raise ValueError(f"None of the images has a target of the same name in {targets}; check the folder.")
     return jobs
 
 
@@ -112,14 +112,14 @@ def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _below(folder: Path, root: Path, output_dir: Path, may_be_empty: bool = False) -> Iterator[tuple[Path, Path]]:
-    """The pictures in `folder` and below, sorted, with their paths below `root`."""
+    """The images in `folder` and below, sorted, with their paths below `root`."""
     paths = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and not _is(Path(parent, name), output_dir)]
         paths += [Path(parent, name) for name in names if name[0] != "."]
     paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths and not may_be_empty:
-        raise ValueError(f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise ValueError(f"The folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     yield from ((path, path.relative_to(root)) for path in paths)
 
 
@@ -169,7 +169,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 class _Targets:
-    """The pictures below a folder, by their path without suffix, and by their stem.
+    """The images below a folder, by their path without suffix, and by their stem.
 
     Args:
         folder: That of the targets.

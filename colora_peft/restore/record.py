@@ -1,4 +1,4 @@
-"""What restored pictures were made with, so that a later run keeps a result only if it would be the same."""
+"""What restored images were made with, so that a later run keeps a result only if it would be the same."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RestoreRecord:
         for text in self._path.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:  # half a line of a run that was killed: its picture was not written yet
+            except json.JSONDecodeError:  # half a line of a run that was killed: its image was not written yet
                 continue
             if isinstance(line, dict) and {"file", "sha256", "settings"} <= line.keys():
                 yield line

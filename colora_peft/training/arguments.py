@@ -42,11 +42,11 @@ class TrainArguments:
     )
     validation_steps: int = field(
         default=0,
-        metadata={"help": "Steps between evaluations during training, with sample pictures in --output_dir. 0: none."},
+        metadata={"help": "Steps between evaluations during training, with sample images in --output_dir. 0: none."},
     )
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = field(
         default="none",
-        metadata={"help": "Send figures and sample pictures there, besides train_log.jsonl in --output_dir."},
+        metadata={"help": "Send figures and sample images there, besides train_log.jsonl in --output_dir."},
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "'latest' or a checkpoint in --output_dir: go on from there."}

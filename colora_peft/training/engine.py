@@ -1,4 +1,4 @@
-"""What steps a network over all processes of a run: Accelerate here, DeepSpeed in `colora_peft.training.engine_deepspeed`."""
+"""What steps a network over all processes of a run: Accelerate here, DeepSpeed in engine_deepspeed.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The training loop of `examples/pretrain.py` and `examples/finetune.py`, on Accelerate.
 
 A run is counted in optimiser steps. The samples of a step and the learning rate are functions of its number
-(`colora_peft.data.patches`), so a checkpoint is weights, Adam's moments, their averages and one integer, and a resumed run
-goes on exactly where it stopped: bitwise on one CPU set-up, up to the non-determinism of its kernels on a GPU.
+(`colora_peft.data.patches`), so a checkpoint is weights, Adam's moments, their averages and one integer, and a
+resumed run goes on exactly where it stopped: bitwise on one CPU set-up, up to the non-determinism of its kernels on a
+GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class DataFailed(RuntimeError):
-    """The next batch could not be had: its pictures cannot be read, or the process that prepares them is gone."""
+    """The next batch could not be had: its images cannot be read, or the process that prepares them is gone."""
 
 
 def train(
@@ -80,11 +81,11 @@ def train(
         DataFailed: if the next batch could not be had. In a run of one process the state is saved as a checkpoint.
         TrainingStopped: if SIGTERM or SIGINT came; the state is saved as a checkpoint. It ends the process.
         ValueError: if the checkpoint belongs to another model or dataset, the global batch has changed, there is
-            nothing to validate on, or too many pictures cannot be used (`TooManySkipped`).
+            nothing to validate on, or too many images cannot be used (`TooManySkipped`).
         OSError: if a checkpoint cannot be written.
     """
     if args.validation_steps and eval_pairs is None:
-        raise ValueError("--validation_steps needs pictures to evaluate on, and there are none; leave it out.")
+        raise ValueError("--validation_steps needs images to evaluate on, and there are none; leave it out.")
     check_distributed_type(accelerator)
     check_zero(accelerator)
     model = _to_device(model, accelerator).train()
@@ -156,7 +157,7 @@ def _stop_diverged(run: TrainingRun, step: int, figures: StepFigures) -> None:
     run.save(step)
     raise TrainingDiverged(
         f"The loss became {figures.loss:g} at step {step} (gradient norm {figures.norm:g}). Training stopped; "
-        f"the state before that step is in {run.save_last_good()}. Look for broken pictures, or start "
+        f"the state before that step is in {run.save_last_good()}. Look for broken images, or start "
         f"again with a lower --learning_rate than {run.args.learning_rate:g}."
     )
 
@@ -263,7 +264,7 @@ def _naming_failures(loader: DataLoader) -> Iterator[Batch]:
             except (ValueError, OSError, RuntimeError) as error:
                 # Of an error in a worker, PyTorch makes its whole traceback the message.
                 reason = str(error).strip().rsplit("\n", 1)[-1].rstrip(".")
-                raise DataFailed(f"The next pictures could not be had: {reason}.") from error
+                raise DataFailed(f"The next images could not be had: {reason}.") from error
             yield batch
     finally:
         # The workers end when nothing refers to the iterator any more, and an error from it does. They ignore the

@@ -209,6 +209,6 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
 
 
 def _knows_its_data(state: dict[str, Any]) -> bool:
-    """Whether the pictures themselves are compared when training begins, wherever they lie by now. Of a stream too
+    """Whether the images themselves are compared when training begins, wherever they lie by now. Of a stream too
     little is known."""
     return state.get("dataset") is not None and not state.get("positions")

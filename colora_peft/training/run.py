@@ -25,7 +25,7 @@ from .engine import Engine
 from .fsdp import WholeNetwork
 from .log import append_row, cut_rows
 from .signals import TrainingStopped
-from .skipped_images import SkippedPictures, TooManySkipped
+from .skipped_images import SkippedImages, TooManySkipped
 from .trackers import log_figures
 from .validation import VALIDATION_LOG, validate
 
@@ -43,7 +43,7 @@ class StepFigures:
     norm: float
     finite: bool
     stop_signal: int | None = None
-    skipped: list[str] = field(default_factory=list)  # why pictures of this step were, on all processes
+    skipped: list[str] = field(default_factory=list)  # why images of this step were, on all processes
     position: Position | None = None  # where in its stream this process stands now
 
 
@@ -77,7 +77,7 @@ class TrainingRun:
         self.output_dir = Path(args.output_dir)
         self.position: Position | None = None
         max_share = getattr(dataset, "max_skipped_share", 0.0)
-        self._skipped = SkippedPictures(self.output_dir, max_share, accelerator.is_main_process)
+        self._skipped = SkippedImages(self.output_dir, max_share, accelerator.is_main_process)
         # One process alone looks at all the files.
         fingerprint = getattr(dataset, "fingerprint", None) if accelerator.is_main_process else None
         self._fingerprint: str | None = Processes(accelerator).from_main(fingerprint)
@@ -236,7 +236,7 @@ class TrainingRun:
         """Take in that the weights have made step number `done`: averages, progress, sometimes a row of the log.
 
         Raises:
-            TooManySkipped: if too many pictures could not be used so far; the state is saved as a checkpoint.
+            TooManySkipped: if too many images could not be used so far; the state is saved as a checkpoint.
         """
         if self.averages is not None:
             self.averages.update(done)

@@ -1,4 +1,4 @@
-"""Pictures that could not be used while a run trained: counted, listed, and too many of them an error."""
+"""Images that could not be used while a run trained: counted, listed, and too many of them an error."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from .log import append_row, cut_rows, read_rows
 
 SKIPPED_LOG = "skipped_pictures.jsonl"
-_JUDGED_OVER = 1_000  # samples; the first picture of a run may be the one bad one in a million
+_JUDGED_OVER = 1_000  # samples; the first image of a run may be the one bad one in a million
 
 
 class TooManySkipped(ValueError):
-    """More pictures than the run allows could not be used."""
+    """More images than the run allows could not be used."""
 
 
-class SkippedPictures:
-    """The skipped pictures of a run, those before a restart included.
+class SkippedImages:
+    """The skipped images of a run, those before a restart included.
 
     Args:
-        output_dir: The run's folder; `skipped_pictures.jsonl` in it has a line for each picture, with the step that
+        output_dir: The run's folder; `skipped_pictures.jsonl` in it has a line for each image, with the step that
             met it first and the reason.
-        max_share: Share of the samples that may have needed another picture, over at least the first 1,000.
+        max_share: Share of the samples that may have needed another image, over at least the first 1,000.
         writes: Whether this process writes the file: the main one does.
     """
 
@@ -32,14 +32,14 @@ class SkippedPictures:
         self.count = 0
 
     def resume(self, step: int, count: int) -> None:
-        """Go on after `step` steps in which `count` samples needed another picture."""
+        """Go on after `step` steps in which `count` samples needed another image."""
         self.count = count
         if self._writes:
             cut_rows(self._file, step)
             self._reasons = {row["reason"]: None for row in read_rows(self._file)}
 
     def add(self, reasons: list[str], step: int) -> None:
-        """Note why pictures were skipped in the step that is number `step` when it is done."""
+        """Note why images were skipped in the step that is number `step` when it is done."""
         self.count += len(reasons)
         for reason in reasons:
             if reason not in self._reasons:
@@ -51,12 +51,12 @@ class SkippedPictures:
         """Judge by all samples so far.
 
         Raises:
-            TooManySkipped: if more of them than allowed needed another picture; it names the first.
+            TooManySkipped: if more of them than allowed needed another image; it names the first.
         """
         allowed = self._max_share * max(samples, _JUDGED_OVER)
         if self.count > allowed:
             raise TooManySkipped(
-                f"{self.count} of {samples} samples met a picture that cannot be used, more than --max_skipped_share "
+                f"{self.count} of {samples} samples met an image that cannot be used, more than --max_skipped_share "
                 f"{self._max_share:g} allows (judged over at least {_JUDGED_OVER:,} samples). The first: "
                 f"{next(iter(self._reasons), '')} All are in {self._file}. The run is saved: mend them, or go on by "
                 "--resume_from_checkpoint latest with a larger share."

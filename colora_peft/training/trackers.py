@@ -90,8 +90,8 @@ def log_figures(accelerator: Accelerator, kind: str, figures: dict[str, float], 
         accelerator.log(figures, step=step)
 
 
-def log_picture(accelerator: Accelerator, name: str, file: Path, step: int) -> None:
-    """Send a picture file to every tracker, as `log_figures` does its figures."""
+def log_image(accelerator: Accelerator, name: str, file: Path, step: int) -> None:
+    """Send an image file to every tracker, as `log_figures` does its figures."""
     if not _is_new(accelerator, name, step):
         return
     for tracker in accelerator.trackers:
@@ -100,8 +100,8 @@ def log_picture(accelerator: Accelerator, name: str, file: Path, step: int) -> N
 
             tracker.log({name: trackio.Image(str(file))}, step=step)
         elif hasattr(tracker, "log_images"):
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))  # (H, W, 3), 8 bits
+            with Image.open(file) as image:
+                pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), 8 bits
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: pixels[None]}, step=step, **layout)
             if tracker.name == "tensorboard":  # a killed run would lose it, and not send it again

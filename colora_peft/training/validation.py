@@ -1,4 +1,4 @@
-"""Evaluation while a run trains, `--validation_steps`: figures and sample pictures, in files and trackers."""
+"""Evaluation while a run trains, `--validation_steps`: figures and sample images, in files and trackers."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from colora_peft.evaluation import evaluate, restore_some, save_before_after
 from colora_peft.utils import Processes
 
 from .log import append_row
-from .trackers import log_figures, log_picture
+from .trackers import log_figures, log_image
 
 VALIDATION_LOG = "validation_log.jsonl"
 _SAMPLES = "samples"
-_PICTURES = 4
+_IMAGES = 4
 
 
 def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, accelerator: Accelerator) -> str:
     """Evaluate the network after `step` steps; the processes share the pairs out.
 
     The main process writes a row of mean PSNR (dB) and SSIM, those of the inputs as `*_input`, to
-    `validation_log.jsonl` and pictures (input | restored | target) to `samples/step-<step>.png`.
+    `validation_log.jsonl` and images (input | restored | target) to `samples/step-<step>.png`.
 
     Args:
         model: The network itself, not what Accelerate wrapped around it.
-        pairs: Whole pictures; every process is given all of them.
+        pairs: Whole images; every process is given all of them.
         output_dir: The run's folder.
         step: How many steps the network was trained.
-        accelerator: The run's; its trackers get figures and pictures, too.
+        accelerator: The run's; its trackers get figures and images, too.
 
     Returns:
         The figures as a line for the terminal.
@@ -48,8 +48,8 @@ def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, a
         samples = output_dir / _SAMPLES
         samples.mkdir(exist_ok=True)
         file = samples / f"step-{step}.png"
-        save_before_after(restore_some(model, pairs, _PICTURES), file)
-        log_picture(accelerator, "validation/samples", file, step)
+        save_before_after(restore_some(model, pairs, _IMAGES), file)
+        log_image(accelerator, "validation/samples", file, step)
     return (
         f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f} "
         f"(input {figures['psnr_input']:.2f} dB, {figures['ssim_input']:.3f})"

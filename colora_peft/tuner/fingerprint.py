@@ -1,6 +1,6 @@
 """Which base an adapter was trained on: a fingerprint of the weights of the base, kept in the configuration.
 
-Two networks of one architecture take each other's adapters without a complaint, and what comes out is wrong pictures.
+Two networks of one architecture take each other's adapters without a complaint, and what comes out is wrong images.
 The fingerprint tells them apart. It is ours: PEFT stores a name alone, which says nothing about the weights.
 """
 

@@ -197,9 +197,9 @@ class _FactoredWeight(torch.autograd.Function):
         x, weight, up, down = ctx.saved_tensors
         geometry, linear_shape = ctx.geometry, None
         if geometry is None:
-            # As a 1 x 1 convolution over a picture of one column: its gradients of thin matrices run in parallel.
+            # As a 1 x 1 convolution over an image of one column: its gradients of thin matrices run in parallel.
             geometry, linear_shape = _Geometry((1, 1), (0, 0), (1, 1)), x.shape
-            x, gradient = _as_picture(x), _as_picture(gradient)
+            x, gradient = _as_image(x), _as_image(gradient)
             weight = weight[:, :, None, None]
         wants_x, wants_weight, wants_up, wants_down, wants_bias, _ = ctx.needs_input_grad
         wants_input_and_bias = [wants_x, wants_weight, wants_bias]
@@ -220,7 +220,7 @@ class _FactoredWeight(torch.autograd.Function):
         return x_gradient, weight_gradient, up_gradient, down_gradient, bias_gradient, None
 
 
-def _as_picture(x: Tensor) -> Tensor:
+def _as_image(x: Tensor) -> Tensor:
     """(..., C) as (1, C, N, 1) in the memory format channels_last, without a copy of contiguous tensors."""
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 

@@ -14,7 +14,7 @@ class NAFNetConfig(PretrainedConfig):
     are the published width-32 network for deblurring (17.1 M parameters).
 
     Args:
-        num_channels: Channels of the pictures, in and out (3 for RGB).
+        num_channels: Channels of the images, in and out (3 for RGB).
         width: Channels of the first and last stage.
         encoder_blocks: NAF blocks in each encoder stage (`enc_blk_nums` in the official code).
         middle_blocks: NAF blocks at the lowest resolution (`middle_blk_num`).

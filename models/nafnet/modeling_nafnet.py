@@ -4,7 +4,7 @@ Paper: Chen, Chu, Zhang, Sun, "Simple Baselines for Image Restoration", ECCV 202
 sections that build its baseline and then take out the nonlinear activations. Parameter names follow the official state
 dict (github.com/megvii-research/NAFNet, MIT), so that its weights load strictly; the code here is our own.
 
-Pictures are float RGB (B, C, H, W) in [0, 1]. The network predicts a residual on its input; its output is not clamped.
+Images are float RGB (B, C, H, W) in [0, 1]. The network predicts a residual on its input; its output is not clamped.
 `model.to(memory_format=torch.channels_last)` spares the layer norms, which run over the last axis, a copy.
 """
 
@@ -49,7 +49,7 @@ class NAFBlock(GradientCheckpointingLayer):
         doubled = 2 * channels
         self.conv1 = nn.Conv2d(channels, doubled, kernel_size=1)
         self.conv2 = nn.Conv2d(doubled, doubled, kernel_size=3, padding=1, groups=doubled)
-        # The paper's simplified channel attention. Index 0 pools over the whole picture and has no parameters.
+        # The paper's simplified channel attention. Index 0 pools over the whole image and has no parameters.
         self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, kernel_size=1))
         self.conv3 = nn.Conv2d(channels, channels, kernel_size=1)
         self.conv4 = nn.Conv2d(channels, doubled, kernel_size=1)
@@ -94,7 +94,7 @@ class NAFNetPreTrainedModel(PreTrainedModel):
 
 
 class NAFNetForImageRestoration(NAFNetPreTrainedModel):
-    """NAFNet that maps degraded pictures to restored ones of the same size."""
+    """NAFNet that maps degraded images to restored ones of the same size."""
 
     # Prefixes of the modules after the bottleneck: what "decoder only" fine-tuning trains.
     decoder_modules = ("ups", "decoders", "ending")
@@ -126,11 +126,11 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
     ) -> ImageSuperResolutionOutput | tuple[Tensor, ...]:
-        """Restore a batch of pictures of any size.
+        """Restore a batch of images of any size.
 
         Args:
-            pixel_values: Degraded pictures (B, C, H, W) in [0, 1].
-            labels: Clean pictures of the same shape; if given, `loss` is their mean absolute difference to the
+            pixel_values: Degraded images (B, C, H, W) in [0, 1].
+            labels: Clean images of the same shape; if given, `loss` is their mean absolute difference to the
                 restored ones.
             return_dict: `False` returns a tuple `(loss, reconstruction)` without the parts that are None.
 
@@ -158,11 +158,11 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
             return (reconstruction,) if loss is None else (loss, reconstruction)
         return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
 
-    def _restore(self, pictures: Tensor) -> Tensor:
-        height, width = pictures.shape[-2:]
+    def _restore(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
         multiple = self.config.size_multiple
         # Zeros below and to the right, as in the official code: its published weights were tested that way.
-        padded = F.pad(pictures, (0, -width % multiple, 0, -height % multiple))
+        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple))
         x = self.intro(padded)
         skips = []
         for encoder, down in zip(self.encoders, self.downs, strict=True):

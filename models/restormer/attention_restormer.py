@@ -9,8 +9,8 @@ where W is the last 1 x 1 convolution. Two identities, ours, spare all copies of
 that W acts on the small matrix of attention A, not on the attended pixels, which are never made either. What is kept
 for the backward pass is Q, K, V as the convolution before leaves them, and matrices of C x C.
 
-All that the attention takes from the whole picture are means over its pixels, of the products Q_i K_j and of the
-squares of Q_i and K_j: `PixelMeans` makes them, so that tiles of a picture can be given the means of all
+All that the attention takes from the whole image are means over its pixels, of the products Q_i K_j and of the
+squares of Q_i and K_j: `PixelMeans` makes them, so that tiles of an image can be given the means of all
 (`colora_peft.inference.global_pooling`).
 """
 

@@ -13,14 +13,14 @@ class RestormerConfig(PretrainedConfig):
     """Shape of a [`RestormerForImageRestoration`].
 
     Four levels; each halves the resolution and doubles the channels. The defaults are the published network for
-    deraining, deblurring and defocus of single RGB pictures (26.1 M parameters); its denoisers are without
-    `norm_bias`, those of grey pictures have `num_channels=1`, and defocus of dual-pixel pictures has `num_channels=6`
+    deraining, deblurring and defocus of single RGB images (26.1 M parameters); its denoisers are without
+    `norm_bias`, those of grey images have `num_channels=1`, and defocus of dual-pixel images has `num_channels=6`
     and `dual_pixel=True`.
 
     Args:
-        num_channels: Channels of the degraded pictures (3 for RGB, 6 for the two views of a dual-pixel camera).
-        num_output_channels: Channels of the restored pictures; None stands for `num_channels`, or half of them for
-            dual-pixel pictures.
+        num_channels: Channels of the degraded images (3 for RGB, 6 for the two views of a dual-pixel camera).
+        num_output_channels: Channels of the restored images; None stands for `num_channels`, or half of them for
+            dual-pixel images.
         width: Channels of the first level.
         num_blocks: Transformer blocks at each level, encoder and decoder alike.
         num_refinement_blocks: Transformer blocks after the decoder, at full resolution.
@@ -30,11 +30,11 @@ class RestormerConfig(PretrainedConfig):
         norm_bias: Whether the layer norms subtract the mean and add a bias (`WithBias` in the official code), or
             only divide by the standard deviation (`BiasFree`).
         dual_pixel: Whether a convolution of the first features is added before the last layer, in place of the
-            picture after it.
+            image after it.
 
     Raises:
         ValueError: if a count is not positive where it must be, a level is missing, heads do not divide the channels,
-            or a network that adds the picture to its output would change the number of channels.
+            or a network that adds the image to its output would change the number of channels.
     """
 
     model_type = "restormer"
@@ -94,7 +94,7 @@ def _check_channels(num_channels: int, num_output_channels: int, width: int, dua
         raise ValueError(f"The setting width must be even and at least 2, got {width}.")
     if not dual_pixel and num_output_channels != num_channels:
         raise ValueError(
-            f"A network that adds the picture to its output keeps the channels, but num_channels is {num_channels} "
+            f"A network that adds the image to its output keeps the channels, but num_channels is {num_channels} "
             f"and num_output_channels {num_output_channels}; set dual_pixel=True or make them equal."
         )
 

@@ -4,8 +4,8 @@ Paper: Zamir, Arora, Khan, Hayat, Khan, Yang, "Restormer: Efficient Transformer 
 CVPR 2022, arXiv 2111.09881. Written from the paper; parameter names follow the official state dict, so that its
 weights load strictly.
 
-Pictures are float (B, C, H, W) in [0, 1]. The network predicts a residual on its input; its output is not clamped.
-Inside, features lie in memory as channels_last, whatever the picture's format: nothing is copied between convolutions,
+Images are float (B, C, H, W) in [0, 1]. The network predicts a residual on its input; its output is not clamped.
+Inside, features lie in memory as channels_last, whatever the image's format: nothing is copied between convolutions,
 norms and attention.
 """
 
@@ -125,21 +125,21 @@ class Resampling(nn.Module):
         return self.body(x)
 
 
-def pad_by_reflection(pictures: Tensor, multiple: int) -> Tensor:
+def pad_by_reflection(images: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) below and to the right up to a multiple, by mirroring about the last row and column.
 
-    Pictures smaller than their padding are mirrored back and forth, where `F.pad` would refuse.
+    Images smaller than their padding are mirrored back and forth, where `F.pad` would refuse.
     """
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     if min(height, width) >= multiple:
-        return F.pad(pictures, (0, -width % multiple, 0, -height % multiple), mode="reflect")
+        return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="reflect")
     for dim in (2, 3):
-        size = pictures.shape[dim]
+        size = images.shape[dim]
         last = size - 1
         # Back and forth is 0 1 ... last ... 1 | 0 1 ...: a period of 2 * last pixels, of one pixel 0 0 0 ...
-        index = torch.arange(size + -size % multiple, device=pictures.device) % max(2 * last, 1)
-        pictures = pictures.index_select(dim, last - (last - index).abs())
-    return pictures
+        index = torch.arange(size + -size % multiple, device=images.device) % max(2 * last, 1)
+        images = images.index_select(dim, last - (last - index).abs())
+    return images
 
 
 class RestormerPreTrainedModel(PreTrainedModel):
@@ -164,7 +164,7 @@ class RestormerPreTrainedModel(PreTrainedModel):
 
 
 class RestormerForImageRestoration(RestormerPreTrainedModel):
-    """Restormer that maps degraded pictures to restored ones of the same size."""
+    """Restormer that maps degraded images to restored ones of the same size."""
 
     # Prefixes of the modules after the bottleneck: what "decoder only" fine-tuning trains.
     decoder_modules = (
@@ -211,12 +211,12 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
     ) -> ImageSuperResolutionOutput | tuple[Tensor, ...]:
-        """Restore a batch of pictures of any size.
+        """Restore a batch of images of any size.
 
         Args:
-            pixel_values: Degraded pictures (B, C, H, W) in [0, 1]; of a dual-pixel camera the left view's channels,
+            pixel_values: Degraded images (B, C, H, W) in [0, 1]; of a dual-pixel camera the left view's channels,
                 then the right view's.
-            labels: Clean pictures (B, `config.num_output_channels`, H, W); if given, `loss` is their mean absolute
+            labels: Clean images (B, `config.num_output_channels`, H, W); if given, `loss` is their mean absolute
                 difference to the restored ones.
             return_dict: `False` returns a tuple `(loss, reconstruction)` without the parts that are None.
 
@@ -226,7 +226,7 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
 
         Raises:
             ValueError: if `pixel_values` is not 4-D with `config.num_channels` channels, or `labels` is not of the
-                shape of the restored pictures.
+                shape of the restored images.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
@@ -237,7 +237,7 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
         restored_shape = (pixel_values.shape[0], self.config.num_output_channels, *pixel_values.shape[2:])
         if labels is not None and labels.shape != restored_shape:
             raise ValueError(
-                f"The labels must have the shape of the restored pictures {restored_shape}, got {tuple(labels.shape)}."
+                f"The labels must have the shape of the restored images {restored_shape}, got {tuple(labels.shape)}."
             )
         reconstruction = self._restore(pixel_values)
         loss = None if labels is None else F.l1_loss(reconstruction, labels)
@@ -247,10 +247,10 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
             return (reconstruction,) if loss is None else (loss, reconstruction)
         return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
 
-    def _restore(self, pictures: Tensor) -> Tensor:
-        height, width = pictures.shape[-2:]
+    def _restore(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
         # By reflection, as in the official evaluation: its published weights were tested that way.
-        padded = pad_by_reflection(pictures, self.config.size_multiple)
+        padded = pad_by_reflection(images, self.config.size_multiple)
         first = self.patch_embed(padded)
         skip1 = self.encoder_level1(first)
         skip2 = self.encoder_level2(self.down1_2(skip1))
