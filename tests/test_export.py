@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from test_any_network import swin2sr
-from tiny_networks import tiny_nafnet
+from support.any_network import swin2sr
+from support.tiny_networks import tiny_nafnet
 from torch import nn
 
 from colora_peft import CoLoRAConfig

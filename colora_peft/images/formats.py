@@ -2,7 +2,7 @@
 
 Pillow cannot write 16 bits of colour, and OpenCV writes metadata into few formats, from 4.13 on. So PNG files of 16
 bits and TIFF files are put together here, which takes a dozen lines each. Tried against other readers in
-tests/test_picture_formats.py.
+tests/images/test_formats.py.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def restore_image(
         pooling: What layers that average over all they see are given. "picture": the mean over the whole image,
             which `statistics_passes` gather before; "tile": that of their tile alone; "local": windows of
             `pooling_window` (see `local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also about
-            modules that say so (see `colora_peft.inference.global_pooling`), such as that of Restormer's attention. Other
-            layers see their tile alone.
+            modules that say so (see `colora_peft.inference.global_pooling`), such as that of Restormer's attention.
+            Other layers see their tile alone.
         pooling_window: Side of the windows in pixels.
         statistics_passes: Passes over the image before that which restores it, each as long; more come closer to the
             untiled image (at least 29.6, 41.3 and 45.6 dB after one, two and three, on six underwater photos in
