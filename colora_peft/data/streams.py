@@ -89,7 +89,7 @@ class ImageStream:
         self.block_size = block_size
         self.num_shards = min(split.num_shards, _MOST_SHARDS)
         self.fingerprint = fingerprint_of(
-            f"a stream of clean images in {split.num_shards} shards", (str(split.features), column)
+            f"a stream of clean pictures in {split.num_shards} shards", (str(split.features), column)
         )
 
     def check(self, resolution: int, rank: int, world_size: int) -> None:

@@ -199,7 +199,7 @@ def test_a_stream_killed_and_resumed_is_bitwise_the_whole_run(flags, dataset, tm
         name: state[name] for name in ("seconds", "arguments")
     }}  # fmt: skip
     card = (parts / "README.md").read_text()
-    assert "a stream of clean images in 2 shards: 4 steps" in card
+    assert "a stream of clean pictures in 2 shards: 4 steps" in card
 
 
 def corpus(train_dir, folder):
@@ -231,11 +231,11 @@ def test_a_changed_folder_is_refused_on_resume_unless_allowed(flags, train_dir, 
     shutil.rmtree(output_dir / "checkpoint-4")
     next((folder / "part1").iterdir()).unlink()
     resume = [*command, "--resume_from_checkpoint", "latest"]
-    with pytest.raises(ValueError, match=r"\(5 clean images, .* \(4 clean images, .*--allow_changed_dataset"):
+    with pytest.raises(ValueError, match=r"\(5 clean pictures, .* \(4 clean pictures, .*--allow_changed_dataset"):
         run(*resume)
     run(*resume, "--allow_changed_dataset")
     state = json.loads((output_dir / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["dataset"].startswith("4 clean images")
+    assert state["dataset"].startswith("4 clean pictures")
 
 
 def test_a_checkpoint_without_a_fingerprint_goes_on(flags, tmp_path):

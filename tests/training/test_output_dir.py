@@ -160,7 +160,7 @@ def test_data_may_have_moved_where_the_images_themselves_are_compared(tmp_path):
     with pytest.raises(ValueError, match="--train_dir was 'here', now 'there'"):
         prepare(tmp_path, **flags)
     state = json.loads((path / "trainer_state.json").read_text())
-    for known in ({"dataset": "5 clean images, 12ab"}, {"dataset": "a stream", "positions": [0]}):
+    for known in ({"dataset": "5 clean pictures, 12ab"}, {"dataset": "a stream", "positions": [0]}):
         (path / "trainer_state.json").write_text(json.dumps(state | known))
         if "positions" not in known:
             assert prepare(tmp_path, **flags) == path
@@ -172,7 +172,7 @@ def test_data_may_have_moved_where_the_images_themselves_are_compared(tmp_path):
 def test_how_the_result_is_saved_and_watched_may_change(tmp_path):
     sizes = {"kind": PretrainArguments, "train_dir": "here", "resolution": 16}
     path = checkpoint(tmp_path, 3, **sizes)
-    state = json.loads((path / "trainer_state.json").read_text()) | {"dataset": "5 clean images, 12ab"}
+    state = json.loads((path / "trainer_state.json").read_text()) | {"dataset": "5 clean pictures, 12ab"}
     (path / "trainer_state.json").write_text(json.dumps(state))
     free = {"eval_dir": "there", "validation_steps": 2, "data_card": "mine", "half_precision_weights": True}
     assert prepare(tmp_path, resume_from_checkpoint="latest", **sizes, **free) == path
