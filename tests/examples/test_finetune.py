@@ -58,7 +58,7 @@ def test_launched_run_leaves_all_a_user_needs_and_its_snippet_loads_it(flags, ev
     check = f"""{snippet}
 import torch
 from colora_peft.evaluation import evaluate
-from colora_peft.pairs import PairedImageFolder
+from colora_peft.data import PairedImageFolder
 print(evaluate(model, PairedImageFolder({str(eval_dir)!r}), torch.device("cpu"), "")["psnr"])
 """
     Image.new("RGB", (40, 24), "teal").save(tmp_path / "photo.jpg")

@@ -154,7 +154,7 @@ def test_pooling_decides_what_is_kept_and_reaches_the_network(folder, tiny_nafne
     flags = ["--input", "photos/wide.png", "--model_name_or_path", tiny_nafnet, "--tile", 48, "--overlap", 16]
     assert run(*flags) == 0
     means = read_image("outputs/restored/wide.png")
-    with pytest.raises(ValueError, match="pooling was image, is tile"):
+    with pytest.raises(ValueError, match="pooling was picture, is tile"):
         run(*flags, "--pooling", "tile")
     for more in (["--pooling", "tile"], ["--pooling", "local", "--pooling_window", 64]):
         assert run(*flags, *more, "--overwrite") == 0

@@ -232,7 +232,7 @@ def test_what_is_no_image_is_refused(image, message):
         ({"batch_size": 0}, "batch_size and statistics_passes must be at least 1, got 0 and 2"),
         ({"statistics_passes": 0}, "got 1 and 0"),
         ({"size_multiple": 0}, "size_multiple must be at least 1"),
-        ({"pooling": "global"}, "'global'; take one of image, tile, local"),
+        ({"pooling": "global"}, "'global'; take one of picture, tile, local"),
         ({"pooling": "local"}, "go together"),
         ({"pooling_window": 8}, "go together"),
     ],

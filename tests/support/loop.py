@@ -97,8 +97,8 @@ from pathlib import Path
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
 from support.loop import NoisyPatches, arguments, nafnet
-from colora_peft.pairs import PairedImageFolder, PairSubset
-from colora_peft.run_folder import check_output_dir, open_output_dir
+from colora_peft.data import PairedImageFolder, PairSubset
+from colora_peft.training import check_output_dir, open_output_dir
 from colora_peft.training import TrainingDiverged, TrainingStopped, train
 folder, what = sys.argv[1], json.loads(sys.argv[2])
 class Patches(NoisyPatches):

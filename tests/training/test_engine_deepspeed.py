@@ -38,7 +38,7 @@ sys.path.insert(0, {tests!r})
 from safetensors.torch import save_file
 from support.loop import NoisyPatches, arguments
 from support.engine_deepspeed import NETWORKS
-from colora_peft.run_folder import check_output_dir, open_output_dir
+from colora_peft.training import check_output_dir, open_output_dir
 from colora_peft.training import TrainingDiverged, train
 for case in json.loads(sys.argv[1]):
     AcceleratorState._reset_state()

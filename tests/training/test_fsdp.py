@@ -32,7 +32,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {tests!r})
 from safetensors.torch import save_file
 from support.loop import NoisyPatches, arguments, nafnet
-from colora_peft.run_folder import check_output_dir, open_output_dir
+from colora_peft.training import check_output_dir, open_output_dir
 from colora_peft.training import train
 args, accelerator = arguments(sys.argv[1], **json.loads(sys.argv[2])), Accelerator()
 assert accelerator.num_processes == 2
