@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colora_peft.utils import is_compiled
+
 __all__ = ["ImageStatistics", "Rectangle", "averages_over_pixels", "is_global_pool"]
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
@@ -27,11 +29,6 @@ Rectangle = tuple[tuple[int, int], tuple[int, int]]
 def is_global_pool(module: nn.Module) -> bool:
     """Whether it is an `nn.AdaptiveAvgPool2d(1)`."""
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether it or a part of it went through `torch.compile`, so that hooks may not run."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 def averages_over_pixels(module: nn.Module) -> bool:

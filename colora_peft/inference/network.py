@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colora_peft.utils import unwrapped
+
 from .padding import pad_to_multiple
 
 __all__ = ["evaluation_mode", "output_images", "reconstruct", "restoration_loss", "size_multiple"]
@@ -56,20 +58,12 @@ def size_multiple(model: nn.Module) -> int:
     That is the attribute `size_multiple` of the network, which its author or whoever loads it sets. The Swin2SR of
     transformers, whose image processor pads for it, needs no attribute: it is the side of its windows.
     """
-    network = model
-    while _is_wrapper(network):
-        network = getattr(network, "_orig_mod", None) or network.module  # compiled, shared out, or both
+    network = unwrapped(model)
     multiple = getattr(network, "size_multiple", None)
     if multiple is not None:
         return multiple
     config = getattr(network, "config", None)
     return config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
-
-
-def _is_wrapper(network: nn.Module) -> bool:
-    is_shared_out = isinstance(network, nn.parallel.DistributedDataParallel)
-    # By name: the import of DeepSpeed takes seconds.
-    return is_shared_out or type(network).__name__ == "DeepSpeedEngine" or hasattr(network, "_orig_mod")
 
 
 def _hint(reconstruction: Tensor, images: Tensor) -> str:
