@@ -4,8 +4,15 @@
 of a restoration network: what goes in, what comes out, and its loss.
 """
 
-from .local_pooling import local_pooling, size_multiple_of
-from .network import evaluation_mode, output_images, reconstruct, restoration_loss, size_multiple
+from .local_pooling import local_pooling
+from .network import (
+    evaluation_mode,
+    needed_multiple,
+    output_images,
+    reconstruct,
+    restoration_loss,
+    tile_multiple,
+)
 from .padding import pad_to_multiple
 from .tile_grid import check_tile
 from .tiling import Pooling, restore_image
@@ -15,11 +22,11 @@ __all__ = [
     "check_tile",
     "evaluation_mode",
     "local_pooling",
+    "needed_multiple",
     "output_images",
     "pad_to_multiple",
     "reconstruct",
     "restoration_loss",
     "restore_image",
-    "size_multiple",
-    "size_multiple_of",
+    "tile_multiple",
 ]

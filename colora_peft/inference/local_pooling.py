@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .global_pooling import is_global_pool
-from .network import evaluation_mode, reconstruct, size_multiple
+from .network import evaluation_mode, reconstruct, tile_multiple
 
-__all__ = ["LocalMean", "local_pooling", "pools_locally", "size_multiple_of", "sliding_mean"]
+__all__ = ["LocalMean", "local_pooling", "pools_locally", "sliding_mean"]
 
 _PROBE_PX = 64  # at least; the side of the image that shows at which resolution a layer works
 
@@ -53,7 +53,7 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
     scales = _pixels_per_feature(model)
     _check_maps_fit(model, scales)
     # A network pads images to its size multiple: a window as large as the image must cover the padding, too.
-    multiple = size_multiple_of(model)
+    multiple = tile_multiple(model)
     window = math.ceil(window / multiple) * multiple
     windows = {
         layer: LocalMean(math.ceil(window / rows), math.ceil(window / cols)) for layer, (rows, cols) in scales.items()
@@ -65,15 +65,6 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
 def pools_locally(model: nn.Module) -> bool:
     """Whether a `local_pooling` of the network is on."""
     return any(isinstance(hook, LocalMean) for module in model.modules() for hook in module._forward_hooks.values())
-
-
-def size_multiple_of(model: nn.Module) -> int:
-    """What the sides of tiles must be multiples of, for every level of the network to be cut alike.
-
-    `config.size_multiple`, up to which a network pads by itself, and what it needs others to pad to (see
-    `colora_peft.inference.network.size_multiple`); 1 where neither is given.
-    """
-    return math.lcm(getattr(getattr(model, "config", None), "size_multiple", 1), size_multiple(model))
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,7 @@ def _check_maps_fit(model: nn.Module, layers: Mapping[nn.Module, Any]) -> None:
 
 def _probe(model: nn.Module) -> Tensor:
     """A black image (1, C, S, S), S a multiple of the network's size multiple."""
-    multiple = size_multiple_of(model)
+    multiple = tile_multiple(model)
     channels = getattr(getattr(model, "config", None), "num_channels", 3)
     side = math.ceil(_PROBE_PX / multiple) * multiple
     parameter = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,20 +14,20 @@ from colora_peft.utils import unwrapped
 
 from .padding import pad_to_multiple
 
-__all__ = ["evaluation_mode", "output_images", "reconstruct", "restoration_loss", "size_multiple"]
+__all__ = ["evaluation_mode", "needed_multiple", "output_images", "reconstruct", "restoration_loss", "tile_multiple"]
 
 
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """The restored images (B, C, H, W) of any network that returns them as a tensor or under `reconstruction`.
 
-    Where the network runs on heights and widths of some multiple only (`size_multiple`), it gets the images padded
+    Where the network runs on heights and widths of some multiple only (`needed_multiple`), it gets the images padded
     and what was added is cut off again.
 
     Raises:
         TypeError: if the network returns something else.
         ValueError: if the restored images are not of the shape of the input.
     """
-    padded = pad_to_multiple(pixel_values, size_multiple(model))
+    padded = pad_to_multiple(pixel_values, needed_multiple(model))
     reconstruction = output_images(model, model(padded))
     if reconstruction.shape != padded.shape:
         raise ValueError(
@@ -52,18 +53,28 @@ def output_images(model: nn.Module, output: Any) -> Tensor:
     return images
 
 
-def size_multiple(model: nn.Module) -> int:
-    """What the height and width of the images that `model` takes must be multiples of; 1 where any size will do.
+def needed_multiple(model: nn.Module) -> int:
+    """Returns what the height and width of the images that `model` takes must be multiples of; 1 where any will do.
 
-    That is the attribute `size_multiple` of the network, which its author or whoever loads it sets. The Swin2SR of
-    transformers, whose image processor pads for it, needs no attribute: it is the side of its windows.
+    The network says it in its attribute `needs_multiple_of`, or whoever loads it does (`size_multiple` in earlier
+    versions). The Swin2SR of transformers, whose image processor pads for it, needs no attribute: it is the side of
+    its windows.
     """
     network = unwrapped(model)
-    multiple = getattr(network, "size_multiple", None)
-    if multiple is not None:
-        return multiple
     config = getattr(network, "config", None)
-    return config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
+    windows = config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
+    return getattr(network, "needs_multiple_of", getattr(network, "size_multiple", windows))
+
+
+def tile_multiple(model: nn.Module) -> int:
+    """Returns what the sides of tiles must be multiples of, for every level of the network to be cut alike.
+
+    It covers what `needed_multiple` gives, and `config.pads_to_multiple` (`size_multiple` in earlier versions), up to
+    which a network pads images by itself.
+    """
+    config = getattr(model, "config", None)
+    padded = getattr(config, "pads_to_multiple", getattr(config, "size_multiple", 1))
+    return math.lcm(padded, needed_multiple(model))
 
 
 def _hint(reconstruction: Tensor, images: Tensor) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .global_pooling import ImageStatistics, Rectangle
-from .local_pooling import local_pooling, pools_locally, size_multiple_of
-from .network import evaluation_mode, reconstruct
+from .local_pooling import local_pooling, pools_locally
+from .network import evaluation_mode, reconstruct, tile_multiple
 from .padding import reflected_indices
 from .self_ensemble import EIGHT, Transform
 from .tile_grid import TileAxis, check_tile, lay_tiles
@@ -70,8 +70,8 @@ def restore_image(
             untiled image (at least 29.6, 41.3 and 45.6 dB after one, two and three, on six underwater photos in
             examples/benchmark_tiles.py).
             None takes place where there is one tile, or no layer that averages.
-        size_multiple: What tiles start and end at multiples of; None takes `model.config.size_multiple` or
-            `model.size_multiple`, or 1 where there is neither.
+        size_multiple: What tiles start and end at multiples of; None takes what the network says
+            (`tile_multiple`).
         progress: Show a bar.
 
     Raises:
@@ -82,7 +82,7 @@ def restore_image(
     """
     _check_image(image)
     _check_choice(model, pooling, pooling_window, statistics_passes, batch_size)
-    multiple = size_multiple_of(model) if size_multiple is None else size_multiple
+    multiple = tile_multiple(model) if size_multiple is None else size_multiple
     if multiple < 1:
         raise ValueError(f"The size_multiple must be at least 1, got {multiple}.")
     if tile is not None:

@@ -83,7 +83,7 @@ def test_one_tile_is_what_the_network_returns_clamped(make):
 
 def test_tiles_lie_at_multiples_of_what_the_network_takes():
     class Strict(Local):
-        size_multiple = 8
+        needs_multiple_of = 8
 
         def forward(self, x):
             assert not x.shape[-1] % 8 and not x.shape[-2] % 8
@@ -232,7 +232,7 @@ def test_what_is_no_image_is_refused(image, message):
         ({"batch_size": 0}, "batch_size and statistics_passes must be at least 1, got 0 and 2"),
         ({"statistics_passes": 0}, "got 1 and 0"),
         ({"size_multiple": 0}, "size_multiple must be at least 1"),
-        ({"pooling": "global"}, "'global'; take one of image, tile, local"),
+        ({"pooling": "global"}, "'global'; take one of picture, tile, local"),
         ({"pooling": "local"}, "go together"),
         ({"pooling_window": 8}, "go together"),
     ],
