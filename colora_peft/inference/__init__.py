@@ -1,7 +1,7 @@
-"""Run a restoration network on images of any size.
+"""Inference: run a restoration network on images of any size.
 
-`restore_image` is the entry: blended tiles, pooling over the whole image, self-ensembles. `network` holds the contract
-of a restoration network: what goes in, what comes out, and its loss.
+`restore_image` restores one image in blended tiles, with pooling over the whole image and self-ensembles.
+The module `network` holds the contract of a restoration network: what goes in, what comes out, and its loss.
 """
 
 from .local_pooling import local_pooling
@@ -9,11 +9,11 @@ from .network import (
     evaluation_mode,
     needed_multiple,
     output_images,
+    pad_to_multiple,
     reconstruct,
     restoration_loss,
     tile_multiple,
 )
-from .padding import pad_to_multiple
 from .tile_grid import check_tile
 from .tiling import Pooling, restore_image
 
