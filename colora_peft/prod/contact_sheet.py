@@ -49,7 +49,7 @@ def _row(degradation: Degradation, clean: Tensor, seed: int) -> list[tuple[Image
 def _differing(parameters: Parameters, settings: Sequence[Parameters]) -> str:
     """Returns the parameters that say how strong a setting is: those in which the settings differ."""
     shown = (key for key in parameters if len({setting[key] for setting in settings}) > 1)
-    return ", ".join(f"{key} {parameters[key]:.3g}" for key in shown)
+    return ", ".join(f"{key}={parameters[key]:.3g}" for key in shown)
 
 
 def recipe_caption(recipe: Recipe) -> str:
