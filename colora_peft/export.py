@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from colora_peft.inference import output_images, pad_to_multiple, reconstruct, size_multiple
+from colora_peft.inference import needed_multiple, output_images, pad_to_multiple, reconstruct
 from colora_peft.utils import write_bytes
 
 __all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "SizeCheck", "export_network"]
@@ -151,7 +151,7 @@ class _Restorer(nn.Module):
         super().__init__()
         self.network = network
         self.dtype = next(network.parameters()).dtype
-        self.multiple = size_multiple(network)
+        self.multiple = needed_multiple(network)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         padded = pad_to_multiple(pixel_values.to(self.dtype), self.multiple)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from colora_peft.images import read_image, to_pil
-from colora_peft.prod.degradations import rain_layer
+from colora_peft.prod.rain import rain_layer
 
 UNDERWATER = ("76.jpg", "66.jpg", "89.jpg")
 CLEAN = "58.jpg"

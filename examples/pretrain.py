@@ -225,8 +225,8 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, image
     began = "" if args.model_name_or_path is None else f", beginning with the weights of {args.model_name_or_path}"
     averaged = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     method = (
-        f"Pre-trained to undo synthetic degradations (blur, noise, rain, JPEG, motion; mode `{args.mode}`, see "
-        f"arXiv 2408.01099) on {images}: {args.max_train_steps} steps of {batch} patches of "
+        f"Pre-trained to undo synthetic degradations ({', '.join(RandomOrderDegradation().names)}; "
+        f"mode `{args.mode}`, see arXiv 2408.01099) on {images}: {args.max_train_steps} steps of {batch} patches of "
         f"{args.resolution}x{args.resolution}, seed {args.seed}{began}{averaged}."
     )
     loads_from = args.hub_model_id if args.push_to_hub else args.output_dir

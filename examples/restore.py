@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from colora_peft.hub import load_backbone, load_base
 from colora_peft.images import DEFAULT_MAX_PIXELS
-from colora_peft.inference import Pooling, check_tile, size_multiple_of
+from colora_peft.inference import Pooling, check_tile, tile_multiple
 from colora_peft.restore import NO_ADAPTER, AdapterSet, RestoreRecord, adapter_labels, plan_jobs
 from colora_peft.utils import check_at_least, write_json
 
@@ -168,7 +168,7 @@ def main(args: RestoreArguments) -> int:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     network = network_of(args, adapters).to(device)
     if args.tile:  # now, not with the first image that has several tiles
-        check_tile(args.tile, args.overlap, size_multiple_of(network))
+        check_tile(args.tile, args.overlap, tile_multiple(network))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     run = RestoreRun(AdapterSet(network, dict(zip(labels, adapters, strict=True))), RestoreRecord(output_dir), args)
     run.check_kept(jobs)

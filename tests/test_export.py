@@ -149,7 +149,7 @@ def test_a_network_of_some_multiple_is_exported_with_its_padding(tmp_path):
     class Halves(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.size_multiple = nn.Conv2d(3, 12, 2, stride=2), 2
+            self.conv, self.needs_multiple_of = nn.Conv2d(3, 12, 2, stride=2), 2
 
         def forward(self, x):
             return F.pixel_shuffle(self.conv(x), 2)

@@ -1,9 +1,10 @@
-"""Training and evaluation data: clean images, pairs of images, and patches of both.
+"""Data for training and evaluation: clean images, pairs of images, and patches of both.
 
-A training sample is a pure function of (seed, epoch, index), so that neither workers nor processes nor a resume change
-it. Sources are folders and Hugging Face datasets, streams included.
+Sources are folders and Hugging Face datasets, streams included. A training sample is a pure function of (seed, epoch,
+index): neither workers nor processes nor a resume change it.
 """
 
+from .hub_columns import HubImages
 from .pairs import Pair, PairedHubDataset, PairedImageFolder, PairSource, PairSubset, check_pairs, draw_pairs
 from .patches import (
     Batch,
@@ -16,28 +17,28 @@ from .patches import (
     random_patch,
     sample_generator,
 )
-from .sources import HubImages, ImageFiles, ImageSource, check_images
+from .sources import ImageFiles, ImageSource, check_images
 from .streams import ImageStream, StreamPatches
 
 __all__ = [
     "Batch",
-    "DegradedPatches",
     "DegradedImages",
+    "DegradedPatches",
     "HubImages",
     "ImageFiles",
+    "ImageSource",
+    "ImageStream",
     "Pair",
     "PairSource",
     "PairSubset",
     "PairedHubDataset",
     "PairedImageFolder",
     "PairedPatches",
-    "ImageSource",
-    "ImageStream",
     "Position",
     "StepSampler",
     "StreamPatches",
-    "check_pairs",
     "check_images",
+    "check_pairs",
     "collate",
     "draw_pairs",
     "random_patch",

@@ -15,7 +15,8 @@ from torch import Tensor
 from colora_peft.images import as_float, list_images
 from colora_peft.utils import some, some_sentences
 
-from .sources import ImageFiles, column_lines, fingerprint_of, read_cell, undecoded
+from .hub_columns import check_not_empty, column_lines, read_cell, undecoded
+from .sources import ImageFiles, fingerprint_of
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 
@@ -23,7 +24,7 @@ Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 class PairSource(Protocol):
     """Degraded and clean images of the same scene and size, by index; `names` tells users which is which.
 
-    It may have a `fingerprint` as `ImageSource` has it.
+    A source may have a `fingerprint`, as `ImageSource` has.
     """
 
     names: Sequence[str]
@@ -34,11 +35,11 @@ class PairSource(Protocol):
 
 
 class PairedImageFolder:
-    """`input/` and `target/` under one folder, paired by equal file names (the suffix may differ).
+    """Pairs in the folders `input/` and `target/`, of equal file names (the suffix may differ).
 
     Raises:
-        FileNotFoundError: if a folder is missing.
-        ValueError: if a folder is empty, a name has no partner (the first 20 are listed) or two files share a name.
+        FileNotFoundError: A folder is missing.
+        ValueError: A folder is empty, a name has no partner (the first 20 are listed) or two files share a name.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -88,10 +89,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 class PairedHubDataset:
-    """A Hugging Face dataset split with the image columns `input` and `target`.
+    """Pairs in a Hugging Face dataset split with the image columns `input` and `target`.
 
     Raises:
-        ValueError: if a column is missing or does not hold images, or the split is empty.
+        ValueError: A column is missing or does not hold images, or the split is empty.
     """
 
     def __init__(self, split: Any) -> None:
@@ -101,8 +102,7 @@ class PairedHubDataset:
                 f"The dataset has the columns {split.column_names}; rename yours to `input` and `target` "
                 f"(missing: {', '.join(sorted(missing))})."
             )
-        if len(split) == 0:
-            raise ValueError("The dataset split is empty; choose one that has rows.")
+        check_not_empty(split)
         self._split = undecoded(undecoded(split.with_format(None), "input"), "target")
         self.names = [f"row {index}" for index in range(len(split))]
         lines = (line for side in ("input", "target") for line in column_lines(split, side))
@@ -118,6 +118,7 @@ class PairedHubDataset:
 
 
 def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
+    """Returns the pair, or raises ValueError where its images differ in size."""
     if degraded.shape != target.shape:
         raise ValueError(
             f"Pair {name}: the input is {degraded.shape[2]}x{degraded.shape[1]} pixels but the target "
@@ -127,15 +128,15 @@ def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
 
 
 def check_pairs(pairs: PairSource, smallest_px: int, reason: str) -> None:
-    """Read every pair once, before a run begins; the first 20 culprits are listed.
+    """Reads every pair once, before a run begins.
 
     Args:
         pairs: The pairs to check.
-        smallest_px: Both sides of every image must have at least this many pixels.
-        reason: Why, for the message, e.g. "the training patch (--resolution)".
+        smallest_px: Least number of pixels of both sides of every image.
+        reason: Reason for that number, for the message, e.g. "the training patch (--resolution)".
 
     Raises:
-        ValueError: if pairs are unreadable, differ in size or are too small; it lists them.
+        ValueError: Pairs are unreadable, differ in size or are too small; the first 20 are listed.
     """
     culprits = []
     for index, name in enumerate(pairs.names):
@@ -151,7 +152,7 @@ def check_pairs(pairs: PairSource, smallest_px: int, reason: str) -> None:
 
 
 class PairSubset:
-    """Some of the pairs of another source, by index."""
+    """Part of the pairs of another source, by index."""
 
     def __init__(self, pairs: PairSource, indices: Sequence[int]) -> None:
         self.names = [pairs.names[index] for index in indices]
@@ -171,10 +172,10 @@ class PairSubset:
 
 
 def draw_pairs(pairs: PairSource, count: int, seed: int) -> tuple[PairSubset, PairSubset]:
-    """`count` pairs drawn by the seed (never the first ones: names sort by camera or scene), and the others.
+    """Returns `count` pairs drawn by the seed, and the others. (The first ones would be of one camera or scene.)
 
     Raises:
-        ValueError: if there are fewer than `count`, or `count` is less than 1.
+        ValueError: There are fewer than `count`, or `count` is less than 1.
     """
     if not 0 < count <= len(pairs):
         raise ValueError(

@@ -7,7 +7,7 @@ is one integer, and neither workers nor processes nor a restart change what any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,18 +20,17 @@ from colora_peft.images import as_float
 from colora_peft.prod import RandomOrderDegradation
 
 from .pairs import Pair, PairSource
-from .sources import ImageSource, check_size, first_usable
+from .sources import Candidate, ImageSource, check_size, first_usable
 
 # "pixel_values" and "labels", (3, S, S) in [0, 1]; "skipped", why images were, if any; of a stream "position".
 Sample = dict[str, Any]
 Batch = dict[str, Any]  # the same of several samples, (B, 3, S, S), always with "skipped"; "position" after the last
-Candidate = tuple[str, Callable[[], Tensor]]  # an image's name, and how to read it
 Position = list[int]  # where in a stream a process stands
 _REPLACEMENTS = 8  # images tried in place of one that cannot be used
 
 
 def sample_generator(*key: int) -> torch.Generator:
-    """A generator that depends on all numbers of the key, e.g. (seed, epoch, index), and on nothing else.
+    """Returns a generator that depends on all numbers of the key, e.g. (seed, epoch, index), and on nothing else.
 
     Keys that differ only by zeros at their end share a generator.
     """
@@ -40,10 +39,10 @@ def sample_generator(*key: int) -> torch.Generator:
 
 
 class PatchDataset(Dataset):
-    """Patches by sample number; see the module's docstring. Subclasses say what one sample is.
+    """Patches by sample number, as the module's docstring says. Subclasses make one sample.
 
     Args:
-        length: How many images an epoch has.
+        length: Number of images of an epoch.
         resolution: Side of the square patch in pixels.
         seed: Seed of the whole run.
     """
@@ -71,7 +70,7 @@ class PatchDataset(Dataset):
         return self._order
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Epoch and image of a sample number."""
+        """Returns the epoch and the image of a sample number."""
         epoch, position = divmod(number, self.length)
         return epoch, self._order_of(epoch)[position]
 
@@ -81,10 +80,11 @@ class PatchDataset(Dataset):
         return {"pixel_values": degraded, "labels": target}
 
     def sample(self, index: int, generator: torch.Generator) -> Pair:
+        """Returns input and target of a sample."""
         raise NotImplementedError
 
     def sampler(self, steps: StepSampler, position: Position | None) -> Sampler:
-        """What to ask for in these steps. Their numbers say it all here; a stream goes on at its `position`."""
+        """Returns the samples to ask for in these steps: their numbers. A stream goes on at its `position`."""
         return steps
 
 
@@ -92,14 +92,14 @@ class DegradedPatches(PatchDataset):
     """Clean images, cropped and degraded on the fly: the training data of PROD.
 
     An image that cannot be read or is smaller than the patch is replaced by another one, drawn by the generator of
-    the sample, which stays a pure function of (seed, epoch, index) as long as the files are what they are.
+    the sample. So samples remain a pure function of (seed, epoch, index) while the files do not change.
 
     Args:
         images: The clean images.
         degradation: Draws a recipe for each.
         resolution: Side of the square patch in pixels.
         seed: Seed of the whole run.
-        max_skipped_share: Training stops where more than this share of the samples had to be replaced.
+        max_skipped_share: Share of the samples that may be replaced before training stops.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class DegradedPatches(PatchDataset):
 def degraded_sample(
     candidates: Iterable[Candidate], degradation: RandomOrderDegradation, resolution: int, generator: torch.Generator
 ) -> Sample:
-    """A patch of the first candidate that can be used, degraded, and under `skipped` why others were not, if any.
+    """Returns a patch of the first usable candidate, degraded, and under `skipped` why others were not, if any.
 
     Raises:
-        ValueError: if none can be used; it names them.
+        ValueError: None can be used; the reasons are given.
     """
     image, name, skipped = first_usable(candidates, resolution)
     clean = as_float(random_patch((image,), resolution, generator, name)[0])
@@ -146,7 +146,7 @@ def degraded_sample(
 
 
 class DegradedImages:
-    """Pairs to evaluate on, of clean images: the patch and the degradation of image i depend on i alone, so that
+    """Pairs to evaluate on, made of clean images. Patch and degradation of an image depend on its index alone, so that
     the figures of runs with other seeds compare.
 
     Args:
@@ -190,10 +190,10 @@ class PairedPatches(PatchDataset):
 def random_patch(
     images: tuple[Tensor, ...], resolution: int, generator: torch.Generator, name: str
 ) -> tuple[Tensor, ...]:
-    """The same random square of all images (3, H, W), flipped and turned by one of the eight symmetries.
+    """Returns the same random square of all images (3, H, W), flipped and turned by one of the eight symmetries.
 
     Raises:
-        ValueError: if the images are smaller than the patch; it names them.
+        ValueError: The images are smaller than the patch.
     """
     check_size(images[0], resolution, name)
     height, width = images[0].shape[-2:]
@@ -207,7 +207,7 @@ def random_patch(
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch."""
+    """Stacks samples to a batch."""
     batch: Batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("pixel_values", "labels")}
     batch["skipped"] = [reason for sample in samples for reason in sample.get("skipped", ())]
     batch["position"] = samples[-1].get("position")

@@ -1,4 +1,4 @@
-"""Clean images that come one after another: a streaming Hugging Face dataset of any size as training data of PROD.
+"""Clean images one after another: a streaming Hugging Face dataset of any size as training data of PROD.
 
 A stream has no length and no way back, so it is read in *blocks*. The law, all of it a function of (seed, epoch) and
 the number of processes:
@@ -29,17 +29,18 @@ from torch.utils.data import Dataset, Sampler
 
 from colora_peft.prod import RandomOrderDegradation
 
-from .patches import Candidate, Position, Sample, StepSampler, degraded_sample, sample_generator
-from .sources import check_column, fingerprint_of, first_usable, read_cell, undecoded
+from .hub_columns import check_column, read_cell, undecoded
+from .patches import Position, Sample, StepSampler, degraded_sample, sample_generator
+from .sources import Candidate, fingerprint_of, first_usable
 
 _MOST_SHARDS = 4096  # a folder has a shard for each file; so many of them are read as one that no more are left
-_SPARES = 8  # images of a block that may stand in for one that cannot be used
+_SPARES = 8  # images of a block that may replace one that cannot be used
 _MOST_EMPTY_EPOCHS = 64  # in a row; where shards are empty, a process may get none but them in some epoch
 _BEGINNING: Position = [0, 0, 0, 0]  # epoch, turn among the shards of the process, row, done in the block
 
 
 class Cell(NamedTuple):
-    """An image as the stream holds it, undecoded, and where."""
+    """Image as the stream holds it, undecoded, and its place."""
 
     shard: int
     row: int
@@ -52,8 +53,7 @@ class Cell(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What becomes a sample: an image, others of its block in case it cannot be used, and where the process stands
-    after it."""
+    """Image that becomes a sample, others of its block in case it cannot be used, and the process's position after."""
 
     epoch: int
     cell: Cell
@@ -69,16 +69,16 @@ class _Block:
 
 
 class ImageStream:
-    """A streaming dataset split with an image column.
+    """Streaming dataset split with an image column.
 
     Args:
         split: A `datasets.IterableDataset`.
         column: Its image column.
         seed: Seed of the order.
-        block_size: How many images are mixed with each other, and held in memory undecoded, twice.
+        block_size: Number of images that are mixed with each other; memory holds twice as many, undecoded.
 
     Raises:
-        ValueError: if there is no such column, or it does not hold images.
+        ValueError: There is no such column, or it does not hold images.
     """
 
     def __init__(self, split: Any, column: str, seed: int, block_size: int) -> None:
@@ -93,16 +93,16 @@ class ImageStream:
         )
 
     def check(self, resolution: int, rank: int, world_size: int) -> None:
-        """Read the first images of a process.
+        """Reads the first images of a process.
 
         Raises:
-            ValueError: if there is none for it, or none of them can be used.
+            ValueError: There is none for it, or none of them can be used.
         """
         block = next(self._blocks(_BEGINNING, rank, world_size, _SPARES))
         first_usable(map(_candidate, block.cells), resolution)
 
     def drawn(self, position: Position, rank: int, world_size: int) -> Iterator[Drawn]:
-        """The images of a process from `position` on, without end."""
+        """Yields the images of a process from `position` on, without end."""
         done = position[3]
         blocks = self._blocks(position, rank, world_size, self.block_size)
         with ThreadPoolExecutor(1) as reader:
@@ -136,7 +136,7 @@ class ImageStream:
         )
 
     def _epoch(self, epoch: int, turn: int, row: int, rank: int, world_size: int) -> Iterator[tuple[int, Cell]]:
-        """The images of a process from a row of the shard whose turn it is, each with the turn."""
+        """Yields the images of a process from a row of the shard whose turn it is, each with the turn."""
         order = torch.randperm(self.num_shards, generator=sample_generator(self.seed, epoch)).tolist()
         whole_shards = self.num_shards >= world_size
         mine = order[rank::world_size] if whole_shards else order
@@ -145,7 +145,7 @@ class ImageStream:
             rows = self._split.shard(self.num_shards, shard)
             first = row if this_turn == turn else 0
             for number, content in enumerate(rows.skip(first) if first else rows, start=first):
-                # Where shards are shared, processes start at different rows of each, lest one gets all short ends.
+                # Where shards are shared, processes start at different rows of each, or one would get all short ends.
                 if whole_shards or (number + this_turn) % world_size == rank:
                     yield this_turn, Cell(shard, number, content[self._column])
 
@@ -155,14 +155,14 @@ def _candidate(cell: Cell) -> Candidate:
 
 
 class StreamPatches(Dataset):
-    """Patches of a stream; the data loader asks for what `StreamSampler` drew.
+    """Patches of a stream, for what `StreamSampler` drew.
 
     Args:
-        stream: Where the images come from.
+        stream: The clean images.
         degradation: Draws a recipe for each.
         resolution: Side of the square patch in pixels.
-        max_skipped_share: Training stops where more than this share of the samples had to be replaced, by another
-            image of the block, chosen by (seed, epoch, shard, row).
+        max_skipped_share: Share of the samples that may be replaced before training stops. The substitute is of the
+            same block, chosen by (seed, epoch, shard, row).
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class StreamPatches(Dataset):
 
 
 class StreamSampler(Sampler[list[Drawn]]):
-    """What the stream draws for the steps of one process, from `position` on."""
+    """Draws of the stream for the steps of one process, from `position` on."""
 
     def __init__(self, stream: ImageStream, steps: StepSampler, position: Position) -> None:
         self.stream = stream

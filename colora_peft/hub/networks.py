@@ -44,7 +44,7 @@ def load_backbone(
     Args:
         name_or_path: A folder of `save_pretrained`, an id on the Hub, or `module:function`, a function without
             arguments that returns the network as any `nn.Module`; the module may lie in the current directory. Where
-            the network takes sizes of some multiple only, the function sets its attribute `size_multiple`
+            the network takes sizes of some multiple only, the function sets its attribute `needs_multiple_of`
             (`colora_peft.inference.network`).
         revision: Branch, tag or commit on the Hub.
         subfolder: Folder inside the repository or `name_or_path` that holds the network.

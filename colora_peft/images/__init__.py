@@ -1,14 +1,14 @@
-"""Image files to tensors and back.
+"""Images: from files to tensors and back.
 
-A tensor is float32 RGB (3, H, W) in [0, 1]. `read_image` and `to_pil` convert values alone; `image_file` keeps what
-else a file holds: bit depth, EXIF, colour profile, transparency.
+A tensor is float32 RGB (3, H, W) in [0, 1]. `read_image` and `to_pil` convert values alone; `read_image_file` and
+`write_image_file` keep what else a file holds: bit depth, EXIF, colour profile and transparency.
 """
 
 from .formats import FORMATS, format_of
 from .icc import fitting_profile
 from .image_file import DEFAULT_MAX_PIXELS, ImageFile, encode_image_file, read_image_file, write_image_file
 from .reading import IMAGE_SUFFIXES, as_float, decode_stored, list_images, read_bytes, read_image, read_stored, to_pil
-from .sheets import save_comparison
+from .sheets import encode_sheet, paint_sheet, save_comparison, save_sheet
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -18,14 +18,17 @@ __all__ = [
     "as_float",
     "decode_stored",
     "encode_image_file",
+    "encode_sheet",
     "fitting_profile",
     "format_of",
     "list_images",
+    "paint_sheet",
     "read_bytes",
     "read_image",
     "read_image_file",
     "read_stored",
     "save_comparison",
+    "save_sheet",
     "to_pil",
     "write_image_file",
 ]

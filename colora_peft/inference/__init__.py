@@ -1,12 +1,19 @@
-"""Run a restoration network on images of any size.
+"""Inference: run a restoration network on images of any size.
 
-`restore_image` is the entry: blended tiles, pooling over the whole image, self-ensembles. `network` holds the contract
-of a restoration network: what goes in, what comes out, and its loss.
+`restore_image` restores one image in blended tiles, with pooling over the whole image and self-ensembles.
+The module `network` holds the contract of a restoration network: what goes in, what comes out, and its loss.
 """
 
-from .local_pooling import local_pooling, size_multiple_of
-from .network import evaluation_mode, output_images, reconstruct, restoration_loss, size_multiple
-from .padding import pad_to_multiple
+from .local_pooling import local_pooling
+from .network import (
+    evaluation_mode,
+    needed_multiple,
+    output_images,
+    pad_to_multiple,
+    reconstruct,
+    restoration_loss,
+    tile_multiple,
+)
 from .tile_grid import check_tile
 from .tiling import Pooling, restore_image
 
@@ -15,11 +22,11 @@ __all__ = [
     "check_tile",
     "evaluation_mode",
     "local_pooling",
+    "needed_multiple",
     "output_images",
     "pad_to_multiple",
     "reconstruct",
     "restoration_loss",
     "restore_image",
-    "size_multiple",
-    "size_multiple_of",
+    "tile_multiple",
 ]

@@ -2,12 +2,11 @@
 
 A network such as NAFNet averages its features over the whole image (channel attention). Given a tile it averages
 over the tile, so that tiles of one image are restored differently. Here a first pass over the tiles gathers what
-each pooling layer sees, and the pass that restores them uses the mean over the image in every tile. The method is
-our own.
+each pooling layer sees; the pass that restores them uses the mean over the image in every tile. The method is ours.
 
 In the first pass layers use the mean over the tiles so far, in the second that of the whole first pass, and so on.
-What is gathered behind the first pooling layer is therefore near to what the untiled network sees, and not equal to
-it: after n passes the first n pooling layers are right up to the tiles' cut edges.
+Means behind the first pooling layer are therefore near to those of the untiled network, and not equal: after n passes
+the first n pooling layers are right up to the tiles' cut edges.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colora_peft.utils import is_compiled
+
 __all__ = ["ImageStatistics", "Rectangle", "averages_over_pixels", "is_global_pool"]
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
-"""[first, end) of rows and of columns."""
+"""Part of an image: [first, end) of its rows and of its columns."""
 
 
 def is_global_pool(module: nn.Module) -> bool:
@@ -29,22 +30,17 @@ def is_global_pool(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether it or a part of it went through `torch.compile`, so that hooks may not run."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
-
-
 def averages_over_pixels(module: nn.Module) -> bool:
     """Whether its output is a mean over the pixels, the last two dimensions, of its inputs.
 
-    That is so for `nn.AdaptiveAvgPool2d(1)`. A network that averages something else, such as products of channels,
-    lets a module of its own do it, from inputs (B, ..., H, W) of one size, that has `averages_over_pixels = True`.
+    `nn.AdaptiveAvgPool2d(1)` is one. A network that averages something else, such as products of channels, does it in
+    a module with `averages_over_pixels = True`, from inputs (B, ..., H, W) of one size.
     """
     return is_global_pool(module) or getattr(module, "averages_over_pixels", False) is True
 
 
 class ImageStatistics:
-    """What the averaging layers of a network see in one image; `gathering` and `applied` hook into them."""
+    """Means that the averaging layers of a network see in one image; `attached` hooks into the layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [module for module in model.modules() if averages_over_pixels(module)]
@@ -64,7 +60,7 @@ class ImageStatistics:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, the layers are watched and return the means of the last finished pass, or those gathered so far."""
+        """Context in which the layers return the means of the last finished pass, or those gathered so far."""
         handles = [layer.register_forward_hook(self._hook) for layer in self._layers]
         try:
             yield
@@ -73,22 +69,24 @@ class ImageStatistics:
                 handle.remove()
 
     def begin_batch(self, tile_shape: tuple[int, int], cores: Sequence[Rectangle] | None) -> None:
-        """The next pass of the network is over tiles (B, C, *tile_shape).
+        """Announces that the next pass of the network is over tiles (B, C, *tile_shape).
 
-        `cores` are the parts of them that count in the means (the cores of all tiles make up the image), None if
-        nothing is to be gathered.
+        Args:
+            tile_shape: Height and width of the tiles.
+            cores: Parts of the tiles that count in the means; the cores of all tiles make up the image. None gathers
+                nothing.
         """
         self._call, self._tile_shape, self._cores = 0, tile_shape, cores
         if cores is not None:
             self._pixels += sum((bottom - top) * (right - left) for (top, bottom), (left, right) in cores)
 
     def finish_pass(self) -> None:
-        """Use from now on the means that were gathered since the last one.
+        """Puts the means that were gathered since the last pass into use.
 
         Layers that did not run, such as a head that is left over, are left alone.
 
         Raises:
-            RuntimeError: if no layer of a compiled network was seen at work.
+            RuntimeError: No layer of a compiled network was seen at work.
         """
         if not self._sums and self._compiled:
             raise RuntimeError(
@@ -116,7 +114,7 @@ class ImageStatistics:
         return mean.to(output.dtype).expand_as(output)
 
     def _weighted_sum(self, layer: nn.Module, inputs: tuple[Any, ...], cores: Sequence[Rectangle]) -> Tensor:
-        """(1, ...) float32: the sum over the samples of the mean over each one's core times the pixels of the core."""
+        """Returns (1, ...) float32: the sum over the samples of the core's mean times its number of pixels."""
         height, width = inputs[0].shape[-2:]
         rows_per_pixel, columns_per_pixel = height / self._tile_shape[0], width / self._tile_shape[1]
         total: Tensor | None = None

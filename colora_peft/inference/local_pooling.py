@@ -2,9 +2,8 @@
 
 Chu, Chen, Chen, Lu, "Improving Image Restoration by Revisiting Global Information Aggregation", ECCV 2022, arXiv
 2112.04491 (Test-time Local Converter, TLC), written from the paper. A network that is trained on patches and averages
-its features over all it sees meets other averages in whole images. With local pooling each pixel gets the mean over
-a window around it, by running sums along rows and columns that cost the same for every window; near the border it gets
-that of the nearest window that lies inside.
+its features over all it sees meets other averages in whole images. With local pooling each pixel gets the mean over a
+window around it; near the border, that of the nearest window inside. Running sums cost the same for every window.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from .global_pooling import is_global_pool
-from .network import evaluation_mode, reconstruct, size_multiple
+from .network import evaluation_mode, reconstruct, tile_multiple
 
-__all__ = ["LocalMean", "local_pooling", "pools_locally", "size_multiple_of", "sliding_mean"]
+__all__ = ["LocalMean", "local_pooling", "pools_locally", "sliding_mean"]
 
-_PROBE_PX = 64  # at least; the side of the image that shows at which resolution a layer works
+_PROBE_PX = 64  # least side of the image that shows at which resolution a layer works
 
 
 @contextmanager
 def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
-    """Inside, each `nn.AdaptiveAvgPool2d(1)` of `model` returns means over windows, (B, C, H, W), not one mean.
+    """Context in which each `nn.AdaptiveAvgPool2d(1)` returns means over windows, (B, C, H, W), not one mean.
 
         with local_pooling(model, window=192):
             restored = model(image)
 
-    The network must multiply or add to feature maps what it has pooled, with nothing but 1 x 1 convolutions and
-    activations between. With a window as large as the image it is exactly the network itself. Layers are watched,
-    not replaced: adapters make no difference, and afterwards the network is as before.
+    The network must multiply or add what it has pooled to feature maps, with only 1 x 1 convolutions and activations
+    between. A window as large as the image gives exactly the network itself. Layers are watched, not replaced:
+    adapters work as usual, and afterwards the network is as before.
 
     Args:
         model: The network, bare or with adapters, not compiled.
-        window: Side in pixels of the image, rounded up to the network's size multiple; each layer takes as much of
-            its feature map.
+        window: Side in pixels of the image, rounded up to the network's size multiple; each layer takes the same
+            share of its feature map.
 
     Raises:
         ValueError: The window is not positive; the network runs no such layer, or one at several resolutions; what it
@@ -53,7 +52,7 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
     scales = _pixels_per_feature(model)
     _check_maps_fit(model, scales)
     # A network pads images to its size multiple: a window as large as the image must cover the padding, too.
-    multiple = size_multiple_of(model)
+    multiple = tile_multiple(model)
     window = math.ceil(window / multiple) * multiple
     windows = {
         layer: LocalMean(math.ceil(window / rows), math.ceil(window / cols)) for layer, (rows, cols) in scales.items()
@@ -63,17 +62,8 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
 
 
 def pools_locally(model: nn.Module) -> bool:
-    """Whether a `local_pooling` of the network is on."""
+    """Whether `local_pooling` of the network is on."""
     return any(isinstance(hook, LocalMean) for module in model.modules() for hook in module._forward_hooks.values())
-
-
-def size_multiple_of(model: nn.Module) -> int:
-    """What the sides of tiles must be multiples of, for every level of the network to be cut alike.
-
-    `config.size_multiple`, up to which a network pads by itself, and what it needs others to pad to (see
-    `colora_peft.inference.network.size_multiple`); 1 where neither is given.
-    """
-    return math.lcm(getattr(getattr(model, "config", None), "size_multiple", 1), size_multiple(model))
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ class LocalMean:
 
 
 def sliding_mean(features: Tensor, rows: int, columns: int) -> Tensor:
-    """The mean over the `rows` x `columns` around each pixel, or the nearest ones that lie inside.
+    """Returns the mean over the `rows` x `columns` around each pixel, or over the nearest ones that lie inside.
 
     (B, C, H, W) to the same shape and dtype. A window of even size reaches one pixel further down and right.
     """
@@ -112,7 +102,7 @@ def _sliding_mean(x: Tensor, window: int, dim: int) -> Tensor:
 
 
 def _pixels_per_feature(model: nn.Module) -> dict[nn.Module, tuple[float, float]]:
-    """Each global pooling layer that runs: rows and columns of the image for one of its feature map."""
+    """Returns, for each global pooling layer that runs, the rows and columns of the image per one of its map."""
     scales: dict[nn.Module, tuple[float, float]] = {}
     names = {module: name for name, module in model.named_modules() if is_global_pool(module)}
 
@@ -120,8 +110,8 @@ def _pixels_per_feature(model: nn.Module) -> dict[nn.Module, tuple[float, float]
         scale = tuple(probe.shape[dim] / inputs[0].shape[dim] for dim in (-2, -1))
         if scales.setdefault(layer, scale) != scale:
             raise ValueError(
-                f"The pooling layer {names[layer]} runs at several resolutions, so that it has no one window: give "
-                "each its own layer."
+                f"The pooling layer {names[layer]} runs at several resolutions, and no one window fits it: give "
+                "each resolution a layer of its own."
             )
 
     probe = _probe(model)
@@ -146,8 +136,8 @@ def _check_maps_fit(model: nn.Module, layers: Mapping[nn.Module, Any]) -> None:
 
 
 def _probe(model: nn.Module) -> Tensor:
-    """A black image (1, C, S, S), S a multiple of the network's size multiple."""
-    multiple = size_multiple_of(model)
+    """Returns a black image (1, C, S, S), S a multiple of the network's size multiple."""
+    multiple = tile_multiple(model)
     channels = getattr(getattr(model, "config", None), "num_channels", 3)
     side = math.ceil(_PROBE_PX / multiple) * multiple
     parameter = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))

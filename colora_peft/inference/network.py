@@ -1,30 +1,41 @@
-"""What a restoration network returns, and the loss of it that training and the contribution scores share."""
+"""Contract of a restoration network: what goes in, what comes out, its loss and the multiples of its sizes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .padding import pad_to_multiple
+from colora_peft.utils import unwrapped
 
-__all__ = ["evaluation_mode", "output_images", "reconstruct", "restoration_loss", "size_multiple"]
+__all__ = [
+    "evaluation_mode",
+    "needed_multiple",
+    "output_images",
+    "pad_to_multiple",
+    "reconstruct",
+    "reflected_indices",
+    "restoration_loss",
+    "tile_multiple",
+]
 
 
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """The restored images (B, C, H, W) of any network that returns them as a tensor or under `reconstruction`.
+    """Returns the restored images (B, C, H, W) of any network that gives a tensor or the field `reconstruction`.
 
-    Where the network runs on heights and widths of some multiple only (`size_multiple`), it gets the images padded
-    and what was added is cut off again.
+    Where the network runs on heights and widths of some multiple only (`needed_multiple`), the images are padded
+    before and cropped after.
 
     Raises:
-        TypeError: if the network returns something else.
-        ValueError: if the restored images are not of the shape of the input.
+        TypeError: The network returns something else.
+        ValueError: The restored images do not have the shape of the input.
     """
-    padded = pad_to_multiple(pixel_values, size_multiple(model))
+    padded = pad_to_multiple(pixel_values, needed_multiple(model))
     reconstruction = output_images(model, model(padded))
     if reconstruction.shape != padded.shape:
         raise ValueError(
@@ -36,10 +47,10 @@ def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def output_images(model: nn.Module, output: Any) -> Tensor:
-    """The images in what `model` returned: a tensor, or the field `reconstruction`.
+    """Returns the images in what `model` returned: a tensor, or the field `reconstruction`.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: It is neither.
     """
     images = output if isinstance(output, Tensor) else getattr(output, "reconstruction", None)
     if not isinstance(images, Tensor):
@@ -48,28 +59,6 @@ def output_images(model: nn.Module, output: Any) -> Tensor:
             "images as a tensor or as an output with the field `reconstruction`."
         )
     return images
-
-
-def size_multiple(model: nn.Module) -> int:
-    """What the height and width of the images that `model` takes must be multiples of; 1 where any size will do.
-
-    That is the attribute `size_multiple` of the network, which its author or whoever loads it sets. The Swin2SR of
-    transformers, whose image processor pads for it, needs no attribute: it is the side of its windows.
-    """
-    network = model
-    while _is_wrapper(network):
-        network = getattr(network, "_orig_mod", None) or network.module  # compiled, shared out, or both
-    multiple = getattr(network, "size_multiple", None)
-    if multiple is not None:
-        return multiple
-    config = getattr(network, "config", None)
-    return config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
-
-
-def _is_wrapper(network: nn.Module) -> bool:
-    is_shared_out = isinstance(network, nn.parallel.DistributedDataParallel)
-    # By name: the import of DeepSpeed takes seconds.
-    return is_shared_out or type(network).__name__ == "DeepSpeedEngine" or hasattr(network, "_orig_mod")
 
 
 def _hint(reconstruction: Tensor, images: Tensor) -> str:
@@ -84,13 +73,16 @@ def _hint(reconstruction: Tensor, images: Tensor) -> str:
 
 
 def restoration_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean absolute error between the restored `pixel_values` and `labels`: the loss of training and of the scores."""
+    """Mean absolute error between the restored `pixel_values` and `labels`.
+
+    Training and the contribution scores share this loss.
+    """
     return F.l1_loss(reconstruct(model, batch["pixel_values"]), batch["labels"])
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in, also those that were frozen alone."""
+    """Context in which the model is in evaluation mode; afterwards every module has its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -99,3 +91,53 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes:  # parents first: `train` sets the children too, who then get their own
             if module.training != training:
                 module.train(training)
+
+
+# --------------------------------------------------------------------------------------------- multiples and padding
+
+
+def needed_multiple(model: nn.Module) -> int:
+    """Returns what the height and width of the images that `model` takes must be multiples of; 1 if any will do.
+
+    The network says it in its attribute `needs_multiple_of` (`size_multiple` in earlier versions), which whoever
+    loads a network may set. The Swin2SR of transformers needs no attribute: it is the side of its windows.
+    """
+    network = unwrapped(model)
+    config = getattr(network, "config", None)
+    windows = config.window_size if getattr(config, "model_type", None) == "swin2sr" else 1
+    return getattr(network, "needs_multiple_of", getattr(network, "size_multiple", windows))
+
+
+def tile_multiple(model: nn.Module) -> int:
+    """Returns what the sides of tiles must be multiples of, for every level of the network to be cut alike.
+
+    It covers `needed_multiple`, and `config.pads_to_multiple` (`size_multiple` in earlier versions), to which a
+    network pads images by itself.
+    """
+    config = getattr(model, "config", None)
+    padded = getattr(config, "pads_to_multiple", getattr(config, "size_multiple", 1))
+    return math.lcm(padded, needed_multiple(model))
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Returns images (B, C, H, W) reflected below and to the right until H and W are multiples of `multiple`."""
+    if multiple == 1:
+        return images
+    height, width = images.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    if min(height, width) >= multiple:  # an exported network holds this way alone
+        return F.pad(images, (0, right, 0, below), mode="reflect")
+    rows, columns = reflected_indices(0, height + below, height), reflected_indices(0, width + right, width)
+    return images[..., rows.to(images.device), :][..., columns.to(images.device)]
+
+
+def reflected_indices(start: int, end: int, size: int) -> Tensor:
+    """Returns the pixels [start, end), (end - start,) int64, of an axis of `size` that is reflected without end.
+
+    This is torch's "reflect" padding, which by itself reaches only size - 1 pixels. An axis of one pixel is repeated.
+    """
+    if size == 1:
+        return torch.zeros(end - start, dtype=torch.int64)
+    period = 2 * (size - 1)
+    folded = torch.arange(start, end) % period
+    return torch.where(folded < size, folded, period - folded)

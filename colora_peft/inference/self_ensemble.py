@@ -1,4 +1,4 @@
-"""The eight flips and rotations of an image, over which a geometric self-ensemble averages.
+"""Flips and rotations of an image, over which a geometric self-ensemble averages.
 
 Lim, Son, Kim, Nah, Lee, "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPR Workshops 2017,
 arXiv 1707.02921, section 3.4.
@@ -17,23 +17,23 @@ __all__ = ["EIGHT", "Transform"]
 
 
 class Transform(NamedTuple):
-    """One of the eight: rows and columns exchanged, then rows, then columns reversed."""
+    """Flip or rotation: rows and columns exchanged, then rows, then columns reversed."""
 
     transposed: bool
     rows_reversed: bool
     columns_reversed: bool
 
     def apply(self, tiles: Tensor) -> Tensor:
-        """(..., H, W) to (..., H, W) or (..., W, H)."""
+        """Turns (..., H, W) to (..., H, W) or (..., W, H)."""
         return self._reversed(tiles.transpose(-1, -2) if self.transposed else tiles)
 
     def undo(self, tiles: Tensor) -> Tensor:
-        """The inverse of `apply`."""
+        """Inverse of `apply`."""
         tiles = self._reversed(tiles)
         return tiles.transpose(-1, -2) if self.transposed else tiles
 
     def apply_to_rectangle(self, rectangle: Rectangle, shape: tuple[int, int]) -> Rectangle:
-        """Where a part of a tile lies in the transformed tile, whose height and width are `shape`."""
+        """Returns the place of a part of a tile in the transformed tile, whose height and width are `shape`."""
         sides = rectangle[::-1] if self.transposed else rectangle
         rows, columns = (
             (size - end, size - first) if is_reversed else (first, end)

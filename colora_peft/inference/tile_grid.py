@@ -1,4 +1,4 @@
-"""Where the tiles of an image lie, how they are blended, and which part of the image each one answers for."""
+"""Positions of the tiles of an image, the weights that blend them, and the part that each one answers for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 __all__ = ["TileAxis", "lay_tiles"]
 
 DISCARDED_SHARE = 0.25
-"""Of an overlap: the outermost pixels of a tile, which its cut edge has spoilt most, get no weight (our choice)."""
+"""Share of an overlap without weight: the outermost pixels of a tile, which its cut edge has spoilt (our choice)."""
 
 
 @dataclass(frozen=True)
 class TileAxis:
-    """The tiles along one axis, all of one length; positions in pixels of the padded image."""
+    """Tiles along one axis, all of one length; positions in pixels of the padded image."""
 
     size: int
     """Pixels of the image, without padding."""
@@ -27,17 +27,17 @@ class TileAxis:
     weights: Tensor
     """(tiles, length) float32: a partition of unity, at every pixel the weights of its tiles sum to 1."""
     cores: tuple[tuple[int, int], ...]
-    """Per tile, relative to its start: [first, end) of the part that is nobody else's; together they are the axis."""
+    """[first, end) of each tile's own part, relative to its start; together the parts are the axis."""
 
 
 def lay_tiles(size: int, tile: int | None, overlap: int, multiple: int) -> TileAxis:
-    """Spread tiles evenly over `size` pixels, padded up to a multiple of `multiple`.
+    """Spreads tiles evenly over `size` pixels, padded up to a multiple of `multiple`.
 
     All tiles begin and end at a multiple of `multiple`, as the levels of the network do. One tile, of the padded
     size, if `tile` is None or as long; otherwise as many as `overlap` demands, which is a lower bound.
 
     Raises:
-        ValueError: as `check_tile`.
+        ValueError: As `check_tile`.
     """
     padded = math.ceil(size / multiple) * multiple
     if tile is None or tile >= padded:
@@ -53,10 +53,10 @@ def lay_tiles(size: int, tile: int | None, overlap: int, multiple: int) -> TileA
 
 
 def check_tile(tile: int, overlap: int, multiple: int) -> None:
-    """Whether tiles of `tile` pixels that overlap by `overlap` can be laid in steps of `multiple`.
+    """Checks that tiles of `tile` pixels that overlap by `overlap` can be laid in steps of `multiple`.
 
     Raises:
-        ValueError: if a number is too small, or `overlap` leaves no step; it names the remedy.
+        ValueError: A number is too small, or `overlap` leaves no step.
     """
     if tile < multiple:
         raise ValueError(
@@ -74,7 +74,7 @@ def check_tile(tile: int, overlap: int, multiple: int) -> None:
 
 
 def _weights(starts: tuple[int, ...], length: int) -> Tensor:
-    """(tiles, length): a squared-cosine ramp over each overlap without its discarded share, then normalised."""
+    """Returns (tiles, length): a squared-cosine ramp over each overlap, without its discarded share, normalised."""
     ramps = torch.ones(len(starts), length, dtype=torch.float64)
     for left in range(len(starts) - 1):
         overlap = starts[left] + length - starts[left + 1]
@@ -89,14 +89,14 @@ def _weights(starts: tuple[int, ...], length: int) -> Tensor:
 
 
 def _ramp(overlap: int) -> Tensor:
-    """(overlap,) from 0 to 1; it and its mirror image sum to 1."""
+    """Returns (overlap,) values from 0 to 1, which sum to 1 with their mirror image."""
     position = (torch.arange(overlap, dtype=torch.float64) + 0.5) / max(overlap, 1)
     inner = ((position - DISCARDED_SHARE) / (1 - 2 * DISCARDED_SHARE)).clamp(0, 1)
     return torch.sin(math.pi / 2 * inner).square()
 
 
 def _cores(starts: tuple[int, ...], length: int, multiple: int) -> tuple[tuple[int, int], ...]:
-    """Cut each overlap in its middle, at a multiple of `multiple`, so that every level of the network is cut alike."""
+    """Cuts each overlap in its middle, at a multiple of `multiple`: every level of the network is cut alike."""
     cuts = [0]
     for left, right in zip(starts, starts[1:], strict=False):
         cuts.append((left + length + right) // 2 // multiple * multiple)

@@ -1,4 +1,4 @@
-"""Restoring images of any size, tile by tile, in a memory that the tile bounds and not the image."""
+"""Images of any size, restored tile by tile in a memory that the tile bounds and not the image."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .global_pooling import ImageStatistics, Rectangle
-from .local_pooling import local_pooling, pools_locally, size_multiple_of
-from .network import evaluation_mode, reconstruct
-from .padding import reflected_indices
+from .local_pooling import local_pooling, pools_locally
+from .network import evaluation_mode, reconstruct, reflected_indices, tile_multiple
 from .self_ensemble import EIGHT, Transform
 from .tile_grid import TileAxis, check_tile, lay_tiles
 
@@ -40,38 +39,34 @@ def restore_image(
     size_multiple: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Restore one image (3, H, W) in [0, 1]: float32 of the same shape in [0, 1], on the image's device.
+    """Restores one image (3, H, W) in [0, 1]; returns float32 of the same shape in [0, 1] on the image's device.
 
-    Tiles overlap and are blended by smooth weights that sum to one. The image is extended by reflection at its lower
-    and right border, up to a multiple of what the network halves. Besides `image` and the result, which may lie on the
-    CPU while the network is on a GPU, no more memory is taken than `batch_size` tiles need. The network is in
+    Overlapping tiles are blended by smooth weights that sum to one. At its lower and right border the image is
+    extended by reflection, up to a multiple of what the network halves. The image and the result may lie on the CPU
+    while the network is on a GPU; besides them, memory holds no more than `batch_size` tiles need. The network is in
     evaluation mode meanwhile and as before afterwards.
 
-    The same figures as `colora_peft.evaluation.evaluate`, which gives whole images to the network as they are, come
-    with `tile=None, size_multiple=1`.
+    `tile=None, size_multiple=1` gives what `colora_peft.evaluation.evaluate` measures: the whole image as it is.
 
     Args:
-        model: Any network that `colora_peft.inference.network.reconstruct` takes, bare or with adapters.
+        model: Any network that `colora_peft.inference.reconstruct` takes, bare or with adapters.
         image: The degraded image.
-        tile: Side of the square tiles in pixels, rounded down to the size multiple; None is the whole image at once.
-        overlap: Pixels that neighbouring tiles share, at least.
-        batch_size: Tiles that go through the network together. (Where statistics are gathered it moves the result a
-            little: the tiles of a batch know each other's.)
-        dtype: Half precision (torch.bfloat16, torch.float16) by autocast; None leaves the network's own precision.
+        tile: Side of the square tiles in pixels, rounded down to the size multiple; None restores the image at once.
+        overlap: Least number of pixels that neighbouring tiles share.
+        batch_size: Number of tiles that go through the network together. With pooling="picture" it changes the result
+            a little, because the tiles of a batch know each other's means.
+        dtype: Half precision (torch.bfloat16, torch.float16) by autocast; None keeps the network's own precision.
         self_ensemble: Average over the eight flips and rotations of each tile (EDSR: Lim et al., CVPRW 2017, arXiv
-            1707.02921, section 3.4). Eight times the time.
+            1707.02921, section 3.4). Takes eight times as long.
         pooling: What layers that average over all they see are given. "picture": the mean over the whole image,
-            which `statistics_passes` gather before; "tile": that of their tile alone; "local": windows of
-            `pooling_window` (see `local_pooling`). All are about `nn.AdaptiveAvgPool2d(1)`, "picture" also about
-            modules that say so (see `colora_peft.inference.global_pooling`), such as that of Restormer's attention.
-            Other layers see their tile alone.
+            gathered by `statistics_passes`; "tile": the mean over their tile; "local": means over windows of
+            `pooling_window` (see `local_pooling`). All three concern `nn.AdaptiveAvgPool2d(1)`, "picture" also modules
+            that say so, such as Restormer's attention (see `colora_peft.inference.global_pooling`).
         pooling_window: Side of the windows in pixels.
-        statistics_passes: Passes over the image before that which restores it, each as long; more come closer to the
-            untiled image (at least 29.6, 41.3 and 45.6 dB after one, two and three, on six underwater photos in
-            examples/benchmark_tiles.py).
-            None takes place where there is one tile, or no layer that averages.
-        size_multiple: What tiles start and end at multiples of; None takes `model.config.size_multiple` or
-            `model.size_multiple`, or 1 where there is neither.
+        statistics_passes: Number of passes that gather means before the pass that restores. Each takes as long as
+            restoring, and more come closer to the untiled image. There are none for a single tile, or where no layer
+            averages.
+        size_multiple: What tiles begin and end at multiples of; None takes `tile_multiple` of the network.
         progress: Show a bar.
 
     Raises:
@@ -82,7 +77,7 @@ def restore_image(
     """
     _check_image(image)
     _check_choice(model, pooling, pooling_window, statistics_passes, batch_size)
-    multiple = size_multiple_of(model) if size_multiple is None else size_multiple
+    multiple = tile_multiple(model) if size_multiple is None else size_multiple
     if multiple < 1:
         raise ValueError(f"The size_multiple must be at least 1, got {multiple}.")
     if tile is not None:
@@ -141,7 +136,7 @@ def _check_choice(
 
 @dataclass(frozen=True)
 class _Place:
-    """One tile: where it begins in the image, its weights, and the part that it alone answers for."""
+    """One tile: its position in the image, its weights, and the part that it alone answers for."""
 
     top: int
     left: int
@@ -152,7 +147,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Run:
-    """A network, an image and the tiles in which the one goes through the other."""
+    """A network, an image, and the tiles in which the image goes through the network."""
 
     model: nn.Module
     image: Tensor
@@ -168,7 +163,7 @@ class _Run:
     def restored_tiles(
         self, transform: Transform, statistics: ImageStatistics | None, gather: bool
     ) -> Iterator[tuple[list[_Place], Tensor]]:
-        """Batches of tiles: where they are, and (B, 3, h, w) float32, what the network made of them."""
+        """Yields batches of tiles: their places, and what the network made of them, (B, 3, h, w) float32."""
         parameter = next((each for each in self.model.parameters() if each.is_floating_point()), self.image)
         grid = itertools.product(range(len(self.rows.starts)), range(len(self.columns.starts)))
         places = itertools.starmap(self._place, sorted(grid, key=_scattered) if gather else grid)
@@ -195,7 +190,7 @@ class _Run:
         return _Place(rows.starts[row], columns.starts[column], rows.weights[row], columns.weights[column], core)
 
     def _cut(self, place: _Place) -> Tensor:
-        """(3, h, w): the tile, reflected where it reaches beyond the image."""
+        """Returns the tile (3, h, w), reflected where it reaches beyond the image."""
         rows = reflected_indices(place.top, place.top + self.rows.length, self.rows.size)
         columns = reflected_indices(place.left, place.left + self.columns.length, self.columns.size)
         return self.image[:, rows.to(self.image.device)[:, None], columns.to(self.image.device)]
@@ -203,7 +198,7 @@ class _Run:
 
 @contextmanager
 def _statistics(run: _Run, transform: Transform, passes: int, bar: tqdm) -> Iterator[ImageStatistics | None]:
-    """Inside, pooling layers use the means over the image, if there are `passes` to gather them in."""
+    """Context in which pooling layers use the means over the image, if there are `passes` to gather them in."""
     if passes == 0:
         yield None
         return
@@ -217,13 +212,13 @@ def _statistics(run: _Run, transform: Transform, passes: int, bar: tqdm) -> Iter
 
 
 def _scattered(place: tuple[int, int]) -> float:
-    """A key that sorts tiles so that the first few lie all over the image."""
+    """Key that sorts tiles so that the first few lie all over the image."""
     row, column = place
     return (row * 0.7548776662466927 + column * 0.5698402909980532) % 1  # Roberts' sequence
 
 
 def _blend(restored: Tensor, tile: Tensor, place: _Place) -> None:
-    """Add a weighted tile (3, h, w) to the image, less what lies in its padding."""
+    """Adds a weighted tile (3, h, w) to the image, without the part that lies in the padding."""
     tile = tile * place.row_weights.to(tile.device)[:, None] * place.column_weights.to(tile.device)
     part = restored[:, place.top : place.top + tile.shape[1], place.left : place.left + tile.shape[2]]
     part += tile[:, : part.shape[1], : part.shape[2]].to(restored.device)

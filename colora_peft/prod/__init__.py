@@ -1,7 +1,14 @@
-"""PROD, pre-training with random order degradations."""
+"""PROD: pre-training with random order degradations.
 
-from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, Rain
-from .random_order import Mode, RandomOrderDegradation, Recipe, default_degradations
+`RandomOrderDegradation` applies a random subset of synthetic degradations to a clean image, in random order. The
+degradations stand in `degradations.py`; README.md in this folder shows how to add one. `python -m colora_peft.prod`
+draws a contact sheet of them.
+"""
+
+from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, default_degradations
+from .parameters import Parameters
+from .rain import Rain
+from .random_order import Mode, RandomOrderDegradation, Recipe
 
 __all__ = [
     "JPEG",
@@ -10,6 +17,7 @@ __all__ = [
     "Mode",
     "MotionBlur",
     "Noise",
+    "Parameters",
     "Rain",
     "RandomOrderDegradation",
     "Recipe",

@@ -10,14 +10,26 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
-# From 130 taps on `cv2.filter2D` turns to a Fourier transform. It costs the same however many of the taps are zero,
-# and more than the direct sum does, up to some 700 taps that are not. Those that are zero cost nothing there.
+# From 130 taps on `cv2.filter2D` uses a Fourier transform. It costs the same however many taps are zero, and up to
+# some 700 taps that are not it costs more than the direct sum, in which zeros cost nothing.
 _DIRECT_AREA_MAX = 129
 
 
+def to_planes(image: Tensor) -> np.ndarray:
+    """Returns a tensor (3, H, W) as the array that OpenCV reads plane by plane; it may share the tensor's memory."""
+    return np.ascontiguousarray(image.numpy())
+
+
+def to_image(planes: np.ndarray) -> Tensor:
+    """Returns an array (3, H, W) as a tensor on the same memory, clipped to [0, 1]."""
+    return torch.from_numpy(planes).clamp_(0, 1)
+
+
 def convolve(image: np.ndarray, kernel: np.ndarray, border: int = cv2.BORDER_REFLECT_101) -> np.ndarray:
-    """Filter (C, H, W) float32 by a (K, K) float32 kernel, K odd; `border` is one of OpenCV's. Returns a new array."""
+    """Returns (C, H, W) float32 filtered by a (K, K) float32 kernel, K odd; `border` is one of OpenCV's."""
     radius = kernel.shape[0] // 2
     height, width = image.shape[1:]
     blocks = list(direct_blocks(kernel))
@@ -33,7 +45,7 @@ def convolve(image: np.ndarray, kernel: np.ndarray, border: int = cv2.BORDER_REF
 
 
 def direct_blocks(kernel: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Cut a kernel into (top, left, block) that together hold all of its taps.
+    """Cuts a kernel into (top, left, block) that together hold all of its taps.
 
     Each is small enough to be summed directly, unless a single row is not: that then takes the Fourier transform.
     """
@@ -54,7 +66,7 @@ def direct_blocks(kernel: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 def convolve_separably(image: np.ndarray, weights: np.ndarray, border: int = cv2.BORDER_REFLECT_101) -> np.ndarray:
-    """Filter (C, H, W) float32 along both axes by the same (K,) float32 weights. Returns a new array."""
+    """Returns (C, H, W) float32 filtered along both axes by the same (K,) float32 weights."""
     result = np.empty(image.shape, np.float32)
     for plane, filtered in zip(image, result, strict=True):
         cv2.sepFilter2D(plane, -1, weights, weights, dst=filtered, borderType=border)

@@ -1,13 +1,15 @@
-"""The five synthetic degradations of PROD (arXiv 2408.01099): blur, noise, rain, JPEG and motion blur.
+"""Synthetic degradations of PROD (arXiv 2408.01099): blur, noise, rain, JPEG and motion blur.
 
-Each is a frozen dataclass with three things kept apart: its *ranges* (the fields), `draw(generator)`, which picks
-parameters within them, and `apply(image, **parameters)`, which is deterministic: noise and rain carry the seed of
-their random field among the parameters. So the parameters that were drawn are a recipe that can be stored as JSON and
-replayed.
+Each is a frozen dataclass that keeps three things apart. Its *ranges* are the fields. `draw(generator)` picks
+parameters within them, and `setting(strength, seed)` those of a given strength. `apply(image, **parameters)` is
+deterministic: noise and rain carry the seed of their random field among the parameters. So the parameters that were
+drawn are a recipe that can be stored as JSON and replayed.
 
 Images are float32 RGB (3, H, W) in [0, 1], and stay in that range: each step ends as a camera would, clipped.
 Our sources (the project page and its figures) name the five but do not say their ranges. All ranges here are our
 choice, from barely visible to clearly worse than the photos our users bring; each field says why.
+
+README.md in this folder shows how to add a degradation.
 """
 
 from __future__ import annotations
@@ -21,50 +23,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .convolution import convolve, convolve_separably
-from .kernels import disc_kernel, gaussian_kernel, gaussian_weights, line_kernel, motion_kernel
+from .convolution import convolve, convolve_separably, to_image, to_planes
+from .kernels import gaussian_kernel, gaussian_weights, motion_kernel
+from .parameters import Parameters, Range, between, draw_seed, log_between, log_uniform, uniform
+from .rain import Rain
 
-Range = tuple[float, float]
-Parameters = dict[str, float | int | bool]
-
-
-# To look a division up is faster than to divide.
+# Looking a division up is faster than dividing.
 _FROM_8_BITS = np.arange(256, dtype=np.float32) / 255
 
 
 class Degradation(Protocol):
-    """What a degradation must offer to take part in PROD."""
+    """Interface of a degradation that takes part in PROD."""
 
     name: ClassVar[str]
+    """One word for recipes, the contact sheet and model cards."""
 
-    def draw(self, generator: torch.Generator) -> Parameters: ...
+    def draw(self, generator: torch.Generator) -> Parameters:
+        """Draws parameters of `apply` within the ranges."""
+        ...
 
-    def apply(self, image: Tensor, **parameters: float | int | bool) -> Tensor: ...
+    def setting(self, strength: float, seed: int) -> Parameters:
+        """Returns parameters of `apply`, from the weakest (strength 0) to the strongest (1) of the ranges."""
+        ...
 
-
-def uniform(bounds: Range, generator: torch.Generator) -> float:
-    """One number, uniform in `bounds`."""
-    low, high = bounds
-    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
-
-
-def log_uniform(bounds: Range, generator: torch.Generator) -> float:
-    """One number whose logarithm is uniform in that of `bounds`: as many weak draws as strong ones."""
-    return math.exp(uniform((math.log(bounds[0]), math.log(bounds[1])), generator))
+    def apply(self, image: Tensor, **parameters: float | int | bool) -> Tensor:
+        """Returns a degraded copy of an image."""
+        ...
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**31, (), generator=generator))
-
-
-def to_planes(image: Tensor) -> np.ndarray:
-    """(3, H, W) tensor as the array that OpenCV reads plane by plane; it may share the tensor's memory."""
-    return np.ascontiguousarray(image.numpy())
-
-
-def to_image(planes: np.ndarray) -> Tensor:
-    """(3, H, W) array as a tensor on the same memory, clipped to [0, 1]."""
-    return torch.from_numpy(planes).clamp_(0, 1)
+def default_degradations() -> tuple[Degradation, ...]:
+    """Returns the degradations of PROD. Their order matters to the mode `fixed` alone, and is our choice."""
+    return (
+        GaussianBlur(),
+        Noise(),
+        Rain(),
+        JPEG(),
+        MotionBlur(),
+    )
 
 
 @dataclass(frozen=True)
@@ -87,6 +82,10 @@ class GaussianBlur:
         if uniform((0.0, 1.0), generator) < self.isotropic_probability:
             sigma_y, angle = sigma_x, 0.0
         return {"sigma_x_px": sigma_x, "sigma_y_px": sigma_y, "angle_deg": angle}
+
+    def setting(self, strength: float, seed: int) -> Parameters:
+        sigma = between(self.sigma_px, strength)
+        return {"sigma_x_px": sigma, "sigma_y_px": sigma, "angle_deg": 0.0}
 
     def apply(self, image: Tensor, sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> Tensor:
         """Convolve with a Gaussian whose first axis is turned by `angle_deg`; sigma 0 leaves that axis alone."""
@@ -124,6 +123,10 @@ class Noise:
             "seed": draw_seed(generator),
         }
 
+    def setting(self, strength: float, seed: int) -> Parameters:
+        std_255 = log_between(self.std_255, strength)
+        return {"std_255": std_255, "shot_share": 0.5, "colour_correlation": 0.4, "seed": seed}
+
     def apply(self, image: Tensor, std_255: float, shot_share: float, colour_correlation: float, seed: int) -> Tensor:
         """Add the noise field of `seed`."""
         generator = torch.Generator().manual_seed(seed)
@@ -133,85 +136,6 @@ class Noise:
         field = fields[:3].mul_(math.sqrt(1 - colour_correlation)).add_(common)
         std = (2 * shot_share * image).add_(1 - shot_share).sqrt_().mul_(std_255 / 255)
         return field.mul_(std).add_(image).clamp_(0, 1)
-
-
-@dataclass(frozen=True)
-class Rain:
-    """Streaks of rain in depth layers, the near ones out of focus, veiling the image like thin bright glass.
-
-    The camera is focused on the scene behind: a drop n times as far away has a streak 1/n as long, 1/n as opaque, and
-    spread over a disc of 1/n the diameter. Spreading keeps the light of a streak, so wide streaks are faint ones.
-
-    length_px, angle_deg (0 is vertical, positive from the upper left): 6 is drizzle at a short exposure, 30 a downpour
-        in a small image; wind from either side. Beyond 40 degrees rain is a storm that nobody photographs.
-    density: mean number of streaks of a layer for each pixel, drawn log-uniformly. At 0.001 a patch of
-        64 x 64 has four, at 0.02 long streaks begin to close: what they hide can no longer be restored.
-    opacity: how much of the background the strongest streak in focus hides. Below 0.2 it drowns in a photo's texture;
-        water is never quite opaque.
-    brightness: grey level of the water. A drop refracts a wide part of the sky, hence bright.
-    focus_blur_px: diameter of the disc over which the lens spreads each point of the nearest layer. 1 is in focus; at
-        4 a streak is a soft band.
-    layers: 1 to this many. A fourth would be shorter than its own width.
-    """
-
-    name: ClassVar[str] = "rain"
-    length_px: Range = (6.0, 30.0)
-    angle_deg: Range = (-40.0, 40.0)
-    density: Range = (0.001, 0.02)
-    opacity: Range = (0.2, 0.9)
-    brightness: Range = (0.7, 1.0)
-    focus_blur_px: Range = (1.0, 4.0)
-    layers: int = 3
-
-    def draw(self, generator: torch.Generator) -> Parameters:
-        return {
-            "length_px": uniform(self.length_px, generator),
-            "angle_deg": uniform(self.angle_deg, generator),
-            "density": log_uniform(self.density, generator),
-            "opacity": uniform(self.opacity, generator),
-            "brightness": uniform(self.brightness, generator),
-            "focus_blur_px": uniform(self.focus_blur_px, generator),
-            "layers": 1 + int(torch.randint(self.layers, (), generator=generator)),
-            "seed": draw_seed(generator),
-        }
-
-    def apply(
-        self,
-        image: Tensor,
-        length_px: float,
-        angle_deg: float,
-        density: float,
-        opacity: float,
-        brightness: float,
-        focus_blur_px: float,
-        layers: int,
-        seed: int,
-    ) -> Tensor:
-        """Blend towards `brightness` by the streak field of `seed`."""
-        generator = torch.Generator().manual_seed(seed)
-        veil = np.zeros((1, *image.shape[1:]), np.float32)
-        for distance in range(1, layers + 1):
-            streaks = rain_layer(veil.shape, length_px / distance, angle_deg, density, generator)
-            veil += convolve(streaks, disc_kernel(focus_blur_px / distance) / distance, cv2.BORDER_WRAP)
-        alpha = to_image(veil).mul_(opacity)
-        return torch.lerp(image, torch.tensor(brightness), alpha).clamp_(0, 1)
-
-
-def rain_layer(
-    shape: tuple[int, ...], length_px: float, angle_deg: float, density: float, generator: torch.Generator
-) -> np.ndarray:
-    """Streaks of one depth in focus, (1, H, W) float32 in [0, 1]: random drops drawn out along the wind."""
-    drops = np.zeros(shape, np.float32)
-    # Drops fall independently of each other: their number is Poisson's. To draw them costs far less than to ask every
-    # pixel for one.
-    count = int(torch.poisson(torch.tensor(density * drops.size, dtype=torch.float64), generator=generator))
-    places = torch.randint(drops.size, (count,), generator=generator).numpy()
-    # Drops come in all sizes; one half as strong as the strongest still shows.
-    drops.reshape(-1)[places] = torch.rand(count, generator=generator).mul_(0.5).add_(0.5).numpy()
-    kernel = line_kernel(length_px, angle_deg)
-    # The streaks of drops above the image reach into it: the periodic border supplies them.
-    streaks = convolve(drops, kernel / kernel.max(), cv2.BORDER_WRAP)
-    return np.clip(streaks, 0, 1, out=streaks)
 
 
 @dataclass(frozen=True)
@@ -233,6 +157,10 @@ class JPEG:
             "quality": int(torch.randint(low, high + 1, (), generator=generator)),
             "subsample_chroma": uniform((0.0, 1.0), generator) < self.subsampling_probability,
         }
+
+    def setting(self, strength: float, seed: int) -> Parameters:
+        low, high = self.quality
+        return {"quality": round(between((high, low), strength)), "subsample_chroma": True}
 
     def apply(self, image: Tensor, quality: int, subsample_chroma: bool) -> Tensor:
         """Round to 8 bits, encode at `quality` (1 to 100), decode."""
@@ -268,6 +196,10 @@ class MotionBlur:
             "shake_deg": uniform(self.shake_deg, generator),
             "seed": draw_seed(generator),
         }
+
+    def setting(self, strength: float, seed: int) -> Parameters:
+        length, shake = between(self.length_px, strength), between(self.shake_deg, strength)
+        return {"length_px": length, "angle_deg": 20.0, "shake_deg": shake, "seed": seed}
 
     def apply(self, image: Tensor, length_px: float, angle_deg: float, shake_deg: float, seed: int) -> Tensor:
         """Average the image along the path of `seed`; length 0 leaves it alone."""

@@ -14,7 +14,7 @@ _NEGLIGIBLE_WEIGHT = 1e-10
 
 
 def gaussian_weights(sigma_px: float) -> np.ndarray:
-    """Gaussian along one axis, (K,) with K = 2 * ceil(3 * sigma) + 1. Its outer square is the round Gaussian."""
+    """Returns a Gaussian along one axis, (K,) with K = 2 * ceil(3 * sigma) + 1; its outer square is the round one."""
     radius = math.ceil(3 * sigma_px)
     x = np.arange(-radius, radius + 1, dtype=np.float32)
     weights = np.exp(-0.5 * (x / max(sigma_px, _SMALLEST_SIGMA_PX)) ** 2)
@@ -22,7 +22,7 @@ def gaussian_weights(sigma_px: float) -> np.ndarray:
 
 
 def gaussian_kernel(sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> np.ndarray:
-    """Gaussian whose first axis is turned by `angle_deg`, (K, K) with K = 2 * ceil(3 * the larger sigma) + 1."""
+    """Returns a Gaussian whose first axis is turned by `angle_deg`, (K, K), K = 2 * ceil(3 * the larger sigma) + 1."""
     radius = math.ceil(3 * max(sigma_x_px, sigma_y_px))
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float32)
     cos, sin = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
@@ -35,7 +35,7 @@ def gaussian_kernel(sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> n
 
 
 def disc_kernel(diameter_px: float) -> np.ndarray:
-    """A lens out of focus: an even disc whose edge is one pixel soft; one pixel alone up to a diameter of 1."""
+    """Returns an even disc with an edge of one pixel, as of a lens out of focus; one pixel up to a diameter of 1."""
     radius = max(0, math.ceil(diameter_px / 2 - 0.5))
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     kernel = np.clip(diameter_px / 2 + 0.5 - np.hypot(x, y), 0, 1).astype(np.float32)
@@ -43,14 +43,14 @@ def disc_kernel(diameter_px: float) -> np.ndarray:
 
 
 def line_kernel(length_px: float, angle_deg: float) -> np.ndarray:
-    """A straight line through the centre; 0 degrees is vertical, 90 horizontal."""
+    """Returns a straight line through the centre; 0 degrees is vertical, 90 horizontal."""
     steps = np.linspace(-0.5, 0.5, max(2, math.ceil(2 * length_px))) * length_px
     angle = math.radians(angle_deg)
     return path_kernel(steps * math.sin(angle), steps * math.cos(angle))
 
 
 def motion_kernel(length_px: float, angle_deg: float, shake_deg: float, seed: int) -> np.ndarray:
-    """A walk of `length_px` in half-pixel steps, centred on its mean position; see `MotionBlur`."""
+    """Returns a walk of `length_px` in half-pixel steps, centred on its mean position; see `MotionBlur`."""
     steps = max(2, math.ceil(2 * length_px))
     turns = torch.randn(steps, generator=torch.Generator().manual_seed(seed)).numpy()
     heading = np.radians(angle_deg) + np.cumsum(turns) * np.radians(shake_deg) / math.sqrt(steps)
@@ -61,7 +61,7 @@ def motion_kernel(length_px: float, angle_deg: float, shake_deg: float, seed: in
 
 
 def path_kernel(x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
-    """A point that spends equal time at each (x, y), (N,) each, spread bilinearly over the pixels around it."""
+    """Returns the path of a point that spends equal time at each (x, y), (N,) each, spread bilinearly over pixels."""
     radius = max(1, math.ceil(max(np.abs(x_px).max(), np.abs(y_px).max())))
     size = 2 * radius + 1
     left, top = np.floor(x_px).astype(int), np.floor(y_px).astype(int)

@@ -14,24 +14,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, Parameters, Rain
+from .degradations import Degradation, default_degradations
+from .parameters import Parameters
 
 Mode = Literal["prod", "single", "fixed"]
-# The steps that were drawn for one image, in order: {"degradation": name, **parameters}. Plain JSON.
-Recipe = list[dict[str, str | float | int | bool]]
-
-
-def default_degradations() -> tuple[Degradation, ...]:
-    """The five of PROD. Their order matters to the mode `fixed` alone, and is our choice."""
-    return (GaussianBlur(), Noise(), Rain(), JPEG(), MotionBlur())
+Step = dict[str, str | float | int | bool]
+"""{"degradation": name, **parameters}, plain JSON."""
+Recipe = list[Step]
+"""Steps that were drawn for one image, in order."""
 
 
 @dataclass(frozen=True)
 class RandomOrderDegradation:
-    """Draws recipes and applies them.
+    """Random recipes of degradations.
 
-    degradations: the pool.
-    mode: "prod" a random subset in random order; "single" one at a time; "fixed" all of them, always in the pool's
+    degradations: The pool.
+    mode: "prod", a random subset in random order; "single", one at a time; "fixed", all of them, always in the pool's
         order. The last two are PROD's comparisons as we read them from a figure of the project page.
     """
 
@@ -41,13 +39,18 @@ class RandomOrderDegradation:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"The mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
-        names = [degradation.name for degradation in self.degradations]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"The degradations must be one or more with different names, got {names}.")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"The degradations must be one or more with different names, got {self.names}.")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the degradations in the pool, in its order."""
+        return [degradation.name for degradation in self.degradations]
 
     def draw(self, generator: torch.Generator) -> Recipe:
-        """Choose which degradations, in which order, with which parameters."""
-        return [_step(self.degradations[i], generator) for i in self._draw_order(generator)]
+        """Draws which degradations are applied, in which order and with which parameters."""
+        chosen = (self.degradations[i] for i in self._draw_order(generator))
+        return [step_of(degradation, degradation.draw(generator)) for degradation in chosen]
 
     def _draw_order(self, generator: torch.Generator) -> list[int]:
         count = len(self.degradations)
@@ -59,10 +62,10 @@ class RandomOrderDegradation:
         return [i for i in torch.randperm(count, generator=generator).tolist() if chosen[i]]
 
     def apply(self, image: Tensor, recipe: Recipe) -> Tensor:
-        """Apply (or replay) a recipe to a (3, H, W) image in [0, 1].
+        """Applies a recipe to an image (3, H, W) in [0, 1].
 
         Raises:
-            ValueError: if the recipe names a degradation that is not in the pool.
+            ValueError: The recipe names a degradation that is not in the pool.
         """
         by_name = {degradation.name: degradation for degradation in self.degradations}
         for step in recipe:
@@ -75,6 +78,6 @@ class RandomOrderDegradation:
         return image
 
 
-def _step(degradation: Degradation, generator: torch.Generator) -> dict[str, str | float | int | bool]:
-    parameters: Parameters = degradation.draw(generator)
+def step_of(degradation: Degradation, parameters: Parameters) -> Step:
+    """Returns the step of a recipe that applies a degradation with these parameters."""
     return {"degradation": degradation.name, **parameters}

@@ -16,7 +16,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from colora_peft.ranks import adaptable_layers, is_dense, weight_matrix_shape
-from colora_peft.utils import some
+from colora_peft.utils import is_compiled, some, unwrapped
 
 from .config import CoLoRAConfig
 from .fingerprint import note_base
@@ -42,7 +42,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
         TypeError: `model` is not a PeftModel with CoLoRA adapters.
         ValueError: It is compiled already, is offloaded, or an adapter trains biases.
     """
-    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+    if is_compiled(model):
         raise ValueError("The model is compiled already: prepare it for hot-swapping before torch.compile.")
     tuner = tuner_of(model)
     check_nothing_offloaded(model, "prepare_model_for_compiled_hotswap")
@@ -86,7 +86,7 @@ def hotswap_adapter(
     Warns:
         UserWarning: The new adapter was trained on another network than this one.
     """
-    tuner = tuner_of(getattr(model, "_orig_mod", model))
+    tuner = tuner_of(unwrapped(model))
     check_nothing_offloaded(tuner.model, "hotswap_adapter")
     config = PeftConfig.from_pretrained(os.fspath(model_id), **hub_options)
     if not isinstance(config, CoLoRAConfig):

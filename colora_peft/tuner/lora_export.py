@@ -27,6 +27,8 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from colora_peft.utils import unwrapped
+
 from .config import CoLoRAConfig
 from .layer import CoLoRALayer
 from .offloading import check_nothing_offloaded
@@ -114,7 +116,7 @@ def _network_and_config(model: nn.Module, adapter_name: str) -> tuple[nn.Module,
         TypeError: `model` carries no PEFT adapters.
         ValueError: None of them is a CoLoRA adapter of this name.
     """
-    model = model._modules.get("_orig_mod", model)
+    model = unwrapped(model)
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         raise TypeError(

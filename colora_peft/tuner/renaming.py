@@ -3,7 +3,7 @@
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
-from colora_peft.utils import some
+from colora_peft.utils import some, unwrapped
 
 from .deltas import check_adapter_name, rename_key
 from .layer import CoLoRALayer
@@ -21,7 +21,7 @@ def rename_adapter(model: PeftModel, old: str, new: str) -> None:
         ValueError: There is no adapter `old`, `new` is taken, PyTorch cannot hold parameters under it, or the network
             is offloaded.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     configs = tuner_of(model).peft_config
     check_nothing_offloaded(model, "rename_adapter")
     if old not in configs:

@@ -9,6 +9,7 @@ from .digest import digest_of_weights
 from .distributed import Processes, fill, whole
 from .files import PARTIAL, relative_path, share_weights, write_bytes, write_json, write_text, writing_result
 from .text import some, some_sentences
+from .wrappers import is_compiled, unwrapped
 
 __all__ = [
     "PARTIAL",
@@ -17,10 +18,12 @@ __all__ = [
     "check_seed",
     "digest_of_weights",
     "fill",
+    "is_compiled",
     "relative_path",
     "share_weights",
     "some",
     "some_sentences",
+    "unwrapped",
     "whole",
     "write_bytes",
     "write_json",

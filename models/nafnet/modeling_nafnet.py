@@ -160,7 +160,7 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
 
     def _restore(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        multiple = self.config.size_multiple
+        multiple = self.config.pads_to_multiple
         # Zeros below and to the right, as in the official code: its published weights were tested that way.
         padded = F.pad(images, (0, -width % multiple, 0, -height % multiple))
         x = self.intro(padded)

@@ -79,7 +79,7 @@ class RestormerConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @property
-    def size_multiple(self) -> int:
+    def pads_to_multiple(self) -> int:
         """Height and width, in pixels, are padded up to a multiple of this inside the network."""
         return 2 ** (NUM_LEVELS - 1)
 

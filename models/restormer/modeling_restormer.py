@@ -250,7 +250,7 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
     def _restore(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         # By reflection, as in the official evaluation: its published weights were tested that way.
-        padded = pad_by_reflection(images, self.config.size_multiple)
+        padded = pad_by_reflection(images, self.config.pads_to_multiple)
         first = self.patch_embed(padded)
         skip1 = self.encoder_level1(first)
         skip2 = self.encoder_level2(self.down1_2(skip1))

@@ -33,7 +33,7 @@ def test_any_shape_gives_a_sheet_of_bounded_size(tmp_path, size):
         [torch.rand(3, *size)] * 2, ["input", "a caption that is far too long for it " * 9], tmp_path / "a.jpg"
     )
     width, height = Image.open(tmp_path / "a.jpg").size
-    assert width <= 2 * 1600 + 3 * 8 and height <= 1600 + 40
+    assert width <= 2 * 1600 + 3 * 8 and height <= 1600 + 3 * 20 + 2 * 8
 
 
 def test_the_sheet_is_written_whole_or_not_at_all(tmp_path):

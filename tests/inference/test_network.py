@@ -1,12 +1,23 @@
 """What networks return, sizes that they do not take as they are, and what is said of those that do not fit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
+from support.padding import check_reflection
 from support.transformers import tiny_swin2sr
 from torch import nn
 
-from colora_peft.inference.network import reconstruct, size_multiple
+from colora_peft import CoLoRAConfig
+from colora_peft.inference.network import (
+    needed_multiple,
+    pad_to_multiple,
+    reconstruct,
+    reflected_indices,
+    tile_multiple,
+)
 
 
 class Halves(nn.Module):
@@ -28,24 +39,29 @@ def test_a_network_of_even_sizes_restores_odd_ones_as_the_even_ones_around_them(
     network, x = Halves(), images(7, 9)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 6, 8\) for inputs of shape \(2, 3, 7, 9\)"):
         reconstruct(network, x)
-    network.size_multiple = 2
+    network.needs_multiple_of = 2
     whole = F.pad(x, (0, 1, 0, 1), mode="reflect")
     assert torch.equal(reconstruct(network, x), network(whole)[..., :7, :9])
     assert torch.equal(reconstruct(network, whole), network(whole))  # nothing is added to what fits
 
 
-def test_the_multiple_is_found_through_wrappers():
-    from peft import get_peft_model
-
-    from colora_peft import CoLoRAConfig
-
+@pytest.mark.parametrize("name", ["needs_multiple_of", "size_multiple"])  # the second is that of earlier versions
+def test_the_needed_multiple_is_read_from_the_network_inside(name):
     network = Halves()
-    assert size_multiple(network) == 1
-    network.size_multiple = 4
-    assert size_multiple(get_peft_model(network, CoLoRAConfig(ranks=1))) == 4
+    assert needed_multiple(network) == 1
+    setattr(network, name, 4)
+    model = get_peft_model(network, CoLoRAConfig(ranks=1))
+    assert needed_multiple(network) == needed_multiple(model) == needed_multiple(torch.compile(model)) == 4
     swin2sr = tiny_swin2sr()
-    assert size_multiple(swin2sr) == swin2sr.config.window_size == 4
-    assert size_multiple(get_peft_model(swin2sr, CoLoRAConfig(ranks=1))) == 4
+    assert needed_multiple(swin2sr) == needed_multiple(get_peft_model(swin2sr, CoLoRAConfig(ranks=1))) == 4
+
+
+@pytest.mark.parametrize("name", ["pads_to_multiple", "size_multiple"])
+def test_tiles_are_cut_at_what_a_network_needs_and_what_it_pads_to(name):
+    network = Halves()
+    assert tile_multiple(network) == 1
+    network.needs_multiple_of, network.config = 4, SimpleNamespace(**{name: 6})
+    assert tile_multiple(network) == 12
 
 
 def test_a_network_that_enlarges_is_told_what_to_do():
@@ -62,11 +78,25 @@ def test_a_network_that_returns_something_else_is_named():
         reconstruct(Pair(), images(4, 4))
 
 
-def test_the_multiple_is_found_in_a_compiled_and_in_a_shared_out_network():
-    network = Halves()
-    network.size_multiple = 4
-    shared_out = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
-    nn.Module.__init__(shared_out)  # it would ask for other processes
-    shared_out.module = network
-    for each in (torch.compile(network), shared_out, torch.compile(shared_out)):
-        assert size_multiple(each) == 4
+@pytest.mark.parametrize("size", [(8, 8), (7, 6), (1, 5), (9, 16)])
+@pytest.mark.parametrize("multiple", [1, 2, 8])
+def test_padding_keeps_the_image_and_adds_what_is_in_it(size, multiple):
+    x = torch.rand(2, 3, *size)
+    padded = pad_to_multiple(x, multiple)
+    height, width = padded.shape[-2:]
+    assert height % multiple == width % multiple == 0
+    assert size[0] <= height < size[0] + multiple and size[1] <= width < size[1] + multiple
+    assert torch.equal(padded[..., : size[0], : size[1]], x)
+    assert set(padded.flatten().tolist()) == set(x.flatten().tolist())
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (5, 16), (20, 9)])
+def test_padding_is_by_reflection(height, width):
+    check_reflection(pad_to_multiple, height, width)
+
+
+def test_reflection_is_torchs_as_far_as_that_reaches_and_goes_on():
+    line = torch.rand(1, 1, 7)
+    assert torch.equal(line[..., reflected_indices(0, 13, 7)], F.pad(line, (0, 6), mode="reflect"))
+    assert reflected_indices(0, 10, 3).tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0, 1]
+    assert reflected_indices(2, 5, 1).tolist() == [0, 0, 0]

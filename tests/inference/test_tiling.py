@@ -83,7 +83,7 @@ def test_one_tile_is_what_the_network_returns_clamped(make):
 
 def test_tiles_lie_at_multiples_of_what_the_network_takes():
     class Strict(Local):
-        size_multiple = 8
+        needs_multiple_of = 8
 
         def forward(self, x):
             assert not x.shape[-1] % 8 and not x.shape[-2] % 8

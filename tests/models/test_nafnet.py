@@ -237,7 +237,7 @@ def test_saved_network_loads_through_the_auto_classes(auto, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, NAFNetConfig)
-    assert (config.width, config.encoder_blocks, config.size_multiple) == (8, [1, 1], 4)
+    assert (config.width, config.encoder_blocks, config.pads_to_multiple) == (8, [1, 1], 4)
     torch.manual_seed(1)
     loaded = auto.from_pretrained(tmp_path)
     assert isinstance(loaded, NAFNetForImageRestoration)

@@ -174,7 +174,7 @@ def test_any_size_equals_the_padded_multiple(height, width):
     model, x = tiny_restormer(), torch.rand(1, 3, height, width)
     restored = model(x).reconstruction
     assert restored.shape == x.shape
-    whole = model(pad_by_reflection(x, model.config.size_multiple)).reconstruction
+    whole = model(pad_by_reflection(x, model.config.pads_to_multiple)).reconstruction
     torch.testing.assert_close(restored, whole[..., :height, :width], rtol=0, atol=1e-6)
 
 
@@ -284,7 +284,7 @@ def test_saved_network_loads_through_the_auto_classes(auto, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, RestormerConfig)
-    assert (config.width, config.num_blocks, config.norm_bias, config.size_multiple) == (8, [1, 1, 1, 1], False, 8)
+    assert (config.width, config.num_blocks, config.norm_bias, config.pads_to_multiple) == (8, [1, 1, 1, 1], False, 8)
     torch.manual_seed(1)
     loaded = auto.from_pretrained(tmp_path)
     assert isinstance(loaded, RestormerForImageRestoration)

@@ -16,7 +16,7 @@ def swin2sr():
 class Plain(nn.Module):
     """Of a package without any of Hugging Face in it: a tensor in, a tensor out, even sizes only."""
 
-    size_multiple = 2
+    needs_multiple_of = 2
 
     def __init__(self):
         super().__init__()

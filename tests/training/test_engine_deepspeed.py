@@ -23,7 +23,7 @@ from support.fsdp import assert_close
 from support.loop import assert_equal, nafnet, run
 from torch import nn
 
-from colora_peft.inference.network import size_multiple
+from colora_peft.inference.network import needed_multiple
 from colora_peft.training import engine_deepspeed as zero
 from colora_peft.training.checkpoint import list_checkpoints
 from colora_peft.training.engine_deepspeed import ZeroEngine, check_zero
@@ -266,4 +266,4 @@ def test_the_multiple_of_a_network_is_found_under_an_engine():
 
     network = nn.Conv2d(3, 3, 1)
     network.config = SimpleNamespace(model_type="swin2sr", window_size=8)
-    assert size_multiple(DeepSpeedEngine(network)) == 8
+    assert needed_multiple(DeepSpeedEngine(network)) == 8
