@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from colora_peft.images import to_pil
-from colora_peft.ranks.figure import _figure_class
 
 from .metrics import psnr
 
@@ -78,7 +77,9 @@ def _drawn_rows(
     width = 3 * cell_width + 4 * _GAP_PIXELS
     height = _CAPTION_PIXELS + sum(heights) + len(rows) * _CAPTION_PIXELS
     inches = (width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH)
-    figure = _figure_class()(figsize=inches, dpi=_PIXELS_PER_INCH, facecolor="white")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, dpi=_PIXELS_PER_INCH, facecolor="white")
     lefts = [_GAP_PIXELS + column * (cell_width + _GAP_PIXELS) for column in range(3)]
 
     def write(text: str, left: int, top: int, **style: Any) -> None:

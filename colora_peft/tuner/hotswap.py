@@ -1,8 +1,9 @@
 """Another adapter in a network that was compiled, without compiling it again.
 
 `prepare_model_for_compiled_hotswap` gives every layer a buffer with the effective weight, and what is then compiled
-for evaluation reads that alone. Adapters of any ranks, on any layers, differ in the content of those buffers: nothing
-is padded, and the compiled network does what the bare one does. The price is one more copy of the adaptable weights.
+for evaluation reads that alone. Adapters of any ranks, on any layers, differ only in the content of those buffers.
+Nothing is padded, and the compiled network does what the bare one does. The price is a second copy of the adaptable
+weights.
 The names are those of `peft.utils.hotswap`, which serves LoRA.
 """
 
@@ -13,30 +14,30 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import Tensor
 
-from colora_peft.ranks import adaptable_layers, is_dense, weight_matrix_shape
+from colora_peft.ranks import adaptable_layers, weight_matrix_shape
 from colora_peft.utils import some
 
 from .config import CoLoRAConfig
+from .deltas import delta_shapes
 from .fingerprint import note_base
 from .layer import CoLoRALayer
-from .load_checks import check_adapter_weights, weights_by_adapter
+from .load_checks import check_adapter_weights, check_unmerged, weights_by_adapter
 from .model import CoLoRAModel, tuner_of
 from .offloading import check_nothing_offloaded
+from .peft_internals import replace_layer
 from .targets import resolve_ranks
-
-__all__ = ["hotswap_adapter", "prepare_model_for_compiled_hotswap"]
 
 
 def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
-    """Let `model` be compiled for inference once, whatever adapters come later.
+    """Lets `model` be compiled for inference once, whatever adapters come later.
 
     After it, `torch.compile(model)` survives `hotswap_adapter`, merging, and a layer's `set_scale`. PeftModel's own
-    forward pass depends on the name of the active adapter; `torch.compile(model.get_base_model())` does not, and
-    survives `set_adapter` and `disable_adapter()` as well. What is not compiled runs as before, and so does training.
-    Compiled code in evaluation mode gives no adapter a gradient, and sees weights that were written to by hand or by
-    an optimizer at the next `model.eval()`.
+    forward pass depends on the name of the active adapter. `torch.compile(model.get_base_model())` does not, and
+    survives `set_adapter` and `disable_adapter()` as well. Code that is not compiled runs as before, and so does
+    training. Compiled code in evaluation mode gives no adapter a gradient. It sees weights that were written by hand
+    or by an optimizer at the next `model.eval()`.
 
     Raises:
         TypeError: `model` is not a PeftModel with CoLoRA adapters.
@@ -59,7 +60,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
         wrapped = CoLoRALayer(layer).train(layer.training)
         wrapped.set_adapter(tuner.active_adapters)
         wrapped.enable_adapters(not disabled)
-        tuner._replace_module(parent, name.rpartition(".")[2], wrapped, layer)
+        replace_layer(tuner, parent, name.rpartition(".")[2], wrapped, layer)
     for module in tuner.modules():
         if isinstance(module, CoLoRALayer):
             module.pin_weight()
@@ -68,7 +69,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
 def hotswap_adapter(
     model: PeftModel, model_id: str | os.PathLike, adapter_name: str = "default", **hub_options: Any
 ) -> None:
-    """Put the adapter of `model_id` in the place of `adapter_name`, whatever their ranks and layers.
+    """Puts the adapter of `model_id` in the place of `adapter_name`, whatever their ranks and layers.
 
     Everything is read and checked before the first layer is changed.
 
@@ -103,7 +104,13 @@ def hotswap_adapter(
     weights = load_peft_weights(os.fspath(model_id), device="cpu", **hub_options)
     named = {f"{key}.{adapter_name}": tensor for key, tensor in weights.items()}
     found = weights_by_adapter(named, "base_model.model.", tuner.prefix).get(adapter_name, {})
-    expected = _expected_weights(config.ranks, adaptable_layers(tuner.model))
+    shapes = {name: weight_matrix_shape(layer) for name, layer in adaptable_layers(tuner.model).items()}
+    expected = {
+        f"{name}.{parameter}": torch.empty(size, device="meta")
+        for name, rank in config.ranks.items()
+        if rank
+        for parameter, size in delta_shapes(shapes[name], rank).items()
+    }
     check_adapter_weights(expected, found, adapter_name)
     config.inference_mode = True
     note_base(config, adapter_name, tuner.model, tuner.fingerprint_of_base())
@@ -118,7 +125,7 @@ def _adapted(tuner: CoLoRAModel, name: str) -> CoLoRALayer | None:
 def _check_swap(tuner: CoLoRAModel, adapter_name: str, new: CoLoRAConfig) -> None:
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, only {some(sorted(tuner.peft_config))}.")
-    tuner.check_unmerged(adapter_name)
+    check_unmerged(tuner, adapter_name)
     for which, config in (("old", tuner.peft_config[adapter_name]), ("new", new)):
         if config.modules_to_save or config.bias != "none":
             raise ValueError(
@@ -127,21 +134,8 @@ def _check_swap(tuner: CoLoRAModel, adapter_name: str, new: CoLoRAConfig) -> Non
             )
 
 
-def _expected_weights(ranks: Mapping[str, int], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Tensors without storage, of the shapes that an adapter of these ranks has, by "layer.parameter"."""
-    expected = {}
-    for name, rank in ranks.items():
-        d, k = weight_matrix_shape(layers[name])
-        if is_dense(rank, d, k):
-            expected[f"{name}.colora_dense"] = torch.empty(d, k, device="meta")
-        elif rank:
-            expected[f"{name}.colora_A"] = torch.empty(rank, k, device="meta")
-            expected[f"{name}.colora_B"] = torch.empty(d, rank, device="meta")
-    return expected
-
-
 def _as_loaded(weight: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device`, in float32 where the file has 16 bits: so PEFT loads adapters."""
+    """Returns a copy on `device`, in float32 where the file has 16 bits, as PEFT loads adapters."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
     return weight.to(device, torch.float32 if half else weight.dtype, copy=True)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from colora_peft import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
-from colora_peft.contribution.mean_loss import GradientSums, MeanLoss
+from colora_peft.contribution.objective import GradientSums, MeanLoss
 from colora_peft.utils.distributed import Processes
 
 NUM_BATCHES = (1, 5)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from colora_peft.evaluation.before_after import save_before_after
 from colora_peft.ranks.figure import _layer_groups, plot_contributions
-from colora_peft.ranks.report import format_allocation_table
+from colora_peft.ranks.table import format_allocation_table
 
 SHAPES = {"intro": (8, 27), "encoders.0.0.conv1": (16, 8), "encoders.0.0.conv3": (8, 8), "ending": (3, 72)}
 SCORES = {"intro": 2e-4, "encoders.0.0.conv1": 3e-7, "encoders.0.0.conv3": 0.0, "ending": 1e-4}
@@ -53,9 +53,11 @@ def test_stages_are_grouped_by_prefix():
 
 
 def test_matplotlib_missing_is_said(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'^Figures need.*pip install "colora-peft\[examples\]"\.$'):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = (
+        r'^Figures need matplotlib: run `pip install matplotlib`, or in a clone `pip install -e "\.\[examples\]"`\.$'
+    )
+    with pytest.raises(ValueError, match=message):
         plot_contributions(SCORES, RANKS, SHAPES, tmp_path / "x.png")
 
 

@@ -8,7 +8,7 @@ import pytest
 from peft import PeftConfig, PeftType
 
 from colora_peft import CoLoRAConfig, ContributionScores
-from colora_peft.tuner.registration import SAVES_BIASES
+from colora_peft.tuner.peft_internals import SAVES_BIASES
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ def test_an_adapter_of_another_network_is_refused(tmp_path):
 
 def test_an_adapter_of_a_newer_method_is_refused(tmp_path):
     bare, _, _, folder = saved(tmp_path, {"method_version": 3})
-    with pytest.raises(ValueError, match="newer colora_peft .method_version 3.*pip install -U"):
+    with pytest.raises(
+        ValueError, match="newer colora_peft .method_version 3.*update colora_peft, in a clone with `git pull`"
+    ):
         PeftModel.from_pretrained(bare, folder)
 
 

@@ -20,7 +20,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import colora_peft.tuner.lora_export as lora_export
 from colora_peft import CoLoRAConfig
 from colora_peft.tuner.lora_export import lora_obstacle, save_as_lora
-from colora_peft.tuner.registration import SAVES_BIASES
+from colora_peft.tuner.peft_internals import SAVES_BIASES
 
 needs_biases = pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT does not save trained biases")
 WEIGHTS = "adapter_model.safetensors"

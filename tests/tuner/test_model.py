@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.tiny_networks import NETWORKS, network, trained
 
 from colora_peft import CoLoRAConfig, CoLoRALayer, adaptable_layers, adapter_parameters, weight_matrix_shape
-from colora_peft.tuner.registration import SAVES_BIASES
+from colora_peft.tuner.peft_internals import SAVES_BIASES
 
 SETTINGS = {
     "factors": {"ranks": 1},
