@@ -13,7 +13,6 @@ Our choice: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss. Fro
 those of theta0 at every point, whatever the tuning made of them.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from colora_peft.ranks import ContributionScores
 
-from .layer_scores import checked_score, filter_score, scored_weights, unreached_layers
+from .layer_scores import check_finite, filter_score, scored_weights, unreached_layers
 from .objective import GradientSums, MeanLoss, backward, checked_loss, no_batches_message
 from .weight_space import load_path_point, load_weights, moving_parameters
 
@@ -61,12 +60,8 @@ def integrate_path(
         attribution = mean_gradient.mul_(end[name].to(total) - start[name].to(total))
         path_integral += attribution.sum(dtype=torch.float64).item()
     weights = scored_weights(model)
-    scores = {layer: checked_score(layer, filter_score(sums.totals[name])) for layer, name in weights.items()}
-    if not math.isfinite(path_integral):
-        raise ValueError(
-            "The gradient of a bias or norm overflowed although the loss is finite: use float32 instead of half "
-            "precision, or check the loss."
-        )
+    scores = {layer: filter_score(sums.totals[name]) for layer, name in weights.items()}
+    check_finite(scores, path_integral)
     return ContributionScores(
         scores=scores,
         method="faig",

@@ -10,6 +10,10 @@ from colora_peft.ranks import adaptable_layers
 
 from .weight_space import moving_parameters
 
+_OVERFLOW = (
+    "so the gradient overflowed although the loss is finite: use float32 instead of half precision, or check the loss."
+)
+
 
 def scored_weights(model: nn.Module) -> dict[str, str]:
     """Returns the parameter name of each adaptable layer's weight by layer name, in network order.
@@ -38,18 +42,17 @@ def filter_score(attribution: Tensor) -> float:
     return filters.abs().sum().item() / attribution.numel()
 
 
-def checked_score(layer: str, score: float) -> float:
-    """Returns the score.
+def check_finite(scores: Mapping[str, float], path_integral: float = 0.0) -> None:
+    """Checks the attributions of an estimate.
 
     Raises:
-        ValueError: It is not finite.
+        ValueError: One is not finite; names its layer.
     """
-    if not math.isfinite(score):
-        raise ValueError(
-            f"Layer '{layer}': its score is {score}, so the gradient overflowed although the loss is finite: "
-            "use float32 instead of half precision, or check the loss."
-        )
-    return score
+    for layer, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"Layer '{layer}': its score is {score}, {_OVERFLOW}")
+    if not math.isfinite(path_integral):
+        raise ValueError(f"A bias or norm: its attribution is not finite, {_OVERFLOW}")
 
 
 def unreached_layers(weights: Mapping[str, str], reached: set[str]) -> tuple[str, ...]:

@@ -107,16 +107,12 @@ class MeanLoss:
 
     def value(self, where: str) -> tuple[float, int]:
         """Returns the mean loss over all processes' batches and their number, without gradients."""
-        loss_sum, num_batches = 0.0, 0
         with self.processes.failing_together(), torch.no_grad():
-            for index, batch in self._batches_in_turn():
-                num_batches = index + 1
-                if self.processes.is_mine(index):
-                    loss_sum += self._loss(batch, f"batch {index} {where}").item()
+            loss_sum, num_batches = self.add_gradients(None, where)
         return self._mean(loss_sum, num_batches)
 
-    def add_gradients(self, sums: GradientSums, where: str, bar: tqdm | None = None) -> tuple[float, int]:
-        """Adds the gradients of this process's batches to `sums`.
+    def add_gradients(self, sums: GradientSums | None, where: str, bar: tqdm | None = None) -> tuple[float, int]:
+        """Runs this process's batches and adds their gradients to `sums`, if there are any.
 
         It exchanges nothing, so an error is this process's alone.
 
@@ -128,9 +124,13 @@ class MeanLoss:
         for index, batch in self._batches_in_turn():
             num_batches = index + 1
             if self.processes.is_mine(index):
-                loss = self._loss(batch, f"batch {index} {where}")
-                backward(loss, f"batch {index} {where}")
-                sums.take(parameters)
+                self.buffers.reset()
+                self.model.eval()
+                here = f"batch {index} {where}"
+                loss = checked_loss(self.loss_fn(self.model, batch), here)
+                if sums is not None:
+                    backward(loss, here)
+                    sums.take(parameters)
                 loss_sum += loss.item()
             if bar is not None:
                 bar.update()
@@ -177,11 +177,6 @@ class MeanLoss:
             except StopIteration:
                 return
             yield index, batch
-
-    def _loss(self, batch: Any, where: str) -> Tensor:
-        self.buffers.reset()
-        self.model.eval()
-        return checked_loss(self.loss_fn(self.model, batch), where)
 
 
 def backward(loss: Tensor, where: str) -> None:

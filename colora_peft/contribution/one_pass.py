@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from colora_peft.ranks import ContributionScores
 
-from .layer_scores import checked_score, filter_score, scored_weights, unreached_layers
+from .layer_scores import check_finite, filter_score, scored_weights, unreached_layers
 from .objective import GradientSums, MeanLoss
 from .weight_space import moving_parameters, sum_dtype
 
@@ -42,9 +42,9 @@ def score_in_one_pass(objective: MeanLoss, estimator: OnePassEstimator, progress
     with tqdm(total=length_hint(objective.batches) or None, desc=estimator, disable=not progress) as bar:
         loss, num_batches = objective.mean_gradients(sums, "at the pre-trained weights", bar)
     scores = {
-        layer: checked_score(layer, _score(estimator, sums.totals[name], parameters[name].detach()))
-        for layer, name in weights.items()
+        layer: _score(estimator, sums.totals[name], parameters[name].detach()) for layer, name in weights.items()
     }
+    check_finite(scores)
     return ContributionScores(
         scores=scores,
         method=estimator,

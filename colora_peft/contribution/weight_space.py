@@ -10,23 +10,12 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from colora_peft.utils import some
-
-
-class RngStates(NamedTuple):
-    """States of every generator that a loss or a data set may draw from."""
-
-    python: Any
-    numpy: Any
-    torch_cpu: Tensor
-    torch_gpus: list[Tensor]
-    """One for each GPU; none before the first use of one."""
 
 
 def moving_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -86,7 +75,8 @@ def put_back_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     buffers, `requires_grad`, `.grad`, the training mode of each module, and the RNGs of Python, NumPy and torch (CPU
     and GPUs in use). Yields copies of the moving parameters by name: theta0.
     """
-    states = _rng_states()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     modes = [(module, module.training) for module in model.modules()]
     buffers = BufferCopies.of(model)
     parameters = moving_parameters(model)
@@ -97,7 +87,7 @@ def put_back_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None
-        with torch.enable_grad():
+        with torch.random.fork_rng(gpus), torch.enable_grad():
             yield start
     finally:
         load_weights(model, start)
@@ -108,20 +98,8 @@ def put_back_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for module, was_training in modes:
             module.training = was_training
         torch.clear_autocast_cache()
-        _set_rng_states(states)
-
-
-def _rng_states() -> RngStates:
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return RngStates(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus)
-
-
-def _set_rng_states(states: RngStates) -> None:
-    random.setstate(states.python)
-    np.random.set_state(states.numpy)
-    torch.set_rng_state(states.torch_cpu)
-    if states.torch_gpus:
-        torch.cuda.set_rng_state_all(states.torch_gpus)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def seed_rngs(seed: int) -> None:

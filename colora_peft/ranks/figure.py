@@ -50,7 +50,7 @@ def plot_contributions(
         path: File to write; its ending chooses the format (.png, .pdf, .svg).
 
     Raises:
-        ValueError: matplotlib is not installed, the three name different layers, there is none, or a rank is negative.
+        ValueError: matplotlib is not installed, there is no layer, or the three name different layers.
     """
     check_figures_can_be_drawn()
     from matplotlib import colormaps

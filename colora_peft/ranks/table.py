@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from .matrix_shape import MatrixShape
+from .names import check_same_names
 
 _LAYER_COLUMN_MAX = 48
 
@@ -13,20 +14,13 @@ def checked_shapes(
     """Returns the shapes of the layers, to which ranks and scores must belong.
 
     Raises:
-        ValueError: There is no layer, a layer lacks a rank or a score, or a rank is negative or of an unknown layer.
+        ValueError: There is no layer, or the three name different layers.
     """
     if not shapes:
         raise ValueError("There is no layer to report: `shapes` is empty. Pass the shape of at least one.")
-    for layer in shapes:
-        if layer not in ranks:
-            raise ValueError(f"Layer '{layer}' has no rank: give one for each layer in `shapes` (0 leaves it alone).")
-        if ranks[layer] < 0:
-            raise ValueError(f"Layer '{layer}' has rank {ranks[layer]}: ranks are 0 or more.")
-        if scores is not None and layer not in scores:
-            raise ValueError(f"Layer '{layer}' has no score: measure it, or pass scores=None.")
-    unknown = next((layer for layer in ranks if layer not in shapes), None)
-    if unknown is not None:
-        raise ValueError(f"A rank is given for '{unknown}', which `shapes` lacks: use the full module name.")
+    check_same_names(ranks, shapes, "ranks")
+    if scores is not None:
+        check_same_names(scores, shapes, "scores")
     return {layer: MatrixShape(*shape) for layer, shape in shapes.items()}
 
 
@@ -53,7 +47,7 @@ def format_allocation_table(
         shapes: (d, k) of the weight as a matrix by layer name, in the order of the rows.
 
     Raises:
-        ValueError: The three name different layers, there is none, or a rank is negative.
+        ValueError: There is no layer, or the three name different layers.
     """
     shapes = checked_shapes(scores, ranks, shapes)
     width = min(max(len("layer"), *(len(layer) for layer in shapes)), _LAYER_COLUMN_MAX)

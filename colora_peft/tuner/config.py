@@ -131,23 +131,14 @@ class CoLoRAConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
-        if not 0 < self.parameter_budget <= 1:  # also refuses NaN, here and below
-            raise ValueError(
-                f"The parameter_budget is {self.parameter_budget}: it is the trained share of the targeted weights, "
-                "choose it in (0, 1], for example 0.07."
-            )
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(
-                f"The exponent beta is {self.beta}: choose it >= 0; 0 is uniform, 1 proportional to contribution."
-            )
-        if not 0 <= self.delta_min <= 1:
-            raise ValueError(
-                f"The share delta_min is {self.delta_min}: it is a share of a layer's weights, choose it in [0, 1]."
-            )
-        if not 0 < self.colora_alpha < math.inf:
-            raise ValueError(
-                f"The gain colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 16.0."
-            )
+        for name, is_in_range, remedy in (  # NaN is in no range
+            ("parameter_budget", 0 < self.parameter_budget <= 1, "the trained share of the weights, in (0, 1]"),
+            ("beta", 0 <= self.beta < math.inf, "an exponent >= 0; 0 is uniform, 1 proportional to contribution"),
+            ("delta_min", 0 <= self.delta_min <= 1, "a share of each layer's weights, in [0, 1]"),
+            ("colora_alpha", 0 < self.colora_alpha < math.inf, "a finite gain > 0, for example 16.0"),
+        ):
+            if not is_in_range:
+                raise ValueError(f"The setting {name} is {getattr(self, name)}: choose {remedy}.")
 
     def _check_ranks_and_contributions(self) -> None:
         if self.ranks is not None:

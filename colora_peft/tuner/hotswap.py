@@ -3,12 +3,10 @@
 `prepare_model_for_compiled_hotswap` gives every layer a buffer with the effective weight, and what is then compiled
 for evaluation reads that alone. Adapters of any ranks, on any layers, differ only in the content of those buffers.
 Nothing is padded, and the compiled network does what the bare one does. The price is a second copy of the adaptable
-weights.
-The names are those of `peft.utils.hotswap`, which serves LoRA.
+weights. The names are those of `peft.utils.hotswap`, which serves LoRA.
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from torch import Tensor
 
-from colora_peft.ranks import adaptable_layers, weight_matrix_shape
+from colora_peft.ranks import adaptable_layers
 from colora_peft.utils import some
 
 from .config import CoLoRAConfig
 from .deltas import delta_shapes
 from .fingerprint import note_base
-from .layer import CoLoRALayer
+from .layer import CoLoRALayer, adapted_layers
 from .load_checks import check_adapter_weights, check_unmerged, weights_by_adapter
 from .model import CoLoRAModel, tuner_of
 from .offloading import check_nothing_offloaded
@@ -53,17 +51,17 @@ def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
             f"Adapter {some(with_biases)} trains biases, which are stored under other names in a prepared network: "
             "hot-swapping is for adapters with bias='none'."
         )
-    disabled = any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, CoLoRALayer))
-    bare = {name: layer for name, layer in adaptable_layers(tuner.model).items() if not _adapted(tuner, name)}
-    for name, layer in bare.items():
-        parent = tuner.model.get_submodule(name.rpartition(".")[0])
-        wrapped = CoLoRALayer(layer).train(layer.training)
-        wrapped.set_adapter(tuner.active_adapters)
-        wrapped.enable_adapters(not disabled)
-        replace_layer(tuner, parent, name.rpartition(".")[2], wrapped, layer)
-    for module in tuner.modules():
-        if isinstance(module, CoLoRALayer):
-            module.pin_weight()
+    adapted = adapted_layers(tuner.model)
+    disabled = any(layer.disable_adapters for layer in adapted.values())
+    for name, layer in adaptable_layers(tuner.model).items():
+        if name not in adapted:
+            wrapped = CoLoRALayer(layer).train(layer.training)
+            wrapped.set_adapter(tuner.active_adapters)
+            wrapped.enable_adapters(not disabled)
+            parent, _, own_name = name.rpartition(".")
+            replace_layer(tuner, tuner.model.get_submodule(parent), own_name, wrapped, layer)
+    for layer in adapted_layers(tuner.model).values():
+        layer.pin_weight()
 
 
 def hotswap_adapter(
@@ -94,8 +92,9 @@ def hotswap_adapter(
         raise TypeError(f"The adapter {str(model_id)!r} is of type {config.peft_type}: hotswap_adapter swaps CoLoRA.")
     _check_swap(tuner, adapter_name, config)
     config.ranks = resolve_ranks(config, tuner.model)
-    layers = {name: _adapted(tuner, name) for name in config.ranks}
-    lacking = [name for name, rank in config.ranks.items() if rank and layers[name] is None]
+    ranks = {name: rank for name, rank in config.ranks.items() if rank}
+    layers = adapted_layers(tuner.model)
+    lacking = [name for name in ranks if name not in layers]
     if lacking:
         raise ValueError(
             f"The new adapter also adapts {some(lacking, 5)}, which {adapter_name!r} leaves alone: call "
@@ -104,22 +103,23 @@ def hotswap_adapter(
     weights = load_peft_weights(os.fspath(model_id), device="cpu", **hub_options)
     named = {f"{key}.{adapter_name}": tensor for key, tensor in weights.items()}
     found = weights_by_adapter(named, "base_model.model.", tuner.prefix).get(adapter_name, {})
-    shapes = {name: weight_matrix_shape(layer) for name, layer in adaptable_layers(tuner.model).items()}
+    shapes = {name: delta_shapes(layers[name].matrix_shape, rank) for name, rank in ranks.items()}
     expected = {
-        f"{name}.{parameter}": torch.empty(size, device="meta")
-        for name, rank in config.ranks.items()
-        if rank
-        for parameter, size in delta_shapes(shapes[name], rank).items()
+        f"{name}.{parameter}": torch.empty(shape, device="meta")
+        for name, own in shapes.items()
+        for parameter, shape in own.items()
     }
     check_adapter_weights(expected, found, adapter_name)
     config.inference_mode = True
     note_base(config, adapter_name, tuner.model, tuner.fingerprint_of_base())
-    _swap(tuner, adapter_name, config, found)
-
-
-def _adapted(tuner: CoLoRAModel, name: str) -> CoLoRALayer | None:
-    layer = tuner.model.get_submodule(name)
-    return layer if isinstance(layer, CoLoRALayer) else None
+    for name, layer in layers.items():
+        if name not in ranks:
+            layer.remove_adapter(adapter_name)
+            continue
+        own = {parameter: _as_loaded(found[f"{name}.{parameter}"], layer.weight.device) for parameter in shapes[name]}
+        layer.place_adapter(adapter_name, ranks[name], config.colora_alpha, own)
+        layer.set_requires_grad(adapter_name, False)
+    tuner.peft_config[adapter_name] = config
 
 
 def _check_swap(tuner: CoLoRAModel, adapter_name: str, new: CoLoRAConfig) -> None:
@@ -138,20 +138,3 @@ def _as_loaded(weight: Tensor, device: torch.device) -> Tensor:
     """Returns a copy on `device`, in float32 where the file has 16 bits, as PEFT loads adapters."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
     return weight.to(device, torch.float32 if half else weight.dtype, copy=True)
-
-
-def _swap(tuner: CoLoRAModel, adapter_name: str, config: CoLoRAConfig, weights: Mapping[str, Tensor]) -> None:
-    for name, layer in tuner.model.named_modules():
-        if not isinstance(layer, CoLoRALayer):
-            continue
-        if config.ranks.get(name, 0) == 0:
-            layer.remove_adapter(adapter_name)
-            continue
-        own = {
-            parameter: _as_loaded(weights[f"{name}.{parameter}"], layer.weight.device)
-            for parameter in layer.adapter_layer_names
-            if f"{name}.{parameter}" in weights
-        }
-        layer.place_adapter(adapter_name, config.ranks[name], config.colora_alpha, own)
-        layer.set_requires_grad(adapter_name, False)
-    tuner.peft_config[adapter_name] = config

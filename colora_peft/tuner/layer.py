@@ -76,18 +76,19 @@ class CoLoRALayer(DeltaStore):
 
         A name that has no adapter in this layer, such as "__base__", is the base.
         """
-        distinct = list(dict.fromkeys(adapter_names))
-        rows = [[row for row, name in enumerate(adapter_names) if name == adapter] for adapter in distinct]
+        rows: dict[str, list[int]] = {}
+        for row, adapter in enumerate(adapter_names):
+            rows.setdefault(adapter, []).append(row)
         outputs = []
-        for adapter, own_rows in zip(distinct, rows, strict=True):
+        for adapter, own_rows in rows.items():
             weight = self.get_base_layer().weight
             if adapter in self.scaling:
                 weight = weight + self.get_delta_weight(adapter)
-            samples = x if len(distinct) == 1 else x[own_rows]
+            samples = x if len(rows) == 1 else x[own_rows]
             outputs.append(run_with_weight(self.base_layer, weight, samples, *args, **kwargs))
-        if len(distinct) == 1:
+        if len(outputs) == 1:
             return outputs[0]
-        order = sorted(range(len(adapter_names)), key=sum(rows, []).__getitem__)
+        order = sorted(range(len(adapter_names)), key=sum(rows.values(), []).__getitem__)
         return torch.cat(outputs)[order]
 
     def _factors_to_train(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -213,6 +214,11 @@ class CoLoRALayer(DeltaStore):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles start without the kept weight, which they can compute.
         return {**self.__dict__, "_kept": None}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, CoLoRALayer]:
+    """Returns the layers of a network that carry adapters by full module name, in network order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, CoLoRALayer)}
 
 
 def _after_loading(layer: CoLoRALayer, incompatible_keys: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from colora_peft.utils import some
 
-from .layer import CoLoRALayer
+from .layer import adapted_layers
 from .peft_internals import ANNOUNCES_LOADING
 
 _PEFT_PREFIX = "base_model.model."
@@ -85,7 +85,7 @@ def check_unmerged(tuner: BaseTuner, adapter: str) -> None:
     Raises:
         ValueError: `adapter` is merged.
     """
-    if any(adapter in layer.merged_adapters for layer in tuner.modules() if isinstance(layer, CoLoRALayer)):
+    if any(adapter in layer.merged_adapters for layer in adapted_layers(tuner.model).values()):
         raise ValueError(f"Adapter {adapter!r} is merged: call unmerge_adapter() before you replace its weights.")
 
 
@@ -163,7 +163,7 @@ def _take_off_if_empty(tuner: BaseTuner, adapter: str) -> None:
 
     It does so only if nothing can be lost: the delta is zero, and the adapter was made for loading, not for training.
     """
-    layers = [layer for layer in tuner.modules() if isinstance(layer, CoLoRALayer) and adapter in layer.rank]
+    layers = [layer for layer in adapted_layers(tuner.model).values() if adapter in layer.rank]
     config = tuner.peft_config[adapter]
     if config.modules_to_save or config.bias != "none":
         return

@@ -11,7 +11,7 @@ from torch import nn
 
 from colora_peft.utils import some
 
-from .layer import CoLoRALayer
+from .layer import CoLoRALayer, adapted_layers
 from .peft_internals import adapters_with_own_copy
 
 BASE_NAME = "__base__"
@@ -60,7 +60,7 @@ def _check_mixed_batch(tuner: BaseTuner, adapter_names: list[str]) -> None:
         raise ValueError(f"The adapter_names are {adapter_names!r}: give a list with one name for each sample.")
     if tuner.training:
         raise ValueError("A batch with adapter_names is for inference: call model.eval() first.")
-    if any(layer.merged for layer in tuner.modules() if isinstance(layer, CoLoRALayer)):
+    if any(layer.merged for layer in adapted_layers(tuner.model).values()):
         raise ValueError("A batch with adapter_names needs the adapters unmerged: call unmerge_adapter() first.")
     unknown = sorted(set(adapter_names) - set(tuner.peft_config) - {BASE_NAME})
     if unknown:

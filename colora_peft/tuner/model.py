@@ -14,7 +14,7 @@ from .blending import Blend, blend_adapters
 from .config import CoLoRAConfig
 from .deltas import check_adapter_name
 from .fingerprint import base_fingerprint, note_base
-from .layer import CoLoRALayer
+from .layer import CoLoRALayer, adapted_layers
 from .load_checks import check_state_dict, place_weights
 from .mixed_batch import adapters_by_sample
 from .offloading import check_nothing_offloaded, is_offloaded
@@ -68,7 +68,7 @@ class CoLoRAModel(BaseTuner):
         return self._fingerprint
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        layers = (layer for layer in self.model.modules() if isinstance(layer, CoLoRALayer))
+        layers = adapted_layers(self.model).values()
         if all(weight.dtype.itemsize >= 4 for layer in layers for weight in layer.weights_of(adapter_name)):
             return  # nothing that would be cast; PEFT's search for it takes much longer
         # PEFT puts the cast parameters in place of the old ones, and new parameters require gradients.
@@ -136,7 +136,7 @@ class CoLoRAModel(BaseTuner):
                 exist, an adapter trains more than deltas, ranks differ under "linear", or the network is offloaded.
         """
         check_nothing_offloaded(self.model, "add_weighted_adapter")
-        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, CoLoRALayer)}
+        layers = adapted_layers(self.model)
         blend = Blend(adapters, weights, adapter_name, combination_type, svd_rank)
         config, deltas = blend_adapters(layers, self.peft_config, blend)
         for name, delta in deltas.items():
@@ -163,8 +163,8 @@ class CoLoRAModel(BaseTuner):
 
     def _check_safe_to_merge(self, adapter_names: list[str] | None) -> None:
         """Checks that merging leaves every weight finite; offloaded layers are checked one by one as they merge."""
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, CoLoRALayer) and not is_offloaded(layer.get_base_layer()):
+        for name, layer in adapted_layers(self.model).items():
+            if not is_offloaded(layer.get_base_layer()):
                 adapters = [a for a in adapter_names or layer.active_adapters if a in layer.scaling]
                 try:
                     layer.merged_weight([a for a in adapters if a not in layer.merged_adapters], safe_merge=True)

@@ -54,9 +54,7 @@ def test_stages_are_grouped_by_prefix():
 
 def test_matplotlib_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = (
-        r'^Figures need matplotlib: run `pip install matplotlib`, or in a clone `pip install -e "\.\[examples\]"`\.$'
-    )
+    message = r'^Figures need matplotlib: run `pip install matplotlib`, or .* `pip install -e "\.\[examples\]"`\.$'
     with pytest.raises(ValueError, match=message):
         plot_contributions(SCORES, RANKS, SHAPES, tmp_path / "x.png")
 
@@ -75,14 +73,12 @@ def test_table_fits_and_adds_up():
 
 
 def test_names_must_agree(tmp_path):
-    with pytest.raises(ValueError, match="'ending' has no rank"):
+    with pytest.raises(ValueError, match="'ending' is missing from `ranks`"):
         format_allocation_table(None, {name: 1 for name in SHAPES if name != "ending"}, SHAPES)
     with pytest.raises(ValueError, match="'outro'"):
         format_allocation_table(None, {**RANKS, "outro": 1}, SHAPES)
-    with pytest.raises(ValueError, match="'intro' has no score"):
+    with pytest.raises(ValueError, match="'intro' is missing from `scores`"):
         plot_contributions({}, RANKS, SHAPES, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="rank -1"):
-        format_allocation_table(None, {**RANKS, "intro": -1}, SHAPES)
     with pytest.raises(ValueError, match="no layer to report"):
         format_allocation_table(None, {}, {})
     assert not list(tmp_path.iterdir())
