@@ -16,11 +16,7 @@ _OVERFLOW = (
 
 
 def scored_weights(model: nn.Module) -> dict[str, str]:
-    """Returns the parameter name of each adaptable layer's weight by layer name, in network order.
-
-    Raises:
-        ValueError: The weight of a layer is not a parameter of the model.
-    """
+    """Returns the parameter name of each adaptable layer's weight by layer name, in network order."""
     names = {id(parameter): name for name, parameter in moving_parameters(model).items()}
     weights = {}
     for layer_name, layer in adaptable_layers(model).items():
@@ -43,11 +39,7 @@ def filter_score(attribution: Tensor) -> float:
 
 
 def check_finite(scores: Mapping[str, float], path_integral: float = 0.0) -> None:
-    """Checks the attributions of an estimate.
-
-    Raises:
-        ValueError: One is not finite; names its layer.
-    """
+    """Checks that the attributions of an estimate are finite."""
     for layer, score in scores.items():
         if not math.isfinite(score):
             raise ValueError(f"Layer '{layer}': its score is {score}, {_OVERFLOW}")
@@ -56,11 +48,7 @@ def check_finite(scores: Mapping[str, float], path_integral: float = 0.0) -> Non
 
 
 def unreached_layers(weights: Mapping[str, str], reached: set[str]) -> tuple[str, ...]:
-    """Returns the layers without a gradient in any batch.
-
-    Raises:
-        ValueError: These are all layers.
-    """
+    """Returns the layers without a gradient in any batch, which must not be all."""
     unreached = tuple(layer for layer, name in weights.items() if name not in reached)
     if len(unreached) == len(weights):
         raise ValueError(

@@ -180,11 +180,7 @@ class MeanLoss:
 
 
 def backward(loss: Tensor, where: str) -> None:
-    """Writes the gradients of a loss into `.grad`.
-
-    Raises:
-        ValueError: The loss has none.
-    """
+    """Writes the gradients of a loss, which must have some, into `.grad`."""
     if not loss.requires_grad:
         raise ValueError(
             f"The loss for {where} has no gradient: loss_fn must compute it from the model's output without detach() "
@@ -194,11 +190,7 @@ def backward(loss: Tensor, where: str) -> None:
 
 
 def checked_loss(loss: Any, where: str) -> Tensor:
-    """Returns the loss as a 0-dim tensor.
-
-    Raises:
-        ValueError: It is not a scalar tensor, or not finite.
-    """
+    """Returns the loss as a 0-dim tensor; it must be a finite scalar."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(

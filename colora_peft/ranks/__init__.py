@@ -5,7 +5,7 @@ trained parameters to one rank for each layer. `adaptable_layers` finds the laye
 scores, and an allocation can be printed as a table and drawn as a figure.
 """
 
-from .adaptable import SUPPORTED_LAYERS, adaptable_layers, weight_matrix_shape, why_not_adaptable
+from .adaptable import ADAPTABLE_KINDS, SUPPORTED_LAYERS, adaptable_layers, weight_matrix_shape, why_not_adaptable
 from .allocation import adapter_parameters, allocate_ranks, common_rank
 from .figure import check_figures_can_be_drawn, plot_contributions
 from .matrix_shape import MatrixShape
@@ -14,6 +14,7 @@ from .scores import ContributionScores, check_scores, mean_scores
 from .table import format_allocation_table
 
 __all__ = [
+    "ADAPTABLE_KINDS",
     "ContributionScores",
     "MatrixShape",
     "SUPPORTED_LAYERS",

@@ -11,11 +11,7 @@ _LAYER_COLUMN_MAX = 48
 def checked_shapes(
     scores: Mapping[str, float] | None, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, MatrixShape]:
-    """Returns the shapes of the layers, to which ranks and scores must belong.
-
-    Raises:
-        ValueError: There is no layer, or the three name different layers.
-    """
+    """Returns the shapes of the layers, to which ranks and scores must belong."""
     if not shapes:
         raise ValueError("There is no layer to report: `shapes` is empty. Pass the shape of at least one.")
     check_same_names(ranks, shapes, "ranks")

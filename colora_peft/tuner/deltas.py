@@ -22,11 +22,7 @@ _TAKEN_NAMES = frozenset(dir(nn.ParameterDict()))
 
 
 def check_adapter_name(name: str) -> None:
-    """Checks that an adapter may be called `name`.
-
-    Raises:
-        ValueError: PyTorch could not hold parameters under that name.
-    """
+    """Checks that PyTorch can hold the parameters of an adapter called `name`."""
     if not name or "." in name:
         raise ValueError(f"The adapter name {name!r} cannot be part of parameter names: use letters, digits, -, _.")
     if name in _TAKEN_NAMES:

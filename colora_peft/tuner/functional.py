@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colora_peft.ranks import weight_matrix_shape
+from colora_peft.ranks import ADAPTABLE_KINDS, weight_matrix_shape
 
 from .offloading import is_offloaded
 
@@ -61,14 +61,6 @@ def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **k
     return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)
 
 
-def _run_linear(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, weight, layer.bias)
-
-
-def _run_conv(layer: nn.Conv1d | nn.Conv3d, weight: Tensor, x: Tensor) -> Tensor:
-    return layer._conv_forward(x, weight, layer.bias)
-
-
 def _run_conv2d(layer: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     # The commonest layer, spared what Python costs: nn.Module's __getattr__, and a call.
     parameters = layer._parameters
@@ -91,15 +83,13 @@ def _run_conv_transpose(
 
 
 _PLAIN_RUNS: Mapping[Callable, Callable] = {
-    nn.Linear.forward: _run_linear,
-    nn.Conv1d.forward: _run_conv,
+    nn.Linear.forward: lambda layer, weight, x: F.linear(x, weight, layer.bias),
+    nn.Conv1d.forward: lambda layer, weight, x: layer._conv_forward(x, weight, layer.bias),
     nn.Conv2d.forward: _run_conv2d,
-    nn.Conv3d.forward: _run_conv,
+    nn.Conv3d.forward: lambda layer, weight, x: layer._conv_forward(x, weight, layer.bias),
     nn.ConvTranspose2d.forward: _run_conv_transpose,
 }
-_PLAIN_CONV_FORWARDS = {
-    getattr(kind, "_conv_forward", None) for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-}
+_PLAIN_CONV_FORWARDS = {getattr(kind, "_conv_forward", None) for kind in ADAPTABLE_KINDS}
 
 
 def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:

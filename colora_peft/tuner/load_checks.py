@@ -56,11 +56,7 @@ def weights_by_adapter(
 def check_adapter_weights(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], adapter: str, check_shapes: bool = True
 ) -> None:
-    """Checks that `found` are the weights of an adapter whose parameters are `expected`, by name and then by shape.
-
-    Raises:
-        ValueError: They are not; names what is missing, what is unexpected, and what has another shape.
-    """
+    """Checks that `found` are the weights of an adapter whose parameters are `expected`, by name and then by shape."""
     misshapen = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -80,11 +76,7 @@ def check_adapter_weights(
 
 
 def check_unmerged(tuner: BaseTuner, adapter: str) -> None:
-    """Checks that unmerging will not subtract other weights than were added.
-
-    Raises:
-        ValueError: `adapter` is merged.
-    """
+    """Checks that unmerging will not subtract other weights than were added."""
     if any(adapter in layer.merged_adapters for layer in adapted_layers(tuner.model).values()):
         raise ValueError(f"Adapter {adapter!r} is merged: call unmerge_adapter() before you replace its weights.")
 

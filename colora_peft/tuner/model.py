@@ -187,11 +187,7 @@ class CoLoRAModel(BaseTuner):
 
 
 def tuner_of(model: nn.Module) -> CoLoRAModel:
-    """Returns the tuner inside what get_peft_model returned.
-
-    Raises:
-        TypeError: `model` is something else.
-    """
+    """Returns the tuner inside what get_peft_model returned, and refuses anything else."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, CoLoRAModel):
         raise TypeError(f"A {type(model).__name__} carries no CoLoRA adapters: pass what get_peft_model returned.")

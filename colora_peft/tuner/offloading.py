@@ -27,10 +27,9 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
 
 
 def check_nothing_offloaded(model: nn.Module, what: str) -> None:
-    """Checks that all weights of `model` are in memory, for the operation `what`, which reads or replaces them.
+    """Checks that all weights of `model` are in memory.
 
-    Raises:
-        ValueError: Some are not, so that they have no values to read, and Accelerate would undo their replacement.
+    The operation `what` reads or replaces them. Offloaded weights have no values, and Accelerate would undo changes.
     """
     offloaded = [name or type(model).__name__ for name, module in model.named_modules() if is_offloaded(module)]
     if offloaded:

@@ -14,11 +14,7 @@ MINIMUM_PEFT = "0.18"
 
 
 def check_peft_version(installed: str) -> None:
-    """Refuses a PEFT that is too old to build upon.
-
-    Raises:
-        ImportError: `installed` is older than `MINIMUM_PEFT`.
-    """
+    """Refuses a PEFT that is too old to build upon."""
     if Version(installed) < Version(MINIMUM_PEFT):
         raise ImportError(
             f"The package colora_peft needs peft>={MINIMUM_PEFT} but found peft {installed}: "

@@ -23,6 +23,7 @@ from colora_peft.ranks import (
     weight_matrix_shape,
     why_not_adaptable,
 )
+from colora_peft.utils import some
 
 from .config import PRIOR_CONTRIBUTIONS, CoLoRAConfig
 from .layer import CoLoRALayer
@@ -133,8 +134,7 @@ def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, n
         raise ValueError(
             f"Nothing is targeted: target_modules={config.target_modules!r} with "
             f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} "
-            f"matches no layer of {type(model).__name__}; "
-            f"layers that can be adapted: {', '.join(list(layers)[:5]) or 'none'}{', ...' if len(layers) > 5 else ''}."
+            f"matches no layer of {type(model).__name__}; layers that can be adapted: {some(list(layers), 5)}."
         )
     return chosen
 
@@ -178,30 +178,26 @@ def _check_used_once(targets: dict[str, nn.Module], model: nn.Module) -> None:
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for child_name, child in module._modules.items():
-            places[id(child)].append(f"{name}.{child_name}".removeprefix("."))
+            places[id(child)].append(f"{name}.{child_name}".removeprefix(".").removesuffix(".base_layer"))
         for parameter in module._parameters.values():
             owners[id(parameter)].append(name.removesuffix(".base_layer"))
     for name, layer in targets.items():
-        for place in places[id(layer)]:
-            if place.removesuffix(".base_layer") != name:
-                raise ValueError(
-                    f"The targeted layer {name!r} is also registered as {place!r}, where it would stay without an "
-                    f"adapter: register it once, or leave {name!r} alone (exclude_modules or rank 0)."
-                )
-        for owner in owners[id(layer.weight)]:
-            if owner != name:
-                raise ValueError(
-                    f"The targeted layer {name!r} shares its weight with {owner!r}, which merging would change, too: "
-                    "give each a weight of its own, or leave both alone (exclude_modules or rank 0)."
-                )
+        other = next((place for place in places[id(layer)] if place != name), None)
+        if other is not None:
+            raise ValueError(
+                f"The targeted layer {name!r} is also registered as {other!r}, where it would stay without an "
+                f"adapter: register it once, or leave {name!r} alone (exclude_modules or rank 0)."
+            )
+        other = next((owner for owner in owners[id(layer.weight)] if owner != name), None)
+        if other is not None:
+            raise ValueError(
+                f"The targeted layer {name!r} shares its weight with {other!r}, which merging would change, too: "
+                "give each a weight of its own, or leave both alone (exclude_modules or rank 0)."
+            )
 
 
 def check_not_offloaded(ranks: dict[str, int], model: nn.Module) -> None:
-    """Checks that the weight of every layer with a rank is in memory, so that an adapter for it can be trained.
-
-    Raises:
-        ValueError: One is offloaded; PEFT would put its adapter where the weight is: nowhere.
-    """
+    """Checks that the weight of every layer with a rank is in memory: PEFT puts the adapter where the weight is."""
     for name, rank in ranks.items():
         if rank and is_offloaded(model.get_submodule(name)):
             raise ValueError(

@@ -56,7 +56,8 @@ def test_bias_is_refused_where_peft_would_lose_it(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"parameter_budget": 1}, {"ranks": 0}, {"ranks": {}}, {"beta": 0}])
 def test_borders_of_the_ranges_are_allowed(settings):
-    CoLoRAConfig(**settings)
+    config = CoLoRAConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
 
 
 def test_file_round_trip_through_the_general_class(tmp_path):

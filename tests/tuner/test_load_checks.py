@@ -217,7 +217,9 @@ def test_a_network_that_fsdp_has_sharded_is_loaded_without_our_check(tmp_path):
     sharded = torch.nn.Module()
     sharded._fsdp_wrapped_module = model.base_model.model.conv
     model.base_model.model.conv = sharded
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, weights)
+    assert torch.equal(model.base_model.model.head.colora_B["default"], weights[f"{PREFIX}head.colora_B"])
 
 
 @since_021

@@ -236,6 +236,15 @@ def test_merged_base_of_a_transformers_network(way, tmp_path):
         assert torch.equal(model(x).reconstruction, expected)
 
 
+def test_files_are_as_readable_as_any_new_file_and_others_in_the_folder_stay(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "README.md").write_text("a card")
+    save_as_lora(tmp_path / "lora", adapted(network()[0]), merged_base=tmp_path / "base")
+    assert files(tmp_path / "lora") == ["README.md", "adapter_config.json", WEIGHTS]
+    modes = {path: path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 4 and set(modes.values()) == {modes[tmp_path / "lora" / "README.md"]}
+
+
 def test_failed_write_leaves_no_file_and_the_live_network_as_it_was(tmp_path, monkeypatch):
     bare, x = network()
     model = adapted(bare)
