@@ -99,10 +99,10 @@ def estimate_contributions(
 ) -> ContributionScores:
     """Scores every adaptable layer of a network by its contribution to a task.
 
-    Afterwards weights, buffers, `requires_grad`, `.grad`, training mode, the RNGs of Python, NumPy and torch and those
-    that a loader was given are exactly what they were, also when `loss_fn` raises. Frozen layers are scored like the
-    others. Memory does not depend on the number of batches. Besides the activations of one batch, the path estimators
-    hold three copies of the weights ("probe" also AdamW's two while it tunes), the others one.
+    Nothing of the model changes, also when `loss_fn` raises: weights, buffers, `requires_grad`, `.grad` and training
+    mode. The RNGs of Python, NumPy and torch, and those that a loader was given, are put back. Frozen layers are
+    scored like the others. Memory does not depend on the number of batches. Besides the activations of one batch, the
+    path estimators hold three copies of the weights ("probe" also AdamW's two while it tunes), the others one.
 
     Args:
         model: Any module, not wrapped for several processes; its current weights are the pre-trained ones.

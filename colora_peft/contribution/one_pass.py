@@ -3,7 +3,7 @@
 Let g be the gradient of the mean loss L at the pre-trained weights w, and n the number of a layer's weights.
 
 gradient: sum |g| / n. Up to the factor lr, this is the first-order FAIG (g is constant along the path) of one step of
-    sign descent, dw = -lr * sign(g). Then dw * g = -lr * |g| has one sign everywhere, so nothing cancels within a
+    sign descent, dw = -lr * sign(g). Then dw * g = -lr * |g| has one sign everywhere. So nothing cancels within a
     filter, and absolute values per weight or per filter are the same. Adam's first step is that step, up to its
     epsilon. So a probe of one step on one batch tends to this score as its learning rate goes to 0.
 fisher: sum of g_b ** 2 / n, averaged over the batches b, where g_b is the gradient of one batch. This is the diagonal

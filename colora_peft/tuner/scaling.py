@@ -14,7 +14,7 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
     It is colora_alpha / (rank sqrt(k)) for factors and colora_alpha / k for a dense delta. This is our choice, not the
     paper's: one learning rate shall suit every rank. So the *output* of the layer must move equally far on the inputs
     that it sees. Adam moves each parameter by about lr a step, whatever its gradient. For an input x the gradient of a
-    dense delta D has the signs of x, and that of B the signs of A x, so all entries push the output the same way. With
+    dense delta D has the signs of x, and that of B the signs of A x. So all entries push the output the same way. With
     A ~ N(0, 1) and B = 0 the first step moves each output by
 
         scaling * lr * sum of rank entries |A x|  ~  scaling * lr * 0.8 rank |x|

@@ -1,4 +1,4 @@
-"""What the contribution estimators refuse: each culprit is named, with a remedy, before or after the walk."""
+"""Refusals of the contribution estimators: each names the culprit and a remedy, before or after the walk."""
 
 import pytest
 import torch

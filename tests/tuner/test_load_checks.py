@@ -118,7 +118,7 @@ def test_an_adapter_of_another_scaling_is_refused_instead_of_misread(tmp_path, v
 
 def test_a_version_that_is_no_number_is_named(tmp_path):
     bare, _, _, folder = saved(tmp_path, {"method_version": "two"})
-    with pytest.raises(ValueError, match="method_version is 'two', no whole number"):
+    with pytest.raises(ValueError, match="method_version is 'two', not a whole number"):
         PeftModel.from_pretrained(bare, folder)
 
 
