@@ -6,16 +6,16 @@ Importing this package makes the method known to PEFT: `peft.get_peft_model(mode
 
 from importlib.metadata import version
 
-from colora_peft.contribution import (
-    ESTIMATORS,
+from colora_peft.contribution import ESTIMATORS, FaigSettings, ProbeSettings, estimate_contributions
+from colora_peft.hub import load, load_backbone
+from colora_peft.inference import local_pooling, restoration_loss, restore_image
+from colora_peft.ranks import (
     ContributionScores,
-    FaigSettings,
-    ProbeSettings,
-    estimate_contributions,
+    adaptable_layers,
+    adapter_parameters,
+    allocate_ranks,
+    weight_matrix_shape,
 )
-from colora_peft.hub import load
-from colora_peft.inference import local_pooling, restore_image
-from colora_peft.ranks import adaptable_layers, adapter_parameters, allocate_ranks, weight_matrix_shape
 from colora_peft.tuner import (
     CoLoRAConfig,
     CoLoRALayer,
@@ -45,9 +45,11 @@ __all__ = [
     "estimate_contributions",
     "hotswap_adapter",
     "load",
+    "load_backbone",
     "local_pooling",
     "prepare_model_for_compiled_hotswap",
     "rename_adapter",
+    "restoration_loss",
     "restore_image",
     "save_as_lora",
     "weight_matrix_shape",

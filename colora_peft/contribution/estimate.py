@@ -1,13 +1,14 @@
 """How much each layer contributes to a new task: `estimate_contributions`, the one way to ask.
 
-The estimators: "faig" walks from the pre-trained weights to those of a network that was tuned in full (the paper's);
-"probe" tunes for some steps itself and walks there (both: path_estimators.py); "gradient", "fisher" and "taylor" look
-at the gradients at the pre-trained weights only (one_pass.py).
+The estimators:
 
-Our choices for all of them: L is the mean of the loss over the batches; the network is in eval mode throughout (frozen
-batch statistics, no dropout; unless the loss sets the training mode) and each batch begins with a seed of its own,
-drawn from torch's RNG, and with the same buffers, so that L is one fixed function of the weights and the completeness
-law holds.
+- "faig" walks from the pre-trained weights to those of a network that was tuned in full, as in the paper (faig.py);
+- "probe" tunes for some steps itself and walks there (faig.py);
+- "gradient", "fisher" and "taylor" use the gradients at the pre-trained weights only (one_pass.py).
+
+Our choices for all of them: L is the mean of the loss over the batches. The network is in eval mode throughout (frozen
+batch statistics, no dropout), unless the loss sets the training mode. Each batch begins with a seed of its own, drawn
+from torch's RNG, and with the same buffers. So L is one fixed function of the weights, and the completeness law holds.
 """
 
 import math
@@ -27,20 +28,9 @@ from colora_peft.ranks import SUPPORTED_LAYERS, ContributionScores, adaptable_la
 from colora_peft.utils import Processes, some
 
 from .faig import integrate_path, tuned_weights
-from .mean_loss import LossFn, MeanLoss
-from .one_pass import ONE_PASS_ESTIMATORS, OnePassEstimator, score_in_one_pass
-from .weight_space import checked_end_weights, load_weights, restored_afterwards
-
-__all__ = [
-    "ESTIMATORS",
-    "ContributionScores",
-    "Estimator",
-    "FaigSettings",
-    "LossFn",
-    "OnePassEstimator",
-    "ProbeSettings",
-    "estimate_contributions",
-]
+from .objective import LossFn, MeanLoss
+from .one_pass import ONE_PASS_ESTIMATORS, score_in_one_pass
+from .weight_space import checked_end_weights, load_weights, put_back_afterwards
 
 Estimator = Literal["faig", "probe", "gradient", "fisher", "taylor"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -56,11 +46,11 @@ class FaigSettings:
     """The path that "faig" walks.
 
     Attributes:
-        num_path_steps: midpoints on the path, a pass over the batches each; more of them lower `completeness_error`.
-            More than the probe's: end weights from anywhere may lie farther away.
+        num_path_steps: Number of midpoints on the path, a pass over the batches each; more of them lower
+            `completeness_error`. The default is higher than the probe's: given end weights may lie farther away.
 
     Raises:
-        ValueError: less than one midpoint.
+        ValueError: num_path_steps is below 1.
     """
 
     num_path_steps: int = 16
@@ -74,12 +64,12 @@ class ProbeSettings:
     """The short full tuning of "probe", and the path that is walked afterwards.
 
     Attributes:
-        num_steps: steps of AdamW.
-        learning_rate: the same at each of them.
-        num_path_steps: midpoints on the path, as for "faig"; fewer than its default, as the path is short.
+        num_steps: Number of steps of AdamW.
+        learning_rate: Learning rate of every step.
+        num_path_steps: Number of midpoints on the path, as for "faig"; a short path needs fewer.
 
     Raises:
-        ValueError: less than one step or midpoint, or a learning rate that is not positive and finite.
+        ValueError: A number of steps is below 1, or the learning rate is not positive and finite.
     """
 
     num_steps: int = 20
@@ -107,33 +97,32 @@ def estimate_contributions(
     accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> ContributionScores:
-    """Score every adaptable layer of a network by its contribution to a task.
+    """Scores every adaptable layer of a network by its contribution to a task.
 
-    Weights, buffers, `requires_grad`, `.grad`, training mode, the RNGs of Python, NumPy and torch and those that a
-    loader was given are afterwards exactly what they were, also when `loss_fn` raises. Frozen layers are scored like
-    the others. Memory does not depend on the number of batches: beside the activations of one batch, the path
-    estimators hold three copies of the weights ("probe" also the two of AdamW while it tunes), the others one.
+    Nothing of the model changes, also when `loss_fn` raises: weights, buffers, `requires_grad`, `.grad` and training
+    mode. The RNGs of Python, NumPy and torch, and those that a loader was given, are put back. Frozen layers are
+    scored like the others. Memory does not depend on the number of batches. Besides the activations of one batch, the
+    path estimators hold three copies of the weights ("probe" also AdamW's two while it tunes), the others one.
 
     Args:
         model: Any module, not wrapped for several processes; its current weights are the pre-trained ones.
-        batches: Whatever `loss_fn` takes, on its device. "faig" and "probe" iterate over them anew for each pass: a
-            list or a DataLoader. The others pass once, so that a generator will do. A shuffling loader gives each pass
-            of the path the same batches, also with its own `generator`; but random draws in persistent workers differ.
+        batches: Whatever `loss_fn` takes, on its device. "faig" and "probe" iterate over them anew for each pass: pass
+            a list or a DataLoader. The others pass once, so that a generator will do. A shuffling loader gives each
+            pass of the path the same batches, also with its own `generator`; draws in persistent workers differ.
         loss_fn: `loss_fn(model, batch)` gives a scalar tensor. It may use autocast, also `accelerator.autocast()`, or
-            be called inside of it; rather bfloat16 than float16, in which small gradients vanish, as no loss is
-            scaled.
+            be called inside of it. Prefer bfloat16: in float16 small gradients vanish, because no loss is scaled.
         estimator: "faig", "probe", "gradient", "fisher" or "taylor" (see the top of this file).
         end_state: For "faig": parameters of the tuned network by name, as its `state_dict()` gives them; buffers in
             it are ignored.
         settings: FaigSettings or ProbeSettings, whichever belongs to the estimator; None takes its defaults.
-        accelerator: Shares the batches out among its processes, each of which passes the same sequence of all of
-            them (a loader that is not prepared) and gets the same scores. The probe's tuning runs on each.
-        progress: Show a bar, on the main process.
+        accelerator: Shares the batches out among its processes. Each of them passes the same sequence of all batches
+            (a loader that is not prepared) and gets the same scores. The probe's tuning runs on each.
+        progress: Whether to show a bar, on the main process.
 
     Raises:
-        ValueError: An unknown estimator, or settings or end weights that do not belong to it; end weights that are
-            missing, unexpected, of another shape, not finite, or all equal to the start; no batches, or a generator
-            where one does not do; a loss that is no scalar, not finite, or without gradient; a model without
+        ValueError: The estimator is unknown, or settings or end weights do not belong to it; end weights are missing,
+            unexpected, of another shape, not finite, or all equal to the start; there are no batches, or a generator
+            where one does not do; the loss is not a scalar, not finite, or without gradient; the model has no
             adaptable layer, or none that the loss reaches; or another process failed (named).
 
     Warns:
@@ -146,11 +135,11 @@ def estimate_contributions(
     settings = settings or _DEFAULT_SETTINGS.get(estimator)
     progress = progress and processes.is_main
     end = None if end_state is None else checked_end_weights(model, end_state)
-    with ExitStack() as restored:
-        start = restored.enter_context(restored_afterwards(model))
+    with ExitStack() as unchanged:
+        start = unchanged.enter_context(put_back_afterwards(model))
         seed = processes.from_main(torch.randint(2**31, ()).item())
         objective = MeanLoss(model, batches, loss_fn, seed, processes)
-        restored.callback(objective.generators.restore)
+        unchanged.callback(objective.generators.reset)
         if estimator in ONE_PASS_ESTIMATORS:
             result = score_in_one_pass(objective, estimator, progress)
         else:
@@ -169,10 +158,9 @@ def estimate_contributions(
     # One process's for all: the last digits of a sum may depend on the kind of GPU, and ranks on them.
     result = processes.from_main(result)
     if result.unreached and processes.is_main:
-        names = some([f"'{layer}'" for layer in result.unreached], 5)
         warnings.warn(
             f"The loss does not reach {len(result.unreached)} of {len(result.scores)} layers, whose score is 0: "
-            f"{names}. They get no rank unless one is guaranteed.",
+            f"{some([*map(repr, result.unreached)], 5)}. They get no rank unless one is guaranteed.",
             stacklevel=2,
         )
     return result

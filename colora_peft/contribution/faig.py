@@ -2,18 +2,17 @@
 
 FAIG, filter attribution by integrated gradients: Xie et al., "Finding Discriminative Filters for Specific
 Degradations in Blind Super-Resolution", NeurIPS 2021, arXiv 2108.01070. The weights walk straight from theta0
-(pre-trained) to theta (tuned); filter j of layer i is worth
+(pre-trained) to theta (tuned). Filter j of layer i is worth
 
     F_ij = | sum over the filter's weights of (theta - theta0) * mean_t dL/dtheta(theta0 + t (theta - theta0)) |
 
 and the layer's score C_i is the mean over its weights, sum_j F_ij / number of weights, so that layers of different
-size compare. Filter j is what lies at j along the first axis of the weight.
+size compare. Filter j is the part of the weight at j along its first axis.
 
 Our choice: t runs over midpoints (m + 0.5) / M, exact for a quadratic loss. Frozen parameters move along; buffers are
 those of theta0 at every point, whatever the tuning made of them.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -24,19 +23,17 @@ from tqdm.auto import tqdm
 
 from colora_peft.ranks import ContributionScores
 
-from .layer_scores import checked_score, filter_score, scored_weights, unreached_layers
-from .mean_loss import GradientSums, MeanLoss, backward, checked_loss, no_batches_message
+from .layer_scores import check_finite, filter_score, scored_weights, unreached_layers
+from .objective import GradientSums, MeanLoss, backward, checked_loss, no_batches_message
 from .weight_space import load_path_point, load_weights, moving_parameters
-
-__all__ = ["integrate_path", "tuned_weights"]
 
 
 def integrate_path(
     objective: MeanLoss, start: Mapping[str, Tensor], end: Mapping[str, Tensor], num_path_steps: int, progress: bool
 ) -> ContributionScores:
-    """FAIG from `start` to `end`; the model is left at `end`, the caller restores it.
+    """Returns the scores of FAIG from `start` to `end`; the model is left at `end`, and the caller puts it back.
 
-    Costs num_path_steps + 2 passes over the batches, and one set of weights beside `start` and `end`.
+    It costs num_path_steps + 2 passes over the batches, and one set of weights beside `start` and `end`.
     """
     model, processes = objective.model, objective.processes
     loss_start, num_batches = objective.value("at the start weights")
@@ -63,12 +60,8 @@ def integrate_path(
         attribution = mean_gradient.mul_(end[name].to(total) - start[name].to(total))
         path_integral += attribution.sum(dtype=torch.float64).item()
     weights = scored_weights(model)
-    scores = {layer: checked_score(layer, filter_score(sums.totals[name])) for layer, name in weights.items()}
-    if not math.isfinite(path_integral):
-        raise ValueError(
-            "The gradient of a bias or norm overflowed although the loss is finite: use float32 instead of half "
-            "precision, or check the loss."
-        )
+    scores = {layer: filter_score(sums.totals[name]) for layer, name in weights.items()}
+    check_finite(scores, path_integral)
     return ContributionScores(
         scores=scores,
         method="faig",
@@ -82,10 +75,11 @@ def integrate_path(
 
 
 def tuned_weights(objective: MeanLoss, num_steps: int, learning_rate: float, progress: bool) -> dict[str, Tensor]:
-    """Copies of all parameters after a short full tuning; the model is left there, the caller restores it.
+    """Returns copies of all parameters after a short full tuning; the model is left there, the caller puts it back.
 
-    AdamW without weight decay, which would move weights the loss never reaches, over the batches again and again.
-    Every process takes the steps, each with a whole batch; all get the main one's weights, to walk to the same point.
+    AdamW runs over the batches again and again, without weight decay, which would move weights that the loss never
+    reaches. Every process takes the steps, each with a whole batch. All get the main one's weights, to walk to the
+    same point.
     """
     parameters = moving_parameters(objective.model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
@@ -104,7 +98,7 @@ def tuned_weights(objective: MeanLoss, num_steps: int, learning_rate: float, pro
 
 
 def _batches_over_and_over(objective: MeanLoss, num_steps: int) -> Iterator[tuple[int, Any]]:
-    """Number and batch of each step."""
+    """Yields the number and the batch of each step."""
     done = 0
     while done < num_steps:
         before_pass = done

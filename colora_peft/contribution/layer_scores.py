@@ -1,4 +1,4 @@
-"""What all contribution estimates share about layers: their weights by name, filters, and scores that can be used."""
+"""From the weights of layers to their scores: names, filters, and checks that every estimator shares."""
 
 import math
 from collections.abc import Mapping
@@ -10,21 +10,19 @@ from colora_peft.ranks import adaptable_layers
 
 from .weight_space import moving_parameters
 
-__all__ = ["checked_score", "filter_score", "scored_weights", "unreached_layers"]
+_OVERFLOW = (
+    "so the gradient overflowed although the loss is finite: use float32 instead of half precision, or check the loss."
+)
 
 
 def scored_weights(model: nn.Module) -> dict[str, str]:
-    """Layer name -> parameter name of its weight, for the adaptable layers in network order.
-
-    Raises:
-        ValueError: a layer's weight is no parameter of the model.
-    """
+    """Returns the parameter name of each adaptable layer's weight by layer name, in network order."""
     names = {id(parameter): name for name, parameter in moving_parameters(model).items()}
     weights = {}
     for layer_name, layer in adaptable_layers(model).items():
         if id(layer.weight) not in names:
             raise ValueError(
-                f"Layer '{layer_name}': its weight is no parameter of the model (a parametrization, weight_norm?): "
+                f"Layer '{layer_name}': its weight is not a parameter of the model (a parametrization, weight_norm?): "
                 "remove it first, for example with torch.nn.utils.parametrize.remove_parametrizations."
             )
         weights[layer_name] = names[id(layer.weight)]
@@ -32,7 +30,7 @@ def scored_weights(model: nn.Module) -> dict[str, str]:
 
 
 def filter_score(attribution: Tensor) -> float:
-    """Sum over the filters of |sum of a filter's attributions|, over the number of weights.
+    """Returns the sum over the filters of |sum of a filter's attributions|, divided by the number of weights.
 
     Signs cancel within a filter, not between filters. Filter j is attribution[j], whatever the kind of layer.
     """
@@ -40,26 +38,17 @@ def filter_score(attribution: Tensor) -> float:
     return filters.abs().sum().item() / attribution.numel()
 
 
-def checked_score(layer: str, score: float) -> float:
-    """The score.
-
-    Raises:
-        ValueError: it is not finite.
-    """
-    if not math.isfinite(score):
-        raise ValueError(
-            f"Layer '{layer}': its score is {score}, so the gradient overflowed although the loss is finite: "
-            "use float32 instead of half precision, or check the loss."
-        )
-    return score
+def check_finite(scores: Mapping[str, float], path_integral: float = 0.0) -> None:
+    """Checks that the attributions of an estimate are finite."""
+    for layer, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"Layer '{layer}': its score is {score}, {_OVERFLOW}")
+    if not math.isfinite(path_integral):
+        raise ValueError(f"A bias or norm: its attribution is not finite, {_OVERFLOW}")
 
 
 def unreached_layers(weights: Mapping[str, str], reached: set[str]) -> tuple[str, ...]:
-    """The layers without a gradient in any batch.
-
-    Raises:
-        ValueError: these are all layers.
-    """
+    """Returns the layers without a gradient in any batch, which must not be all."""
     unreached = tuple(layer for layer, name in weights.items() if name not in reached)
     if len(unreached) == len(weights):
         raise ValueError(

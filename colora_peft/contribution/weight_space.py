@@ -1,7 +1,7 @@
-"""Walking a network through weight space and bringing it back: what every contribution estimator stands on.
+"""A network's walk through weight space and its way back, which every estimator uses.
 
-The moving parameters are all of floating point, frozen or not; they are named as `named_parameters` names them (a tied
-parameter once, under its first name).
+The moving parameters are all those of floating point, frozen or not. They are named as `named_parameters` names them:
+a tied parameter once, under its first name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,48 +17,27 @@ from torch import Tensor, nn
 
 from colora_peft.utils import some
 
-__all__ = [
-    "BufferCopies",
-    "checked_end_weights",
-    "load_path_point",
-    "load_weights",
-    "moving_parameters",
-    "restored_afterwards",
-    "seed_rngs",
-    "sum_dtype",
-]
-
-
-class RngStates(NamedTuple):
-    """Of every generator that a loss or a data set may draw from."""
-
-    python: Any
-    numpy: Any
-    torch_cpu: Tensor
-    torch_gpus: list[Tensor]
-    """Of every GPU in use."""
-
 
 def moving_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that have a path, by name."""
+    """Returns the parameters that have a path, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
 
 
 def sum_dtype(value: Tensor) -> torch.dtype:
-    """The type to sum and interpolate in: float32 at least, also for weights in half precision."""
+    """Returns the type to sum and interpolate in: at least float32, also for weights in half precision."""
     return torch.promote_types(value.dtype, torch.float32)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the model's own parameter tensors, which keep their identity."""
+    """Copies `weights` into the model's own parameter tensors, which keep their identity."""
     for name, parameter in moving_parameters(model).items():
         parameter.copy_(weights[name])
 
 
 @torch.no_grad()
 def load_path_point(model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], t: float) -> None:
-    """Set the model's weights to start + t (end - start)."""
+    """Sets the model's weights to start + t (end - start)."""
     for name, parameter in moving_parameters(model).items():
         first = start[name].to(sum_dtype(parameter))
         parameter.copy_(first.lerp(end[name].to(first), t))
@@ -76,11 +54,13 @@ class BufferCopies:
 
     @classmethod
     def of(cls, model: nn.Module) -> BufferCopies:
+        """Returns copies of the buffers of `model` as they are now."""
         modules = [(module, dict(module._buffers)) for module in model.modules()]
         return cls(modules, [(buffer, buffer.detach().clone()) for buffer in model.buffers()])
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def reset(self) -> None:
+        """Puts the buffers and their values back."""
         for buffer, value in self.values:
             buffer.copy_(value)
         for module, own_buffers in self.modules:
@@ -88,14 +68,15 @@ class BufferCopies:
 
 
 @contextmanager
-def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A model free to move: in eval mode, all moving parameters trainable, `.grad` empty; on exit as it was, bit for
-    bit.
+def put_back_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Context in which a model is free to move; on exit, also by an exception, it is as it was, bit for bit.
 
-    Restored, also after an exception: weights, buffers, `requires_grad`, `.grad`, training mode of each module,
-    the RNGs of Python, NumPy and torch (CPU and GPUs in use). Yields copies of the moving parameters by name: theta0.
+    Inside, it is in eval mode, all moving parameters are trainable, and `.grad` is empty. Put back are weights,
+    buffers, `requires_grad`, `.grad`, the training mode of each module, and the RNGs of Python, NumPy and torch (CPU
+    and GPUs in use). Yields copies of the moving parameters by name: theta0.
     """
-    states = _rng_states()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     modes = [(module, module.training) for module in model.modules()]
     buffers = BufferCopies.of(model)
     parameters = moving_parameters(model)
@@ -106,35 +87,23 @@ def restored_afterwards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None
-        with torch.enable_grad():
+        with torch.random.fork_rng(gpus), torch.enable_grad():
             yield start
     finally:
         load_weights(model, start)
         for name, (required_grad, grad) in flags.items():
             parameters[name].grad = grad
             parameters[name].requires_grad_(required_grad)
-        buffers.restore()
+        buffers.reset()
         for module, was_training in modes:
             module.training = was_training
         torch.clear_autocast_cache()
-        _set_rng_states(states)
-
-
-def _rng_states() -> RngStates:
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return RngStates(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus)
-
-
-def _set_rng_states(states: RngStates) -> None:
-    random.setstate(states.python)
-    np.random.set_state(states.numpy)
-    torch.set_rng_state(states.torch_cpu)
-    if states.torch_gpus:
-        torch.cuda.set_rng_state_all(states.torch_gpus)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def seed_rngs(seed: int) -> None:
-    """Seed exactly the generators that `restored_afterwards` brings back."""
+    """Seeds exactly the generators that `put_back_afterwards` puts back."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -143,11 +112,11 @@ def seed_rngs(seed: int) -> None:
 
 
 def checked_end_weights(model: nn.Module, end_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `end_state` for the moving parameters, held against the model's current weights.
+    """Returns the entries of `end_state` for the moving parameters.
 
     Raises:
-        ValueError: an entry missing, unexpected, of another shape, or not finite (named); or no weight differs from
-        the model's.
+        ValueError: An entry is missing, unexpected, of another shape, or not finite (named); or no weight differs
+            from the model's.
     """
     parameters = moving_parameters(model)
     missing = [name for name in parameters if name not in end_state]
@@ -155,8 +124,8 @@ def checked_end_weights(model: nn.Module, end_state: Mapping[str, Tensor]) -> di
     unexpected = [name for name in end_state if name not in known]
     if missing or unexpected:
         raise ValueError(
-            f"The end weights do not fit the model (missing: {some(_quoted(missing), 5)}; unexpected: "
-            f"{some(_quoted(unexpected), 5)}): pass the state_dict() of the same network after tuning."
+            f"The end weights do not fit the model (missing: {some([*map(repr, missing)], 5)}; unexpected: "
+            f"{some([*map(repr, unexpected)], 5)}): pass the state_dict() of the same network after tuning."
         )
     in_use = {parameter.data_ptr() for parameter in parameters.values()}
     end, has_moved = {}, False
@@ -178,7 +147,3 @@ def checked_end_weights(model: nn.Module, end_state: Mapping[str, Tensor]) -> di
             "pre-trained weights into the model and pass the tuned ones as end_state."
         )
     return end
-
-
-def _quoted(names: list[str]) -> list[str]:
-    return [f"'{name}'" for name in names]

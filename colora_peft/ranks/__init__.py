@@ -1,41 +1,35 @@
 """Allocate: layers, scores and a budget become ranks.
 
-Pure functions from the shapes of layers, their contribution scores and a budget of trained parameters to one rank for
-each layer. `allocate_ranks` is the entry; tables and figures of an allocation are here, too.
+`allocate_ranks` is the entry: a pure function from the shapes of layers, their contribution scores and a budget of
+trained parameters to one rank for each layer. `adaptable_layers` finds the layers, `ContributionScores` holds their
+scores, and an allocation can be printed as a table and drawn as a figure.
 """
 
-from .adaptable import SUPPORTED_LAYERS, adaptable_layers, weight_matrix_shape, why_not_adaptable
-from .allocation import (
-    adapter_parameters,
-    allocate_ranks,
-    check_same_names,
-    common_rank,
-    is_dense,
-    names_hint,
-    stored_rank,
-    unknown_layer_message,
-)
+from .adaptable import ADAPTABLE_KINDS, SUPPORTED_LAYERS, adaptable_layers, weight_matrix_shape, why_not_adaptable
+from .allocation import adapter_parameters, allocate_ranks, common_rank
 from .figure import check_figures_can_be_drawn, plot_contributions
-from .report import format_allocation_table
+from .matrix_shape import MatrixShape
+from .names import check_known_names, check_same_names, names_hint
 from .scores import ContributionScores, check_scores, mean_scores
+from .table import format_allocation_table
 
 __all__ = [
+    "ADAPTABLE_KINDS",
     "ContributionScores",
+    "MatrixShape",
     "SUPPORTED_LAYERS",
     "adaptable_layers",
     "adapter_parameters",
     "allocate_ranks",
     "check_figures_can_be_drawn",
+    "check_known_names",
     "check_same_names",
     "check_scores",
     "common_rank",
     "format_allocation_table",
-    "is_dense",
     "mean_scores",
     "names_hint",
     "plot_contributions",
-    "stored_rank",
-    "unknown_layer_message",
     "weight_matrix_shape",
     "why_not_adaptable",
 ]

@@ -1,28 +1,28 @@
-"""Which layers of a network CoLoRA can adapt, and the weight of a layer as a matrix."""
+"""The layers of a network that CoLoRA can adapt, and the weight of a layer as a matrix."""
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["ADAPTABLE_KINDS", "SUPPORTED_LAYERS", "adaptable_layers", "weight_matrix_shape", "why_not_adaptable"]
+from .matrix_shape import MatrixShape
 
 ADAPTABLE_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 SUPPORTED_LAYERS = ", ".join(kind.__name__ for kind in ADAPTABLE_KINDS)
 _CLOSED = AuxiliaryTrainingWrapper | nn.MultiheadAttention | nn.TransformerEncoderLayer
 
 
-def weight_matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(d, k) of a layer's weight: its first dimension and the product of the others, whatever the kind of layer."""
+def weight_matrix_shape(layer: nn.Module) -> MatrixShape:
+    """Returns (d, k) of a layer's weight: its first dimension and the product of the others, for any kind of layer."""
     weight = layer.weight
-    return weight.shape[0], weight.numel() // weight.shape[0]
+    return MatrixShape(weight.shape[0], weight.numel() // weight.shape[0])
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that CoLoRA can adapt by full module name, in network order.
+    """Returns the layers that CoLoRA can adapt by full module name, in network order.
 
     A layer that is already adapted appears as its base layer under its own name. Left out are layers that other
-    modules run without calling them (inside nn.MultiheadAttention and nn.TransformerEncoderLayer, which read the
-    weights directly) and what PEFT trains whole (`modules_to_save`).
+    modules run without calling them: inside nn.MultiheadAttention and nn.TransformerEncoderLayer, which read the
+    weights directly. Left out is also what PEFT trains whole (`modules_to_save`).
     """
     layers = {}
     closed: str | None = None  # prefix of the last module whose inside is not ours; children follow their parent
@@ -39,7 +39,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def why_not_adaptable(layer: nn.Module) -> str | None:
-    """None for a layer that CoLoRA can adapt, else the reason as the end of a sentence."""
+    """Returns None for a layer that CoLoRA can adapt, else the reason as the end of a sentence."""
     if not isinstance(layer, ADAPTABLE_KINDS):
         return f"CoLoRA adapts {SUPPORTED_LAYERS}"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):

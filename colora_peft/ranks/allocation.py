@@ -1,29 +1,30 @@
-"""How many ranks each layer gets under a budget of trained parameters (pure functions of shapes and scores).
+"""Allocation of ranks to layers under a budget of trained parameters: a pure function of shapes and scores.
 
 A layer i of shape (d, k) with contribution C_i is to train the share
 
     delta_i = clip(alpha * C_i ** beta, delta_min, 1)
 
-of its d * k weights, alpha being as large as `parameter_budget` of all targeted weights allows. That ranks follow
-contribution, and a ratio of learnable parameters of each layer, are the paper's (arXiv 2408.01099); the power law,
-`beta` and `delta_min` are our choice, because the formula is not in our sources: one exponent that goes from the
-same share everywhere (beta = 0) to shares proportional to contribution (beta = 1). As far as whole ranks allow: of a
-thin layer (depthwise, first or last) one rank may be more than the common share, and then it gets rank 0.
+of its d * k weights. alpha is as large as `parameter_budget` of all targeted weights allows. The paper (arXiv
+2408.01099) lets ranks, and a ratio of learnable parameters of each layer, follow contribution. Its formula is not in
+our sources. The power law, `beta` and `delta_min` are our choice: one exponent goes from the same share everywhere
+(beta = 0) to shares proportional to contribution (beta = 1). Whole ranks set a limit: in a thin layer (depthwise,
+first or last) one rank may be more than the common share, and then the layer gets rank 0.
 
 Ranks are whole, so a layer climbs levels: rank 1, 2, ..., the last rank whose factors cost less than the weight
 itself, then dense (written as rank min(d, k)). It reaches a level of share s when alpha = s / C_i ** beta. Sorting the
-steps of all layers by that alpha and taking the longest prefix that fits solves for alpha exactly, and makes a larger
-budget a superset of a smaller one. A layer's minimum rank grants it the first levels whatever alpha is; its maximum
-takes the last ones away, and what they would have cost goes to the others.
+steps of all layers by that alpha and taking the longest prefix that fits solves for alpha exactly. It also makes a
+larger budget a superset of a smaller one. A layer's minimum rank grants it the first levels whatever alpha is. Its
+maximum takes the last ones away, and their cost goes to the other layers.
 """
 
-import difflib
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
+from .matrix_shape import MatrixShape
+from .names import check_known_names, check_same_names
 from .scores import check_scores
 
 
@@ -38,22 +39,12 @@ class RankStep(NamedTuple):
     """Remaining ties go in network order."""
     rank: int
     extra_parameters: int
-    """What this level costs more than the level before."""
-
-
-def is_dense(rank: int, d: int, k: int) -> bool:
-    """Whether factors of `rank` would cost at least as much as the (d, k) weight, so that the delta is kept dense."""
-    return rank > 0 and rank * (d + k) >= d * k
-
-
-def stored_rank(rank: int, d: int, k: int) -> int:
-    """The rank as written into configs: min(d, k) where the delta is dense, else `rank` itself."""
-    return min(d, k) if is_dense(rank, d, k) else rank
+    """Parameters of this level minus those of the level before."""
 
 
 def adapter_parameters(rank: int, d: int, k: int) -> int:
-    """Number of trained parameters of a (d, k) layer at `rank`: two factors, or one dense delta if that is less."""
-    return min(rank * (d + k), d * k)
+    """Returns the number of trained parameters of a (d, k) layer at `rank`: two factors, or one dense delta."""
+    return MatrixShape(d, k).parameters(rank)
 
 
 def allocate_ranks(
@@ -65,7 +56,7 @@ def allocate_ranks(
     min_ranks: Mapping[str, int] | None = None,
     max_ranks: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Ranks by layer name under a budget, never exceeding it; the next step in line would not fit.
+    """Returns ranks by layer name that stay within a budget; the next step in line would not fit.
 
     Args:
         shapes: (d, k) of each targeted layer by name, in network order.
@@ -74,8 +65,8 @@ def allocate_ranks(
         beta: Exponent >= 0; 0 gives every layer the same share, rank 0 where one rank costs more than that share.
             With beta > 0 a layer that scored 0 gets rank 0.
         delta_min: Share in [0, 1] that each layer may have before scores count, as far as whole ranks allow.
-        min_ranks: Rank of some layers at least, whatever their score; where a layer has no rank that high it is dense.
-        max_ranks: Rank of some layers at most, whatever `delta_min`. A dense delta counts as rank min(d, k).
+        min_ranks: Lowest rank of some layers, whatever their score; where a layer has no rank that high it is dense.
+        max_ranks: Highest rank of some layers, whatever `delta_min`. A dense delta counts as rank min(d, k).
 
     Raises:
         ValueError: Scores and shapes name different layers, a score is negative or not finite, all scores are 0,
@@ -84,18 +75,26 @@ def allocate_ranks(
     """
     if not shapes:
         raise ValueError("There is no layer to allocate ranks to: pass at least one shape.")
+    shapes = {name: MatrixShape(*shape) for name, shape in shapes.items()}
     if scores is not None:
         check_same_names(scores, shapes, "contributions")
         check_scores(scores, "measure again")
     bounds = _rank_bounds(shapes, min_ranks or {}, max_ranks or {})
-    total = sum(d * k for d, k in shapes.values())
-    allowed = _allowed_parameters(parameter_budget, total)
+    total, allowed = _total_and_allowed(shapes.values(), parameter_budget)
     steps = _rank_steps(shapes, scores, beta, delta_min, bounds)
     if not steps:
         raise ValueError(_no_step_message(shapes, None if beta == 0 else scores, bounds))
     guaranteed = sum(step.extra_parameters for step in steps if step.log_alpha == -math.inf)
-    _check_budget(allowed, total, guaranteed, steps[0].extra_parameters)
-
+    if guaranteed > allowed:
+        raise ValueError(
+            f"The minima (delta_min, min_rank_pattern) alone take {guaranteed} parameters but the budget allows "
+            f"{allowed} of {total}: lower them or set parameter_budget to at least {_budget_for(guaranteed, total)}."
+        )
+    if steps[0].extra_parameters > allowed:
+        raise ValueError(
+            f"The budget allows {allowed} of {total} parameters but the first rank takes {steps[0].extra_parameters}: "
+            f"set parameter_budget to at least {_budget_for(steps[0].extra_parameters, total)}."
+        )
     names = list(shapes)
     ranks = dict.fromkeys(names, 0)
     spent = 0
@@ -108,18 +107,15 @@ def allocate_ranks(
 
 
 def common_rank(shapes: Iterable[tuple[int, int]], parameter_budget: float) -> int:
-    """The highest rank that all layers can have alike under the budget: LoRA as PEFT has it.
+    """Returns the highest rank that all layers can have alike under the budget: LoRA as PEFT has it.
 
     Raises:
-        ValueError: if the budget does not pay for rank 1 in every layer; says which does.
+        ValueError: The budget does not pay for rank 1 in every layer; the message names one that does.
     """
-    shapes = list(shapes)
-    total = sum(d * k for d, k in shapes)
-    allowed = _allowed_parameters(parameter_budget, total)
-    costs = [
-        sum(adapter_parameters(rank, d, k) for d, k in shapes)
-        for rank in range(1, max(lowest_dense_rank(d, k) for d, k in shapes) + 1)
-    ]
+    shapes = [MatrixShape(*shape) for shape in shapes]
+    total, allowed = _total_and_allowed(shapes, parameter_budget)
+    highest = max(shape.lowest_dense_rank for shape in shapes)
+    costs = [sum(shape.parameters(rank) for shape in shapes) for rank in range(1, highest + 1)]
     if costs[0] > allowed:
         raise ValueError(
             f"The budget allows {allowed} of {total} parameters but rank 1 in every layer takes {costs[0]}: set "
@@ -128,96 +124,49 @@ def common_rank(shapes: Iterable[tuple[int, int]], parameter_budget: float) -> i
     return bisect_right(costs, allowed)  # costs never fall as the rank grows
 
 
-def check_same_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Check that `given` names every layer of `known` and no other.
-
-    Raises:
-        ValueError: Naming the first stranger with its nearest relatives, or the first layer left out.
-    """
-    given, known = list(given), list(known)
-    for name in given:
-        if name not in set(known):
-            raise ValueError(unknown_layer_message(name, known, what))
-    missing = [name for name in known if name not in set(given)]
-    if missing:
-        raise ValueError(
-            f"The targeted layer {missing[0]!r} is missing from `{what}` ({len(missing)} of {len(known)} are): "
-            f"add it, or exclude it with `exclude_modules`."
-        )
-
-
-def unknown_layer_message(name: str, known: Iterable[str], what: str) -> str:
-    """One sentence that says `what` names a layer which is not there, with up to three close matches."""
-    return (
-        f"The name {name!r} in `{what}` is not that of a layer that can be adapted here ({names_hint(name, known)})."
-    )
-
-
-def names_hint(name: str, known: Iterable[str]) -> str:
-    """What may have been meant by `name`: up to three close matches."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else "use the names of model.named_modules()"
-
-
 def _rank_bounds(
-    shapes: Mapping[str, tuple[int, int]], min_ranks: Mapping[str, int], max_ranks: Mapping[str, int]
+    shapes: Mapping[str, MatrixShape], min_ranks: Mapping[str, int], max_ranks: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
-    """(lowest, highest) level of each layer, as ranks that configs hold.
-
-    Raises:
-        ValueError: A bound is of an unknown layer, or a layer has no level between its two; names it.
-    """
-    for what, given in (("min_ranks", min_ranks), ("max_ranks", max_ranks)):
-        for name in given:
-            if name not in shapes:
-                raise ValueError(unknown_layer_message(name, shapes, what))
+    """Returns (lowest, highest) level of each layer, as ranks that configurations hold."""
+    check_known_names(min_ranks, shapes, "min_ranks")
+    check_known_names(max_ranks, shapes, "max_ranks")
     bounds = {}
-    for name, (d, k) in shapes.items():
-        least, most = min_ranks.get(name, 0), max_ranks.get(name, min(d, k))
-        lowest = next((level for level in [0, *_levels(d, k)] if level >= least), min(d, k))
+    for name, shape in shapes.items():
+        least, most = min_ranks.get(name, 0), max_ranks.get(name, shape.dense_rank)
+        lowest = next((level for level in [0, *shape.levels] if level >= least), shape.dense_rank)
         if lowest > most:
-            dense = f" (from rank {lowest_dense_rank(d, k)} on it is dense, rank {min(d, k)})" if least <= most else ""
+            dense = f" (from rank {shape.lowest_dense_rank} on it is dense, rank {shape.dense_rank})"
             raise ValueError(
-                f"The layer {name!r} of shape {d} x {k} is to have at least rank {least} and at most rank {most}, "
-                f"which no rank meets{dense}: lower its minimum or raise its maximum."
+                f"The layer {name!r} of shape {shape.d} x {shape.k} is to have at least rank {least} and at most rank "
+                f"{most}, which no rank meets{dense if least <= most else ''}: lower its minimum or raise its maximum."
             )
         bounds[name] = (lowest, most)
     return bounds
 
 
-def lowest_dense_rank(d: int, k: int) -> int:
-    """The rank from which on factors of a (d, k) weight cost at least as much as the weight."""
-    return -(-d * k // (d + k))
-
-
-def _levels(d: int, k: int) -> list[int]:
-    """The ranks above 0 that a (d, k) layer climbs, the last of them dense."""
-    return [*range(1, lowest_dense_rank(d, k)), min(d, k)]
-
-
 def _rank_steps(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, MatrixShape],
     scores: Mapping[str, float] | None,
     beta: float,
     delta_min: float,
     bounds: Mapping[str, tuple[int, int]],
 ) -> list[RankStep]:
-    """All steps of all layers in the order in which a growing alpha takes them."""
+    """Returns all steps of all layers in the order in which a growing alpha takes them."""
     uniform = scores is None or beta == 0
     highest = 1.0 if uniform else max(scores.values())
     steps = []
-    for index, (name, (d, k)) in enumerate(shapes.items()):
+    for index, (name, shape) in enumerate(shapes.items()):
         score = 1.0 if uniform else scores[name]
         lowest, most = bounds[name]
         # Logarithms: C ** beta overflows or vanishes for scores that are far apart. Ratios: the unit cancels.
         log_weight = beta * (math.log(score) - math.log(highest)) if score > 0 else -math.inf
         cost = 0
-        for rank in _levels(d, k):
+        for rank in shape.levels:
             if rank > most:
                 break
-            extra = adapter_parameters(rank, d, k) - cost
+            extra = shape.parameters(rank) - cost
             cost += extra
-            share = cost / (d * k)
+            share = cost / shape.size
             is_guaranteed = share <= delta_min or rank <= lowest
             log_alpha = -math.inf if is_guaranteed else math.log(share) - log_weight
             if log_alpha < math.inf:
@@ -226,10 +175,10 @@ def _rank_steps(
 
 
 def _no_step_message(
-    shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, float] | None, bounds: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, MatrixShape], scores: Mapping[str, float] | None, bounds: Mapping[str, tuple[int, int]]
 ) -> str:
-    """Why no layer can have a rank, and what to change; `scores` are None where they do not count."""
-    lowest = {name: _levels(d, k)[0] for name, (d, k) in shapes.items()}
+    """Returns why no layer can have a rank, and the remedy; `scores` are None where they do not count."""
+    lowest = {name: shape.levels[0] for name, shape in shapes.items()}
     wanted = [name for name in shapes if scores is None or scores[name] > 0]
     may_have_one = any(rank <= bounds[name][1] for name, rank in lowest.items())
     if not wanted and may_have_one:
@@ -239,31 +188,17 @@ def _no_step_message(
     return f"The maximum ranks leave {whose} a rank: raise one, for example that of {example!r} to {lowest[example]}."
 
 
-def _check_budget(allowed: int, total: int, guaranteed: int, first_step: int) -> None:
-    """Check that `allowed` parameters pay for what minima guarantee and for the first step.
-
-    Raises:
-        ValueError: They do not; says how many are needed and the smallest budget that works.
-    """
-    if guaranteed > allowed:
-        raise ValueError(
-            f"The minima (delta_min, min_rank_pattern) alone take {guaranteed} parameters but the budget allows "
-            f"{allowed} of {total}: lower them or set parameter_budget to at least {_budget_for(guaranteed, total)}."
-        )
-    if first_step > allowed:
-        raise ValueError(
-            f"The budget allows {allowed} of {total} parameters but the first rank takes {first_step}: "
-            f"set parameter_budget to at least {_budget_for(first_step, total)}."
-        )
-
-
-def _allowed_parameters(parameter_budget: float, total: int) -> int:
+def _total_and_allowed(shapes: Iterable[MatrixShape], parameter_budget: float) -> tuple[int, int]:
+    """Returns the number of all weights, and how many parameters the budget allows."""
+    total = sum(shape.size for shape in shapes)
     # The decimal that was typed, not its binary neighbour: 0.29 of 100 weights are 29.
-    return math.floor(Fraction(str(float(parameter_budget))) * total)
+    return total, math.floor(Fraction(str(float(parameter_budget))) * total)
 
 
 def _budget_for(parameters: int, total: int) -> float:
-    """The smallest budget that pays for `parameters` of `total` weights: of six decimals, or of nine where the sixth
-    would be more than one weight."""
+    """Returns the smallest budget that pays for `parameters` of `total` weights.
+
+    It has six decimals, or nine where the sixth would be more than one weight.
+    """
     digits = 6 if total <= 10**6 else 9
     return math.ceil(Fraction(parameters * 10**digits, total)) / 10**digits

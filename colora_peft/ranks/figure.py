@@ -1,6 +1,6 @@
-"""Images of a run: contribution and rank of each layer (as a table: report.py), and images before and after.
+"""The figure of an allocation: contribution and rank of each layer.
 
-Matplotlib is imported inside the functions (it is an extra), through its object interface: no window, no global state.
+Matplotlib, an extra, is imported inside the functions and used without pyplot: no window, no global state.
 """
 
 import importlib.util
@@ -11,25 +11,25 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from .allocation import is_dense, stored_rank
-from .report import budget_line, check_layers, trained_fraction
-
-__all__ = ["check_figures_can_be_drawn", "plot_contributions"]
+from .matrix_shape import MatrixShape
+from .table import budget_line, checked_shapes
 
 # Shares below this look alike in the figure: the colour scale is logarithmic, as shares span decades.
-_SMALLEST_FRACTION = 0.01
+_SMALLEST_SHARE = 0.01
 _SCORE_DECADES_SHOWN = 8
 _MAX_GROUPS = 28
 
 
 def check_figures_can_be_drawn() -> None:
-    """Refuse to begin work at whose end there is a figure that cannot be drawn.
+    """Refuses to begin work at whose end there is a figure that cannot be drawn.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('The figures need matplotlib: pip install "colora-peft[examples]".')
+        raise ValueError(
+            'Figures need matplotlib: run `pip install matplotlib`, or in a clone `pip install -e ".[examples]"`.'
+        )
 
 
 def plot_contributions(
@@ -38,26 +38,35 @@ def plot_contributions(
     shapes: Mapping[str, tuple[int, int]],
     path: str | os.PathLike[str],
 ) -> None:
-    """Draw score and rank of each layer in network order, coloured by its trained share delta, to an image file.
+    """Draws score and rank of each layer in network order, coloured by its trained share delta, to an image file.
 
-    As in the overview figure of CoLoRA (arXiv 2408.01099). Scores and ranks are on log scales; a cross stands for a
-    score of 0 and for rank 0 (score in grey), a diamond for a dense delta.
+    The figure follows the overview figure of CoLoRA (arXiv 2408.01099). Scores and ranks are on log scales. A cross
+    stands for a score of 0 and for rank 0, a diamond for a dense delta. The score of a layer of rank 0 is grey.
 
     Args:
-        scores: layer name -> contribution score; None draws the ranks alone.
-        ranks: layer name -> rank, 0 for a layer that is left alone.
-        shapes: layer name -> (d, k) of the weight as a matrix, in network order.
-        path: file to write; its ending chooses the format (.png, .pdf, .svg).
+        scores: Contribution score by layer name; None draws the ranks alone.
+        ranks: Rank by layer name, 0 for a layer that is left alone.
+        shapes: (d, k) of the weight as a matrix by layer name, in network order.
+        path: File to write; its ending chooses the format (.png, .pdf, .svg).
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: names that do not agree (see `colora_peft.ranks.report.check_layers`).
+        ValueError: matplotlib is not installed, there is no layer, or the three name different layers.
     """
-    check_layers(scores, ranks, shapes)
-    figure, colormap, norm = _new_contribution_figure(len(shapes), num_panels=1 if scores is None else 2)
+    check_figures_can_be_drawn()
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    shapes = checked_shapes(scores, ranks, shapes)
+    num_panels = 1 if scores is None else 2
+    # Made without pyplot, a figure draws on the Agg canvas and registers nowhere.
+    width, height = min(max(8.0, 3.0 + 0.1 * len(shapes)), 18.0), 1.4 + 2.3 * num_panels
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.subplots(num_panels, 1, sharex=True)
     axes = list(figure.axes)
-    fractions = [trained_fraction(ranks[layer], shape) for layer, shape in shapes.items()]
-    colors = [colormap(norm(fraction)) if fraction else "0.72" for fraction in fractions]
+    colormap, norm = colormaps["viridis_r"], LogNorm(_SMALLEST_SHARE, 1.0, clip=True)
+    shares = [shape.trained_share(ranks[layer]) for layer, shape in shapes.items()]
+    colors = [colormap(norm(share)) if share else "0.72" for share in shares]
     if scores is not None:
         _draw_scores(axes[0], [scores[layer] for layer in shapes], colors)
     _draw_ranks(axes[-1], ranks, shapes, colors)
@@ -65,27 +74,6 @@ def plot_contributions(
     axes[0].set_title(budget_line(ranks, shapes), fontsize=11, loc="left")
     _add_colorbar(figure, axes, colormap, norm)
     figure.savefig(path, dpi=150)
-
-
-def _figure_class() -> Any:
-    """matplotlib's Figure; made without pyplot it draws on the Agg canvas and registers nowhere."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "colora-peft[examples]".') from error
-    return Figure
-
-
-def _new_contribution_figure(num_layers: int, num_panels: int) -> tuple[Any, Any, Any]:
-    """A figure with `num_panels` stacked axes sharing x, the colour map of delta and its log scale."""
-    figure_class = _figure_class()
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
-
-    width = min(max(8.0, 3.0 + 0.1 * num_layers), 18.0)
-    figure = figure_class(figsize=(width, 1.4 + 2.3 * num_panels), layout="constrained")
-    figure.subplots(num_panels, 1, sharex=True)
-    return figure, colormaps["viridis_r"], LogNorm(_SMALLEST_FRACTION, 1.0, clip=True)
 
 
 def _draw_scores(axes: Any, scores: Sequence[float], colors: Sequence[Any]) -> None:
@@ -101,14 +89,12 @@ def _draw_scores(axes: Any, scores: Sequence[float], colors: Sequence[Any]) -> N
     axes.set_ylabel("contribution\n(mean per weight)")
 
 
-def _draw_ranks(
-    axes: Any, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], colors: Sequence[Any]
-) -> None:
-    """Ranks on a log2 scale; a dense layer is drawn at its full rank, min(d, k)."""
+def _draw_ranks(axes: Any, ranks: Mapping[str, int], shapes: Mapping[str, MatrixShape], colors: Sequence[Any]) -> None:
+    """Draws ranks on a log2 scale; a dense layer stands at its full rank, min(d, k)."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    dense = [index for index, (layer, shape) in enumerate(shapes.items()) if is_dense(ranks[layer], *shape)]
-    heights = [stored_rank(ranks[layer], *shape) for layer, shape in shapes.items()]
+    dense = [index for index, (layer, shape) in enumerate(shapes.items()) if shape.is_dense(ranks[layer])]
+    heights = [shape.stored_rank(ranks[layer]) for layer, shape in shapes.items()]
     bottom, top = 0.5, 3.2 * max(1, *heights)
     axes.set_yscale("log", base=2)
     bars = [max(height - bottom, 0) for height in heights]
@@ -125,20 +111,18 @@ def _draw_ranks(
 
 
 def _mark_zeros(axes: Any, positions: Sequence[int], height: float, meaning: str) -> None:
-    """A grey cross at the foot of each layer that has nothing."""
+    """Draws a grey cross at the foot of each layer that has nothing."""
     if positions:
         heights = [height] * len(positions)
         axes.scatter(positions, heights, marker="x", s=14, linewidths=1, color="0.45", zorder=3, label=meaning)
 
 
 def _mark_groups(axes: Sequence[Any], layers: Sequence[str]) -> None:
-    """Name the stages of the network below the last panel and shade every other one."""
+    """Names the stages of the network below the last panel and shades every other one."""
     groups = _layer_groups(layers)
-    for number, (_, first, count) in enumerate(groups):
-        for panel in axes:
-            if number % 2:
-                panel.axvspan(first - 0.5, first + count - 0.5, color="0.93", zorder=-2, linewidth=0)
     for panel in axes:
+        for _, first, count in groups[1::2]:
+            panel.axvspan(first - 0.5, first + count - 0.5, color="0.93", zorder=-2, linewidth=0)
         panel.grid(axis="y", color="0.85", linewidth=0.6, zorder=-1)
         panel.set_axisbelow(True)
         panel.set_xlim(-0.7, len(layers) - 0.3)
@@ -149,9 +133,9 @@ def _mark_groups(axes: Sequence[Any], layers: Sequence[str]) -> None:
 
 
 def _layer_groups(layers: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(stage, first position, number of layers) of each run of layers of one stage.
+    """Returns (stage, first position, number of layers) of each run of layers of one stage.
 
-    The stage is the name up to its first number ("encoders.2"), or up to the part before ("encoders") if that makes
+    The stage is the name up to its first number ("encoders.2"). It ends before the number ("encoders") if there were
     too many stages to read, and for stages of one layer ("ups.0", "ups.1"). A prefix common to all layers is left out.
     """
     parts = [layer.split(".") for layer in layers]

@@ -1,7 +1,8 @@
 """Adapt: the PEFT method itself.
 
-`CoLoRAConfig` says what is adapted, `CoLoRAModel` is the tuner that PEFT calls, `CoLoRALayer` the adapted layer.
-Importing this package registers the method with PEFT.
+`CoLoRAConfig` says which layers are adapted, `CoLoRAModel` is the tuner that PEFT calls, and `CoLoRALayer` is the
+adapted layer. Adapters can be renamed, blended, swapped in a compiled network, and exported to stock LoRA. `import
+colora_peft` registers the method with PEFT.
 """
 
 from .config import METHOD_VERSION, PRIOR_CONTRIBUTIONS, CoLoRAConfig

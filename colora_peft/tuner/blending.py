@@ -1,13 +1,13 @@
 """Weighted sums of adapters: two tasks in one adapter, or one task taken away from another.
 
-With delta_i = s_i B_i A_i of adapter i (its scaling s_i) and weights w_i, negative ones included:
+Adapter i has the delta s_i B_i A_i, with its scaling s_i. Weights w_i may be negative.
 
-- "cat": sum of w_i delta_i, exactly. Factors stand side by side, so ranks add up; where they would cost as much as the
+- "cat": sum of w_i delta_i, exactly. Factors stand side by side, so ranks add up. Where they would cost as much as the
   weight, the sum is kept dense.
 - "svd": the nearest matrix to that sum of rank `svd_rank`, or of the highest rank that an adapter has in the layer. A
   dense layer keeps the sum.
 - "linear": factors are averaged, (sum a_i B_i)(sum b_i A_i) with a_i = sqrt|w_i s_i| and b_i = a_i sign(w_i s_i). The
-  result has cross terms B_i A_j: cheap and rough, here as in PEFT's LoRA, and exact in dense layers.
+  result has cross terms B_i A_j: it is cheap and rough, as in PEFT's LoRA, and exact in dense layers.
 """
 
 import math
@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from colora_peft.ranks import is_dense, stored_rank, weight_matrix_shape
 from colora_peft.utils import some
 
 from .config import CoLoRAConfig
@@ -25,32 +24,26 @@ from .deltas import check_adapter_name
 from .layer import CoLoRALayer
 from .scaling import adapter_scaling
 
-__all__ = ["COMBINATION_TYPES", "Blend", "blend_adapters"]
-
 COMBINATION_TYPES = ("cat", "linear", "svd")
 
 
 @dataclass(frozen=True)
 class Blend:
-    """What is to be added up, and how."""
+    """Adapters to be added up, and the way to do it."""
 
     adapters: list[str]
-    """Each at most once."""
+    """Names of the adapters, each at most once."""
     weights: list[float]
     """A finite factor for each."""
     adapter_name: str
-    """Name that the sum is to get."""
+    """Name of the sum."""
     combination_type: str
     """One of COMBINATION_TYPES; see the module."""
     svd_rank: int | None
     """Rank for "svd"; None takes the highest of the adapters' ranks, layer by layer."""
 
     def check(self, configs: Mapping[str, CoLoRAConfig]) -> None:
-        """Check that it can be made of the adapters in `configs`.
-
-        Raises:
-            ValueError: It cannot, as far as that does not depend on the layers.
-        """
+        """Checks that it can be made of the adapters in `configs`, as far as that does not depend on the layers."""
         adapters, weights = self.adapters, self.weights
         if not adapters:
             raise ValueError(f"There are no adapters to blend: name some of {some(sorted(configs))}.")
@@ -88,18 +81,18 @@ class Blend:
 def blend_adapters(
     layers: Mapping[str, CoLoRALayer], configs: Mapping[str, CoLoRAConfig], blend: Blend
 ) -> tuple[CoLoRAConfig, dict[str, dict[str, Tensor]]]:
-    """Configuration and weights of the weighted sum; nothing is changed.
+    """Returns configuration and weights of the weighted sum; nothing is changed.
 
     Args:
         layers: Adapted layers by full name.
         configs: Configurations of the adapters by name.
-        blend: Which of them to add up, and how.
+        blend: Adapters to add up, and the way to do it.
 
     Returns:
-        The configuration, and by layer what `CoLoRALayer.place_adapter` takes.
+        The configuration, and the weights for `CoLoRALayer.place_adapter` by layer.
 
     Raises:
-        ValueError: A name is unknown or taken, the weights do not fit, the combination type or rank is none, an
+        ValueError: A name is unknown or taken, the weights do not fit, the combination type or rank does not exist, an
             adapter trains more than deltas, or ranks differ under "linear".
     """
     blend.check(configs)
@@ -116,21 +109,29 @@ def blend_adapters(
         if parts:
             ranks[name] = _blended_rank(name, layer, [adapter for adapter, _ in parts], blend)
             blends[name] = _blended_weights(layer, parts, ranks[name], colora_alpha, blend.combination_type)
-    return _blended_config(configs[adapters[0]], {name: ranks[name] for name in ranks}), blends
+    # The ranks alone say where the blend is.
+    config = replace(
+        configs[adapters[0]],
+        ranks=ranks,
+        target_modules={name for name, rank in ranks.items() if rank > 0},
+        exclude_modules=None,
+        contributions=None,
+        min_rank_pattern={},
+        max_rank_pattern={},
+        layers_to_transform=None,
+        layers_pattern=None,
+        inference_mode=True,
+    )
+    return config, blends
 
 
 def _blended_rank(name: str, layer: CoLoRALayer, adapters: list[str], blend: Blend) -> int:
-    """Rank of the sum in one layer, as configurations write it.
-
-    Raises:
-        ValueError: Under "linear", the adapters' ranks differ.
-    """
-    d, k = weight_matrix_shape(layer)
+    """Returns the rank of the sum in one layer, as configurations write it."""
     own = [layer.rank[adapter] for adapter in adapters]
     if blend.combination_type == "cat":
-        return stored_rank(sum(own), d, k)
+        return layer.matrix_shape.stored_rank(sum(own))
     if blend.combination_type == "svd":
-        return stored_rank(min(blend.svd_rank or max(own), d, k), d, k)
+        return layer.matrix_shape.stored_rank(blend.svd_rank or max(own))
     if len(set(own)) > 1:
         raise ValueError(
             f"Layer {name!r} has ranks {own} in {some(adapters)}, which combination_type='linear' cannot average: use "
@@ -142,10 +143,9 @@ def _blended_rank(name: str, layer: CoLoRALayer, adapters: list[str], blend: Ble
 def _blended_weights(
     layer: CoLoRALayer, parts: Iterable[tuple[str, float]], rank: int, colora_alpha: float, combination_type: str
 ) -> dict[str, Tensor]:
-    """Parameters of the sum in one layer, of (d, k) or (r, k) and (d, r), by parameter name."""
-    d, k = weight_matrix_shape(layer)
-    scaling = adapter_scaling(rank, d, k, colora_alpha)
-    if is_dense(rank, d, k):
+    """Returns the parameters of the sum in one layer by parameter name, as `CoLoRALayer.place_adapter` takes them."""
+    scaling = adapter_scaling(rank, *layer.matrix_shape, colora_alpha)
+    if layer.matrix_shape.is_dense(rank):
         return {"colora_dense": _sum_of_deltas(layer, parts) / scaling}
     if combination_type == "svd":
         delta = _sum_of_deltas(layer, parts)
@@ -166,19 +166,3 @@ def _blended_weights(
 
 def _sum_of_deltas(layer: CoLoRALayer, parts: Iterable[tuple[str, float]]) -> Tensor:
     return sum(weight * layer.delta_matrix(adapter) for adapter, weight in parts)
-
-
-def _blended_config(first: CoLoRAConfig, ranks: dict[str, int]) -> CoLoRAConfig:
-    """What a blend is saved with: the ranks alone say where it is."""
-    return replace(
-        first,
-        ranks=ranks,
-        target_modules={name for name, rank in ranks.items() if rank > 0},
-        exclude_modules=None,
-        contributions=None,
-        min_rank_pattern={},
-        max_rank_pattern={},
-        layers_to_transform=None,
-        layers_pattern=None,
-        inference_mode=True,
-    )

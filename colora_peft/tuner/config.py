@@ -10,33 +10,34 @@ from peft.config import PeftConfig
 
 from colora_peft.ranks import ContributionScores, check_scores
 
-from .registration import COLORA, SAVES_BIASES
+from .peft_internals import SAVES_BIASES
+from .registration import COLORA
 
 BIAS_MODES = ("none", "all", "colora_only")
 METHOD_VERSION = 2
-"""Of what an adapter's files mean. Raised when packages before and after would read each other's wrongly.
+"""Version of the adapter file format. Increase it when older and newer releases would misread each other's files.
 
 2: another factor before the delta (`colora_peft.tuner.scaling`).
 """
 
 PRIOR_CONTRIBUTIONS = "colora_contributions"
-"""Where a network's own configuration carries contributions that are to serve any task: layer name to score >= 0."""
+"""Field of a network's configuration with contributions for any task: layer name to score >= 0."""
 
 
 @dataclass
 class CoLoRAConfig(PeftConfig):
-    """Which layers get an adapter, of which rank, after "Contribution-based Low-Rank Adaptation with Pre-training
-    Model for Real Image Restoration" (Park, Kim, Chun; ECCV 2024; arXiv 2408.01099).
+    """Layers that get an adapter, and their ranks.
 
-    The weight of layer i becomes W_i = W0_i + scaling * B_i A_i with a rank of its own. As everywhere in PEFT, A is
-    the down factor (r x k) and B the up factor (d x r, zero at start); the paper's figure calls them the other way
-    round.
+    The method is that of "Contribution-based Low-Rank Adaptation with Pre-training Model for Real Image Restoration"
+    (Park, Kim, Chun; ECCV 2024; arXiv 2408.01099). The weight of layer i becomes W_i = W0_i + scaling * B_i A_i with a
+    rank of its own. As everywhere in PEFT, A is the down factor (r x k) and B the up factor (d x r, zero at start).
+    The paper's figure calls them the other way round.
 
-    Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions`; what was allocated is
-    written into `ranks`, so that loading needs this configuration alone. Without contributions those count which the
-    network brings along (`model.config.colora_contributions`). Where it brings none, or `beta` is 0, every layer gets
-    the same share as far as whole ranks allow: a thin layer (depthwise, first or last) of which one rank is more than
-    that share gets rank 0.
+    Ranks are given by `ranks`, or else allocated under `parameter_budget` by `contributions`. An allocation is written
+    into `ranks`, so that loading needs this configuration alone. Where `contributions` are not given, those of the
+    network count (`model.config.colora_contributions`). Where it has none, or `beta` is 0, every layer gets the same
+    share as far as whole ranks allow. A thin layer (depthwise, first or last) gets rank 0 if one rank is more than
+    that share.
 
     Args:
         target_modules: As in PEFT: full names or suffixes of them, a regular expression of full names, or
@@ -44,24 +45,24 @@ class CoLoRAConfig(PeftConfig):
         exclude_modules: Layers to leave alone, matched as `target_modules`.
         ranks: One rank for all layers, or the rank of each targeted layer by its full module name; 0 leaves a layer
             alone. Where factors of a rank cost as much as the weight, its delta is dense and the rank min(d, k).
-        contributions: Score C_i >= 0 of each layer by its full module name, of any unit; or the path of a file that
-            `ContributionScores.save` wrote, from which they are read at once, so that nothing depends on it later.
+        contributions: Score C_i >= 0 of each layer by its full module name, of any unit. Or the path of a file from
+            `ContributionScores.save`, which is read at once, so that nothing depends on it later.
         parameter_budget: Trained share of the targeted weights, in (0, 1]. Used where `ranks` is not given.
         beta: Exponent >= 0 from contribution to share; 0 is uniform.
         delta_min: Share in [0, 1] that each layer may have before contributions count.
-        min_rank_pattern: Ranks that some layers get at least, by full name, suffix or regular expression as in PEFT's
+        min_rank_pattern: Lowest ranks of some layers, by full name, suffix or regular expression as in PEFT's
             `rank_pattern`: the first that matches counts. Where a layer has no rank that high it is dense. Used, as
             the next, where `ranks` is not given.
-        max_rank_pattern: Ranks that some layers get at most, a dense delta counting as rank min(d, k). What they leave
-            of the budget goes to the others.
+        max_rank_pattern: Highest ranks of some layers; a dense delta counts as rank min(d, k). The budget that they
+            leave goes to the other layers.
         colora_alpha: Gain of the delta; see `colora_peft.tuner.scaling.adapter_scaling`.
-        bias: Which biases are trained: "none", "all", or "colora_only", those of the adapted layers.
+        bias: Biases to train: "none", "all", or "colora_only", those of the adapted layers.
         modules_to_save: Modules besides the adapter that are trained whole and saved with it.
         layers_to_transform: Indices of the blocks to adapt, for layers inside an nn.ModuleList or nn.Sequential.
         layers_pattern: Name of that list; PEFT needs it where the list is a direct child of the network.
         init_weights: False draws B at random, so that a new adapter is not the identity: for tests.
-        method_version: Written by the package, so that another can refuse what it would misread.
-        base_fingerprint: Written by the package: which weights the adapter belongs to, whatever their name; see
+        method_version: Version of the file format, written by the package.
+        base_fingerprint: Fingerprint of the weights that the adapter belongs to, written by the package; see
             `colora_peft.tuner.fingerprint.base_fingerprint`. None: not known.
 
     Raises:
@@ -105,7 +106,7 @@ class CoLoRAConfig(PeftConfig):
         self._check_layer_selection()
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; sets as sorted lists, so that equal configurations give equal files."""
+        """Returns all fields, sets as sorted lists, so that equal configurations give equal files."""
         fields = {name: value for name, value in super().to_dict().items() if name != "target_parameters"}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
@@ -114,13 +115,13 @@ class CoLoRAConfig(PeftConfig):
             self.method_version = 1 if from_file else METHOD_VERSION
         if not isinstance(self.method_version, int):
             raise ValueError(
-                f"The adapter's method_version is {self.method_version!r}, no whole number: adapter_config.json is "
-                "damaged, take it from where the adapter came from."
+                f"The adapter's method_version is {self.method_version!r}, not a whole number: adapter_config.json "
+                "is damaged, take it from where the adapter came from."
             )
         if self.method_version > METHOD_VERSION:
             raise ValueError(
                 f"The adapter was saved by a newer colora_peft (method_version {self.method_version}, this one "
-                f"reads {METHOD_VERSION}): run `pip install -U colora-peft`."
+                f"reads {METHOD_VERSION}): update colora_peft, in a clone with `git pull`."
             )
         if self.method_version < METHOD_VERSION:
             raise ValueError(
@@ -130,31 +131,20 @@ class CoLoRAConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
-        if not 0 < self.parameter_budget <= 1:  # also refuses NaN, here and below
-            raise ValueError(
-                f"The parameter_budget is {self.parameter_budget}: it is the trained share of the targeted weights, "
-                "choose it in (0, 1], for example 0.07."
-            )
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(
-                f"The exponent beta is {self.beta}: choose it >= 0; 0 is uniform, 1 proportional to contribution."
-            )
-        if not 0 <= self.delta_min <= 1:
-            raise ValueError(
-                f"The share delta_min is {self.delta_min}: it is a share of a layer's weights, choose it in [0, 1]."
-            )
-        if not 0 < self.colora_alpha < math.inf:
-            raise ValueError(
-                f"The gain colora_alpha is {self.colora_alpha}: choose a finite number > 0, for example 16.0."
-            )
+        for name, is_in_range, remedy in (  # NaN is in no range
+            ("parameter_budget", 0 < self.parameter_budget <= 1, "the trained share of the weights, in (0, 1]"),
+            ("beta", 0 <= self.beta < math.inf, "an exponent >= 0; 0 is uniform, 1 proportional to contribution"),
+            ("delta_min", 0 <= self.delta_min <= 1, "a share of each layer's weights, in [0, 1]"),
+            ("colora_alpha", 0 < self.colora_alpha < math.inf, "a finite gain > 0, for example 16.0"),
+        ):
+            if not is_in_range:
+                raise ValueError(f"The setting {name} is {getattr(self, name)}: choose {remedy}.")
 
     def _check_ranks_and_contributions(self) -> None:
-        named_ranks = self.ranks if isinstance(self.ranks, dict) else {"every layer": self.ranks}
-        for name, rank in named_ranks.items():
-            if rank is None and not isinstance(self.ranks, dict):
-                continue
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-                raise ValueError(f"The rank of {name!r} is {rank!r}: ranks are whole numbers >= 0.")
+        if self.ranks is not None:
+            named_ranks = self.ranks if isinstance(self.ranks, dict) else {"every layer": self.ranks}
+            for name, rank in named_ranks.items():
+                _check_rank(rank, repr(name))
         if self.contributions is not None:
             check_scores(self.contributions, "pass those of ContributionScores.scores, or the path of their file")
             self.contributions = {layer: float(score) for layer, score in self.contributions.items()}
@@ -170,13 +160,12 @@ class CoLoRAConfig(PeftConfig):
                     "of them out."
                 )
             for pattern, rank in patterns.items():
-                if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-                    raise ValueError(f"The rank of {pattern!r} in {what} is {rank!r}: ranks are whole numbers >= 0.")
+                _check_rank(rank, f"{pattern!r} in {what}")
                 try:
                     re.compile(pattern)
                 except (re.error, TypeError) as error:
                     raise ValueError(
-                        f"The {pattern!r} in {what} is no regular expression ({error}): pass a name, or mend it."
+                        f"The {pattern!r} in {what} is not a regular expression ({error}): correct it, or pass a name."
                     ) from error
 
     def _check_layer_selection(self) -> None:
@@ -196,3 +185,8 @@ class CoLoRAConfig(PeftConfig):
             raise ValueError(
                 "The name layers_pattern needs layers_to_transform: pass the indices of the blocks to adapt."
             )
+
+
+def _check_rank(rank: Any, whose: str) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise ValueError(f"The rank of {whose} is {rank!r}: ranks are whole numbers >= 0.")

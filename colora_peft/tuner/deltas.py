@@ -1,4 +1,4 @@
-"""What an adapted layer holds: its base layer, and for each adapter a delta of a rank of its own.
+"""The parameters of an adapted layer: its base layer, and for each adapter a delta of a rank of its own.
 
 Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
 """
@@ -10,11 +10,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from colora_peft.ranks import is_dense, stored_rank, weight_matrix_shape
+from colora_peft.ranks import MatrixShape, weight_matrix_shape
 
+from .peft_internals import move_to_base_device
 from .scaling import STD_OF_A, adapter_scaling
-
-__all__ = ["DeltaStore", "check_adapter_name", "rename_key"]
 
 INITIAL_STD = 0.02
 """Standard deviation of B, and of a dense delta, under `init_weights=False`."""
@@ -23,11 +22,7 @@ _TAKEN_NAMES = frozenset(dir(nn.ParameterDict()))
 
 
 def check_adapter_name(name: str) -> None:
-    """Check that an adapter may be called `name`.
-
-    Raises:
-        ValueError: PyTorch could not hold parameters under that name.
-    """
+    """Checks that PyTorch can hold the parameters of an adapter called `name`."""
     if not name or "." in name:
         raise ValueError(f"The adapter name {name!r} cannot be part of parameter names: use letters, digits, -, _.")
     if name in _TAKEN_NAMES:
@@ -35,19 +30,26 @@ def check_adapter_name(name: str) -> None:
 
 
 def rename_key(entries: MutableMapping[str, Any] | nn.ParameterDict | nn.ModuleDict, old: str, new: str) -> None:
-    """Call entry `old`, if there is one, `new`, in place and without a change of the order."""
+    """Calls entry `old`, if there is one, `new`, in place and without a change of the order."""
     if old in entries:
         renamed = {new if name == old else name: entry for name, entry in entries.items()}
         entries.clear()
         entries.update(renamed)
 
 
+def delta_shapes(shape: MatrixShape, rank: int) -> dict[str, tuple[int, int]]:
+    """Returns the shape of each parameter of a delta of `rank` >= 1 by its name in `DeltaStore`."""
+    if shape.is_dense(rank):
+        return {"colora_dense": shape}
+    return {"colora_A": (rank, shape.k), "colora_B": (shape.d, rank)}
+
+
 class DeltaStore(nn.Module, BaseTunerLayer):
     """The parameters of the adapters of one layer, by adapter name, and the deltas that they make.
 
-    Parameters: `colora_A` (r, k) and `colora_B` (d, r), or `colora_dense` (d, k) where factors would cost as much. All
-    are matrices: `.to(memory_format=torch.channels_last)` would give a parameter of four dimensions strides that
-    safetensors refuses.
+    A delta has the parameters `colora_A` (r, k) and `colora_B` (d, r), or `colora_dense` (d, k) where factors would
+    cost as much. All are matrices: `.to(memory_format=torch.channels_last)` would give a parameter of four dimensions
+    strides that safetensors refuses.
     """
 
     adapter_layer_names: tuple[str, ...] = ("colora_A", "colora_B", "colora_dense")
@@ -69,18 +71,19 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
 
     def _weights_changed(self) -> None:
-        """Called after every change of what the layer computes."""
+        """Hook for subclasses, called after every change of what the layer computes."""
+
+    @property
+    def matrix_shape(self) -> MatrixShape:
+        """Shape (d, k) of W0 as a matrix."""
+        return weight_matrix_shape(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, rank: int, colora_alpha: float, init_weights: bool = True) -> None:
-        """Add adapter `adapter_name` of `rank` >= 1, or make it anew; A is drawn from torch's global generator.
+        """Adds adapter `adapter_name` of `rank` >= 1, or makes it anew; A is drawn from torch's global generator.
 
         With `init_weights` the delta starts at zero, otherwise at random (for tests).
         """
-        d, k = weight_matrix_shape(self.get_base_layer())
-        if is_dense(rank, d, k):
-            start = {"colora_dense": torch.zeros(d, k)}
-        else:
-            start = {"colora_A": torch.empty(rank, k), "colora_B": torch.zeros(d, rank)}
+        start = {name: torch.zeros(shape) for name, shape in delta_shapes(self.matrix_shape, rank).items()}
         self.place_adapter(adapter_name, rank, colora_alpha, start)
         # Registered first, drawn then: PEFT's low_cpu_mem_usage moves parameters to `meta` on registration.
         if adapter_name in self.colora_A:
@@ -88,32 +91,31 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         if not init_weights:
             up = self.colora_dense if adapter_name in self.colora_dense else self.colora_B
             nn.init.normal_(up[adapter_name], std=INITIAL_STD)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        move_to_base_device(self, adapter_name)
 
     def place_adapter(self, adapter_name: str, rank: int, colora_alpha: float, weights: dict[str, Tensor]) -> None:
-        """Give this layer the adapter `adapter_name` with these weights, in place of an older one of that name.
+        """Gives this layer an adapter with these weights, in place of an older one of its name.
 
         Args:
-            adapter_name: Which becomes neither active nor inactive by this.
-            rank: At least 1.
+            adapter_name: Name of the adapter; whether it is active does not change.
+            rank: Rank of the delta, at least 1.
             colora_alpha: Gain; with the rank it gives the scaling.
             weights: `colora_A` (r, k) and `colora_B` (d, r), or `colora_dense` (d, k) if the rank is dense.
         """
-        d, k = weight_matrix_shape(self.get_base_layer())
         self._drop(adapter_name)
         for parameter_name, tensor in weights.items():
             getattr(self, parameter_name)[adapter_name] = nn.Parameter(tensor)
-        self.rank[adapter_name] = stored_rank(rank, d, k)
+        self.rank[adapter_name] = self.matrix_shape.stored_rank(rank)
         self.colora_alpha[adapter_name] = colora_alpha
         self.set_scale(adapter_name, 1.0)
 
     def remove_adapter(self, adapter_name: str) -> None:
-        """Take `adapter_name` out of this layer; unlike `delete_adapter`, whichever is active stays so."""
+        """Takes `adapter_name` out of this layer; unlike `delete_adapter`, it activates no other."""
         self._drop(adapter_name)
         self._weights_changed()
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Call adapter `old` `new`; nothing else changes."""
+        """Calls adapter `old` `new`; nothing else changes."""
         for attribute in self.adapter_layer_names + self.other_param_names:
             rename_key(getattr(self, attribute), old, new)
         self._active_adapter = [new if name == old else name for name in self.active_adapters]
@@ -126,7 +128,7 @@ class DeltaStore(nn.Module, BaseTunerLayer):
                 del getattr(self, attribute)[adapter_name]
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the delta of `adapter` as it was trained by `scale`: 0 is the base, 1 the adapter, more is more.
+        """Multiplies the delta of `adapter` as it was trained by `scale`: 0 is the base, 1 the trained adapter.
 
         Raises:
             ValueError: The adapter is merged, and unmerging would take out another delta than was merged.
@@ -138,13 +140,13 @@ class DeltaStore(nn.Module, BaseTunerLayer):
             self._weights_changed()
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the deltas of the active adapters by `scale`, on top of what was set before."""
+        """Multiplies the deltas of the active adapters by `scale`, on top of earlier scaling."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.set_scale(adapter, scale * self.scaling[adapter] / self._trained_scaling(adapter))
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer(scale)`; None undoes all scaling of the active adapters.
+        """Undoes `scale_layer(scale)`; None undoes all scaling of the active adapters.
 
         Raises:
             ValueError: `scale` is 0, which leaves nothing to undo.
@@ -157,11 +159,10 @@ class DeltaStore(nn.Module, BaseTunerLayer):
                 self.set_scale(adapter, 1.0 if scale is None else now / scale)
 
     def _trained_scaling(self, adapter: str) -> float:
-        d, k = weight_matrix_shape(self.get_base_layer())
-        return adapter_scaling(self.rank[adapter], d, k, self.colora_alpha[adapter])
+        return adapter_scaling(self.rank[adapter], *self.matrix_shape, self.colora_alpha[adapter])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """delta_W of `adapter` in W0's shape and dtype, differentiable in the adapter's parameters.
+        """Returns delta_W of `adapter` in W0's shape and dtype, differentiable in the adapter's parameters.
 
         Raises:
             ValueError: This layer has no such adapter.
@@ -173,29 +174,29 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(device_type):
             # Autocast would build the delta in 16 bits: merged and unmerged would differ.
             with torch.autocast(device_type, enabled=False):
-                return self.delta_matrix(adapter).view(weight.shape).to(weight.dtype)
+                return self.get_delta_weight(adapter)
         return self.delta_matrix(adapter).view(weight.shape).to(weight.dtype)
 
     def delta_matrix(self, adapter: str) -> Tensor:
-        """The delta as a (d, k) matrix; the scaling goes onto B, which has fewer numbers than the product."""
+        """Returns the delta as a (d, k) matrix; the scaling goes onto B, which has fewer numbers than the product."""
         if adapter in self.colora_dense:
             return self.scaling[adapter] * self.colora_dense[adapter]
         return (self.scaling[adapter] * self.colora_B[adapter]) @ self.colora_A[adapter]
 
     def weights_of(self, adapter: str) -> list[nn.Parameter]:
-        """The parameters of `adapter` in this layer; none if it has no such adapter."""
+        """Returns the parameters of `adapter` in this layer; none if it has no such adapter."""
         stores = (getattr(self, attribute) for attribute in self.adapter_layer_names)
         return [store[adapter] for store in stores if adapter in store]
 
     def is_empty(self, adapter: str) -> bool:
-        """Whether the delta of `adapter` is zero because its B, or its dense delta, is, or has no values yet."""
+        """Returns whether B of `adapter`, or its dense delta, is zero or has no values yet."""
         up = self.colora_dense[adapter] if adapter in self.colora_dense else self.colora_B[adapter]
         return up.is_meta or not up.any()
 
     def effective_weight(self) -> Tensor:
-        """W0 plus the deltas of the active adapters, in W0's shape and dtype; W0 itself if none is in this layer.
+        """Returns W0 plus the deltas of the active adapters, in W0's shape and dtype; W0 itself without any.
 
-        Adapters are added one by one, as `merge` does, so that both round alike.
+        It adds adapters one by one, as `merge` does, so that both round alike.
         """
         weight = self.get_base_layer().weight
         for adapter in self.active_adapters:

@@ -1,7 +1,7 @@
-"""Which base an adapter was trained on: a fingerprint of the weights of the base, kept in the configuration.
+"""The fingerprint of a base: it says which weights an adapter was trained on, and is kept in the configuration.
 
-Two networks of one architecture take each other's adapters without a complaint, and what comes out is wrong images.
-The fingerprint tells them apart. It is ours: PEFT stores a name alone, which says nothing about the weights.
+Two networks of one architecture take each other's adapters without a complaint, and then give wrong images. The
+fingerprint tells them apart. It is ours: PEFT stores a name alone, which says nothing about the weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from .offloading import is_offloaded
 if TYPE_CHECKING:
     from .config import CoLoRAConfig
 
-__all__ = ["base_fingerprint", "is_other_base", "note_base"]
-
 SCHEME = "sha256-float32"
-"""Names the way of counting. A fingerprint of another scheme cannot be compared."""
+"""Name of the way of counting. Fingerprints of other schemes cannot be compared with."""
 
 _WRAPPERS = (".base_layer.", ".original_module.")  # what PEFT puts between a module and its own weights
 _COPIES = "modules_to_save"  # PEFT's trained copies of whole modules
@@ -32,14 +30,14 @@ _SHELLS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # compiled, checkpointe
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
-    """A fingerprint of the weights of a network, without the adapters that it may carry.
+    """Returns a fingerprint of the weights of a network, without the adapters that it may carry.
 
-    Of the names, shapes and float32 values of its parameters, in the order of their names; buffers are left out, since
-    running statistics change while an adapter is trained. It is the same before and after adapters are put on, and
-    whatever memory format or device the weights have. (examples/measure_loading.py has what it takes.)
+    It covers the names, shapes and float32 values of the parameters, in the order of their names. Buffers are left
+    out, because running statistics change while an adapter is trained. It is the same before and after adapters are
+    put on, in any memory format and on any device. (examples/measure_loading.py measures its time.)
 
     Args:
-        model: The network; not what `get_peft_model` returned but what that wraps.
+        model: The network itself, without what `get_peft_model` puts around it.
 
     Returns:
         "sha256-float32:" and 64 hexadecimal digits; None where the network does not hold all of its weights in
@@ -64,18 +62,18 @@ def base_fingerprint(model: nn.Module) -> str | None:
 
 
 def is_other_base(adapter: str | None, base: str | None) -> bool:
-    """Whether two fingerprints are certainly of different weights: both known, and made in the same way."""
+    """Returns whether two fingerprints are certainly of different weights: both known, and made in the same way."""
     if adapter is None or base is None:
         return False
     return adapter != base and adapter.startswith(f"{SCHEME}:") and base.startswith(f"{SCHEME}:")
 
 
 def note_base(config: CoLoRAConfig, adapter_name: str, model: nn.Module, fingerprint: str | None) -> None:
-    """Write into the configuration of a new adapter which base it is for; warn where a given one is for another.
+    """Writes into the configuration of a new adapter which base it is for; warns where a given one is for another.
 
-    A warning only: PEFT checks no bases, and to train on from the adapter of another one may be intended.
-    `colora_peft.load` refuses. This is noted when the adapter is put on, not when it is saved: training biases changes
-    the base.
+    It only warns: PEFT checks no bases, and to train on from the adapter of another base may be intended.
+    `colora_peft.load` refuses. The note is made when the adapter is put on, not when it is saved: training biases
+    changes the base.
     """
     if is_other_base(config.base_fingerprint, fingerprint):
         warnings.warn(
@@ -90,7 +88,7 @@ def note_base(config: CoLoRAConfig, adapter_name: str, model: nn.Module, fingerp
 
 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of the network itself, under the names that they have without adapters."""
+    """Yields the parameters of the network itself, under the names that they have without adapters."""
     # The adapters of any method that PEFT knows, by the layers that hold them.
     added = {
         id(parameter)
@@ -111,6 +109,6 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_whole(name: str, weight: Tensor) -> bool:
-    """Whether all values are there in float32; FSDP and DeepSpeed keep the names of what is elsewhere."""
+    """Returns whether all values are there in float32; FSDP and DeepSpeed keep the names of what is elsewhere."""
     is_sharded = "_fsdp_wrapped_module." in name or hasattr(weight, "ds_id")
     return type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.is_meta and not is_sharded

@@ -1,4 +1,4 @@
-"""Running a layer with a weight that is not its own: the forward pass of an adapted layer, and its gradients.
+"""The forward pass of an adapted layer, which runs with a weight that is not its own, and its gradients.
 
 `run_with_weight` serves every layer. `run_with_factors` serves training where W = W0 + B A, on the CPU: its backward
 pass forms the gradients of A and B without that of the whole W. With u = A * x (the layer's own convolution with the r
@@ -6,8 +6,8 @@ filters of A) and v = B^T g, g being the gradient of the output,
 
     dL/dB = sum over pixels of g u^T,    dL/dA = weight gradient of the layer for input x and output gradient v,
 
-which takes 2 r (d + k) multiplications for each pixel in place of the d k of dL/dW. And W, which is cheap, is built
-again for the gradient of the input: neither W nor anything of u is kept from the forward to the backward pass.
+which takes 2 r (d + k) multiplications for each pixel in place of the d k of dL/dW. W, which is cheap, is built again
+for the gradient of the input: neither W nor anything of u is kept from the forward to the backward pass.
 """
 
 import math
@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colora_peft.ranks import ADAPTABLE_KINDS, weight_matrix_shape
+
 from .offloading import is_offloaded
 
-__all__ = ["factors_save_time", "run_with_factors", "run_with_weight"]
-
 MINIMUM_MULTIPLICATIONS = 100_000_000
-"""Of the gradient of a whole weight, from which on that of its factors is faster."""
+"""Number of multiplications in the gradient of a whole weight from which on that of its factors is faster."""
 
 _convolution_backward = torch.ops.aten.convolution_backward
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a call of `layer` does what its kind does and nothing more: no forward pass of its own, no hook.
+    """Returns whether a call of `layer` does what its kind does and nothing more: no own forward pass, no hook.
 
-    What brings offloaded weights back does not count: the weight to run with is here.
+    The hook that brings offloaded weights back does not count: the weight to run with is here.
     """
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
@@ -42,7 +42,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Output of `layer` for `x` as if `weight` were its weight; further arguments as `layer.forward` takes them.
+    """Returns the output of `layer` for `x` as if `weight` were its weight; the rest goes to `layer.forward`.
 
     Raises:
         NotImplementedError: An offloaded layer has a forward pass of its own.
@@ -61,14 +61,6 @@ def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **k
     return torch.func.functional_call(layer, {"weight": weight}, (x, *args), kwargs)
 
 
-def _run_linear(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, weight, layer.bias)
-
-
-def _run_conv(layer: nn.Conv1d | nn.Conv3d, weight: Tensor, x: Tensor) -> Tensor:
-    return layer._conv_forward(x, weight, layer.bias)
-
-
 def _run_conv2d(layer: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     # The commonest layer, spared what Python costs: nn.Module's __getattr__, and a call.
     parameters = layer._parameters
@@ -81,7 +73,7 @@ def _run_conv2d(layer: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
 def _run_conv_transpose(
     layer: nn.ConvTranspose2d, weight: Tensor, x: Tensor, output_size: list[int] | None = None
 ) -> Tensor:
-    """As nn.ConvTranspose2d.forward; `output_size` picks one of the sizes that stride leaves open."""
+    """Does what nn.ConvTranspose2d.forward does; `output_size` picks one of the sizes that stride leaves open."""
     output_padding = layer._output_padding(
         x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation
     )
@@ -91,23 +83,21 @@ def _run_conv_transpose(
 
 
 _PLAIN_RUNS: Mapping[Callable, Callable] = {
-    nn.Linear.forward: _run_linear,
-    nn.Conv1d.forward: _run_conv,
+    nn.Linear.forward: lambda layer, weight, x: F.linear(x, weight, layer.bias),
+    nn.Conv1d.forward: lambda layer, weight, x: layer._conv_forward(x, weight, layer.bias),
     nn.Conv2d.forward: _run_conv2d,
-    nn.Conv3d.forward: _run_conv,
+    nn.Conv3d.forward: lambda layer, weight, x: layer._conv_forward(x, weight, layer.bias),
     nn.ConvTranspose2d.forward: _run_conv_transpose,
 }
-_PLAIN_CONV_FORWARDS = {
-    getattr(kind, "_conv_forward", None) for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-}
+_PLAIN_CONV_FORWARDS = {getattr(kind, "_conv_forward", None) for kind in ADAPTABLE_KINDS}
 
 
 def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
-    """Whether `run_with_factors` takes `layer` and `x`, and trains a delta of `rank` faster than `run_with_weight`.
+    """Returns whether `run_with_factors` takes `layer` and `x`, and trains `rank` faster than `run_with_weight`.
 
-    The rule is our measurement on two CPU cores (examples/measure_factors.py): the small convolutions run at full
-    speed from about 8 channels on, so fewer are counted as 8, and multiplications in them at a quarter of the speed of
-    large ones; several calls in place of one need `MINIMUM_MULTIPLICATIONS` to pay off. On a GPU, under autocast and
+    The rule is our measurement on two CPU cores (examples/measure_factors.py). The small convolutions run at full
+    speed from about 8 channels on, so fewer are counted as 8. Multiplications in them take four times as long as in
+    large ones. Several calls in place of one need `MINIMUM_MULTIPLICATIONS` to pay off. On a GPU, under autocast and
     inside `torch.compile` the usual backward pass is taken: there the rule has not been measured.
     """
     if isinstance(layer, nn.ConvTranspose2d) or not is_plain(layer):
@@ -115,7 +105,7 @@ def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
     weight = layer.weight
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    d, k = weight.shape[0], weight.numel() // weight.shape[0]
+    d, k = weight_matrix_shape(layer)
     if x.dtype != weight.dtype or 4 * max(rank, 8) * (d + k) > d * k:
         return False
     if isinstance(layer, nn.Linear):
@@ -127,13 +117,15 @@ def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
 
 
 def run_with_factors(layer: nn.Module, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
-    """Output of `layer` for `x` with the weight W0 + (up @ down).view_as(W0), differentiable in all of them.
+    """Returns the output of `layer` for `x` with the weight W0 + (up @ down).view_as(W0).
+
+    It is differentiable in all of them.
 
     Args:
         layer: A plain layer for which `factors_save_time`.
         up: B (d, r), its scaling included, in the dtype of the weight.
         down: A (r, k).
-        x: What the layer takes.
+        x: Input of the layer.
     """
     if isinstance(layer, nn.Linear):
         return _FactoredWeight.apply(x, layer.weight, up, down, layer.bias, None)
@@ -146,7 +138,7 @@ def run_with_factors(layer: nn.Module, up: Tensor, down: Tensor, x: Tensor) -> T
 
 
 class _Geometry(NamedTuple):
-    """What a convolution is besides its weight; one entry for each spatial dimension."""
+    """Geometry of a convolution, with one entry for each spatial dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -156,7 +148,7 @@ class _Geometry(NamedTuple):
         return torch.convolution(x, weight, bias, *self, False, (0,) * len(self.stride), 1)
 
     def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
-        """Gradients of x, weight and bias as far as `wanted`; sizes of weight count, its values for that of x only."""
+        """Returns the gradients of x, weight and bias as far as `wanted`; only that of x reads the weight's values."""
         zeros = (0,) * len(self.stride)
         return _convolution_backward(gradient, x, weight, [weight.shape[0]], *self, False, zeros, 1, wanted)
 
@@ -221,14 +213,14 @@ class _FactoredWeight(torch.autograd.Function):
 
 
 def _as_image(x: Tensor) -> Tensor:
-    """(..., C) as (1, C, N, 1) in the memory format channels_last, without a copy of contiguous tensors."""
+    """Returns (..., C) as (1, C, N, 1) in the memory format channels_last, without a copy of contiguous tensors."""
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 def _factor_gradients(
     geometry: _Geometry, gradient: Tensor, x: Tensor, up: Tensor, down: Tensor, kernel: torch.Size
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `up` (d, r) and `down` (r, k); `kernel` is (in, *kernel size), k numbers."""
+    """Returns the gradients of `up` (d, r) and `down` (r, k); `kernel` is (in, *kernel size), k numbers."""
     ones, zeros = (1,) * len(geometry.stride), (0,) * len(geometry.stride)
     pointwise = kernel[1:] == ones and tuple(geometry.stride) == ones and tuple(geometry.padding) == zeros
     if pointwise and x.is_contiguous() and gradient.is_contiguous():

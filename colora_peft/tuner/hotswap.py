@@ -1,42 +1,41 @@
 """Another adapter in a network that was compiled, without compiling it again.
 
 `prepare_model_for_compiled_hotswap` gives every layer a buffer with the effective weight, and what is then compiled
-for evaluation reads that alone. Adapters of any ranks, on any layers, differ in the content of those buffers: nothing
-is padded, and the compiled network does what the bare one does. The price is one more copy of the adaptable weights.
-The names are those of `peft.utils.hotswap`, which serves LoRA.
+for evaluation reads that alone. Adapters of any ranks, on any layers, differ only in the content of those buffers.
+Nothing is padded, and the compiled network does what the bare one does. The price is a second copy of the adaptable
+weights. The names are those of `peft.utils.hotswap`, which serves LoRA.
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import Tensor
 
-from colora_peft.ranks import adaptable_layers, is_dense, weight_matrix_shape
+from colora_peft.ranks import adaptable_layers
 from colora_peft.utils import is_compiled, some, unwrapped
 
 from .config import CoLoRAConfig
+from .deltas import delta_shapes
 from .fingerprint import note_base
-from .layer import CoLoRALayer
-from .load_checks import check_adapter_weights, weights_by_adapter
+from .layer import CoLoRALayer, adapted_layers
+from .load_checks import check_adapter_weights, check_unmerged, weights_by_adapter
 from .model import CoLoRAModel, tuner_of
 from .offloading import check_nothing_offloaded
+from .peft_internals import replace_layer
 from .targets import resolve_ranks
-
-__all__ = ["hotswap_adapter", "prepare_model_for_compiled_hotswap"]
 
 
 def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
-    """Let `model` be compiled for inference once, whatever adapters come later.
+    """Lets `model` be compiled for inference once, whatever adapters come later.
 
     After it, `torch.compile(model)` survives `hotswap_adapter`, merging, and a layer's `set_scale`. PeftModel's own
-    forward pass depends on the name of the active adapter; `torch.compile(model.get_base_model())` does not, and
-    survives `set_adapter` and `disable_adapter()` as well. What is not compiled runs as before, and so does training.
-    Compiled code in evaluation mode gives no adapter a gradient, and sees weights that were written to by hand or by
-    an optimizer at the next `model.eval()`.
+    forward pass depends on the name of the active adapter. `torch.compile(model.get_base_model())` does not, and
+    survives `set_adapter` and `disable_adapter()` as well. Code that is not compiled runs as before, and so does
+    training. Compiled code in evaluation mode gives no adapter a gradient. It sees weights that were written by hand
+    or by an optimizer at the next `model.eval()`.
 
     Raises:
         TypeError: `model` is not a PeftModel with CoLoRA adapters.
@@ -52,23 +51,23 @@ def prepare_model_for_compiled_hotswap(model: PeftModel) -> None:
             f"Adapter {some(with_biases)} trains biases, which are stored under other names in a prepared network: "
             "hot-swapping is for adapters with bias='none'."
         )
-    disabled = any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, CoLoRALayer))
-    bare = {name: layer for name, layer in adaptable_layers(tuner.model).items() if not _adapted(tuner, name)}
-    for name, layer in bare.items():
-        parent = tuner.model.get_submodule(name.rpartition(".")[0])
-        wrapped = CoLoRALayer(layer).train(layer.training)
-        wrapped.set_adapter(tuner.active_adapters)
-        wrapped.enable_adapters(not disabled)
-        tuner._replace_module(parent, name.rpartition(".")[2], wrapped, layer)
-    for module in tuner.modules():
-        if isinstance(module, CoLoRALayer):
-            module.pin_weight()
+    adapted = adapted_layers(tuner.model)
+    disabled = any(layer.disable_adapters for layer in adapted.values())
+    for name, layer in adaptable_layers(tuner.model).items():
+        if name not in adapted:
+            wrapped = CoLoRALayer(layer).train(layer.training)
+            wrapped.set_adapter(tuner.active_adapters)
+            wrapped.enable_adapters(not disabled)
+            parent, _, own_name = name.rpartition(".")
+            replace_layer(tuner, tuner.model.get_submodule(parent), own_name, wrapped, layer)
+    for layer in adapted_layers(tuner.model).values():
+        layer.pin_weight()
 
 
 def hotswap_adapter(
     model: PeftModel, model_id: str | os.PathLike, adapter_name: str = "default", **hub_options: Any
 ) -> None:
-    """Put the adapter of `model_id` in the place of `adapter_name`, whatever their ranks and layers.
+    """Puts the adapter of `model_id` in the place of `adapter_name`, whatever their ranks and layers.
 
     Everything is read and checked before the first layer is changed.
 
@@ -93,8 +92,9 @@ def hotswap_adapter(
         raise TypeError(f"The adapter {str(model_id)!r} is of type {config.peft_type}: hotswap_adapter swaps CoLoRA.")
     _check_swap(tuner, adapter_name, config)
     config.ranks = resolve_ranks(config, tuner.model)
-    layers = {name: _adapted(tuner, name) for name in config.ranks}
-    lacking = [name for name, rank in config.ranks.items() if rank and layers[name] is None]
+    ranks = {name: rank for name, rank in config.ranks.items() if rank}
+    layers = adapted_layers(tuner.model)
+    lacking = [name for name in ranks if name not in layers]
     if lacking:
         raise ValueError(
             f"The new adapter also adapts {some(lacking, 5)}, which {adapter_name!r} leaves alone: call "
@@ -103,22 +103,29 @@ def hotswap_adapter(
     weights = load_peft_weights(os.fspath(model_id), device="cpu", **hub_options)
     named = {f"{key}.{adapter_name}": tensor for key, tensor in weights.items()}
     found = weights_by_adapter(named, "base_model.model.", tuner.prefix).get(adapter_name, {})
-    expected = _expected_weights(config.ranks, adaptable_layers(tuner.model))
+    shapes = {name: delta_shapes(layers[name].matrix_shape, rank) for name, rank in ranks.items()}
+    expected = {
+        f"{name}.{parameter}": torch.empty(shape, device="meta")
+        for name, own in shapes.items()
+        for parameter, shape in own.items()
+    }
     check_adapter_weights(expected, found, adapter_name)
     config.inference_mode = True
     note_base(config, adapter_name, tuner.model, tuner.fingerprint_of_base())
-    _swap(tuner, adapter_name, config, found)
-
-
-def _adapted(tuner: CoLoRAModel, name: str) -> CoLoRALayer | None:
-    layer = tuner.model.get_submodule(name)
-    return layer if isinstance(layer, CoLoRALayer) else None
+    for name, layer in layers.items():
+        if name not in ranks:
+            layer.remove_adapter(adapter_name)
+            continue
+        own = {parameter: _as_loaded(found[f"{name}.{parameter}"], layer.weight.device) for parameter in shapes[name]}
+        layer.place_adapter(adapter_name, ranks[name], config.colora_alpha, own)
+        layer.set_requires_grad(adapter_name, False)
+    tuner.peft_config[adapter_name] = config
 
 
 def _check_swap(tuner: CoLoRAModel, adapter_name: str, new: CoLoRAConfig) -> None:
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, only {some(sorted(tuner.peft_config))}.")
-    tuner.check_unmerged(adapter_name)
+    check_unmerged(tuner, adapter_name)
     for which, config in (("old", tuner.peft_config[adapter_name]), ("new", new)):
         if config.modules_to_save or config.bias != "none":
             raise ValueError(
@@ -127,37 +134,7 @@ def _check_swap(tuner: CoLoRAModel, adapter_name: str, new: CoLoRAConfig) -> Non
             )
 
 
-def _expected_weights(ranks: Mapping[str, int], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Tensors without storage, of the shapes that an adapter of these ranks has, by "layer.parameter"."""
-    expected = {}
-    for name, rank in ranks.items():
-        d, k = weight_matrix_shape(layers[name])
-        if is_dense(rank, d, k):
-            expected[f"{name}.colora_dense"] = torch.empty(d, k, device="meta")
-        elif rank:
-            expected[f"{name}.colora_A"] = torch.empty(rank, k, device="meta")
-            expected[f"{name}.colora_B"] = torch.empty(d, rank, device="meta")
-    return expected
-
-
 def _as_loaded(weight: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device`, in float32 where the file has 16 bits: so PEFT loads adapters."""
+    """Returns a copy on `device`, in float32 where the file has 16 bits, as PEFT loads adapters."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
     return weight.to(device, torch.float32 if half else weight.dtype, copy=True)
-
-
-def _swap(tuner: CoLoRAModel, adapter_name: str, config: CoLoRAConfig, weights: Mapping[str, Tensor]) -> None:
-    for name, layer in tuner.model.named_modules():
-        if not isinstance(layer, CoLoRALayer):
-            continue
-        if config.ranks.get(name, 0) == 0:
-            layer.remove_adapter(adapter_name)
-            continue
-        own = {
-            parameter: _as_loaded(weights[f"{name}.{parameter}"], layer.weight.device)
-            for parameter in layer.adapter_layer_names
-            if f"{name}.{parameter}" in weights
-        }
-        layer.place_adapter(adapter_name, config.ranks[name], config.colora_alpha, own)
-        layer.set_requires_grad(adapter_name, False)
-    tuner.peft_config[adapter_name] = config

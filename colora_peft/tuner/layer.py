@@ -1,7 +1,7 @@
 """The CoLoRA layer: a convolution or linear layer that runs once, with a low-rank or dense delta on its weight.
 
-y = layer(x; W0 + sum over active adapters of delta_W), delta_W = scaling * (B @ A).view_as(W0). Because the delta has
-the shape of the weight, groups, stride, dilation, padding modes, transposed convolutions and merging need no case of
+y = layer(x; W0 + sum over active adapters of delta_W), delta_W = scaling * (B @ A).view_as(W0). The delta has the
+shape of the weight. So groups, stride, dilation, padding modes, transposed convolutions and merging need no case of
 their own, and no second branch runs over the feature maps.
 
 Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
@@ -23,10 +23,10 @@ from .weight_cache import KeptWeight, keep_weight
 class CoLoRALayer(DeltaStore):
     """A layer with one delta of its own rank for each adapter; `base_layer` keeps the frozen W0.
 
-    In evaluation mode, and where no gradient is to flow into it, the effective weight is kept between calls: one more
-    copy of the weight (and, where the adapter is still trainable, of the adapter), gone with `train()`, `eval()`,
-    `.to()` and every change of a weight that PyTorch counts. Writing into the `.data` of frozen weights is not
-    counted: call `eval()` afterwards. On a GPU nothing is kept of a trainable adapter.
+    In evaluation mode, and where no gradient is to flow into it, the effective weight is kept between calls. This
+    takes one more copy of the weight, and of the adapter where that is still trainable. The copy is gone with
+    `train()`, `eval()`, `.to()` and every change of a weight that PyTorch counts. Writing into the `.data` of frozen
+    weights is not counted: call `eval()` afterwards. On a GPU nothing is kept of a trainable adapter.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -37,7 +37,7 @@ class CoLoRALayer(DeltaStore):
         self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """As the base layer's forward, with the effective weight, or that of a name of its own for each sample."""
+        """Runs the base layer with the effective weight, or with that of another adapter for each sample."""
         # Not read while compiling: whether there is one would be a reason to compile again.
         kept = None if torch.compiler.is_compiling() else self._kept
         if kept is not None and adapter_names is None and kept.is_current(self.scaling):
@@ -72,26 +72,27 @@ class CoLoRALayer(DeltaStore):
         return run_with_weight(self.base_layer, self._weight_to_run(), x, *args, **kwargs)
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Run each sample of x (B, ...) with the one adapter that `adapter_names` (B) gives it.
+        """Runs each sample of x (B, ...) with the one adapter that `adapter_names` (B) gives it.
 
-        A name that has no adapter in this layer, as "__base__", is the base.
+        A name that has no adapter in this layer, such as "__base__", is the base.
         """
-        distinct = list(dict.fromkeys(adapter_names))
-        rows = [[row for row, name in enumerate(adapter_names) if name == adapter] for adapter in distinct]
+        rows: dict[str, list[int]] = {}
+        for row, adapter in enumerate(adapter_names):
+            rows.setdefault(adapter, []).append(row)
         outputs = []
-        for adapter, own_rows in zip(distinct, rows, strict=True):
+        for adapter, own_rows in rows.items():
             weight = self.get_base_layer().weight
             if adapter in self.scaling:
                 weight = weight + self.get_delta_weight(adapter)
-            samples = x if len(distinct) == 1 else x[own_rows]
+            samples = x if len(rows) == 1 else x[own_rows]
             outputs.append(run_with_weight(self.base_layer, weight, samples, *args, **kwargs))
-        if len(distinct) == 1:
+        if len(outputs) == 1:
             return outputs[0]
-        order = sorted(range(len(adapter_names)), key=sum(rows, []).__getitem__)
+        order = sorted(range(len(adapter_names)), key=sum(rows.values(), []).__getitem__)
         return torch.cat(outputs)[order]
 
     def _factors_to_train(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(scaling * B, A) of the active adapter if there is one, it is trained, and its factors are faster alone."""
+        """Returns (scaling * B, A) of the one active adapter if it is trained and its factors are faster alone."""
         adapters = [adapter for adapter in self.active_adapters if adapter in self.scaling]
         if len(adapters) != 1 or adapters[0] in self.colora_dense or not torch.is_grad_enabled():
             return None
@@ -103,7 +104,7 @@ class CoLoRALayer(DeltaStore):
         return self.scaling[adapters[0]] * up, down
 
     def _weight_to_run(self) -> Tensor:
-        """The effective weight, which is kept for the next call if that may be."""
+        """Returns the effective weight, and keeps it for the next call if that may be."""
         if self.training or torch.compiler.is_compiling():
             return self.effective_weight()
         scaling = {adapter: self.scaling[adapter] for adapter in self.active_adapters if adapter in self.scaling}
@@ -116,7 +117,7 @@ class CoLoRALayer(DeltaStore):
         return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the deltas of `adapter_names` (None: the active ones) into W0, all of them or, on an error, none.
+        """Writes the deltas of `adapter_names` (None: the active ones) into W0, all of them or, on an error, none.
 
         Raises:
             ValueError: Under `safe_merge`, the merged weight would not be finite; W0 is left as it was.
@@ -129,7 +130,7 @@ class CoLoRALayer(DeltaStore):
 
     @torch.no_grad()
     def merged_weight(self, adapters: Iterable[str], safe_merge: bool = False) -> Tensor:
-        """W0 as it is plus the deltas of `adapters`; nothing is changed.
+        """Returns W0 as it is plus the deltas of `adapters`; nothing is changed.
 
         Raises:
             ValueError: Under `safe_merge`, it would not be finite.
@@ -144,10 +145,10 @@ class CoLoRALayer(DeltaStore):
         return merged
 
     def unmerge(self) -> None:
-        """Take the merged deltas out of W0 again.
+        """Subtracts the merged deltas from W0 again.
 
-        By subtraction, which restores W0 up to one rounding of W0 + delta (1e-7 of it in float32, but 4e-3 in
-        bfloat16): a copy of W0 would be exact at the price of a second network in memory.
+        Subtraction gives W0 up to one rounding of W0 + delta: 1e-7 of it in float32, but 4e-3 in bfloat16. A copy of
+        W0 would be exact at the price of a second network in memory.
         """
         while self.merged_adapters:
             adapter = self.merged_adapters[-1]
@@ -157,29 +158,29 @@ class CoLoRALayer(DeltaStore):
         self._weights_changed()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As BaseTunerLayer.set_adapter."""
+        """Does what BaseTunerLayer.set_adapter does."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._weights_changed()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As BaseTunerLayer.enable_adapters."""
+        """Does what BaseTunerLayer.enable_adapters does."""
         super().enable_adapters(enabled)
         self._weights_changed()
 
     def train(self, mode: bool = True) -> "CoLoRALayer":
-        """As nn.Module.train; `eval()` also sees weights that were written without PyTorch's knowledge."""
+        """Does what nn.Module.train does; afterwards writes into `.data` count, too."""
         super().train(mode)
         self._weights_changed()
         return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` is right for this layer: it knows linear layers alone."""
+        """Returns whether PEFT's `convert_to_lora` is right for this layer: it knows linear layers alone."""
         return isinstance(self.get_base_layer(), nn.Linear)
 
     def pin_weight(self, pinned: bool = True) -> None:
-        """Run, compiled for evaluation, on a buffer that changes its content and never its place.
+        """Lets compiled code for evaluation run on a buffer that changes its content and never its place.
 
-        See colora_peft.tuner.hotswap.
+        See colora_peft.tuner.hotswap. False ends this.
         """
         if not pinned:
             self.pinned_weight = None
@@ -189,7 +190,7 @@ class CoLoRALayer(DeltaStore):
 
     @torch.no_grad()
     def _weights_changed(self) -> None:
-        """Forget the kept weight; bring the pinned one up to date."""
+        """Forgets the kept weight and brings the pinned one up to date."""
         self._kept = None
         if self.pinned_weight is not None and not self.training:
             if self.disable_adapters and self.merged:
@@ -213,6 +214,11 @@ class CoLoRALayer(DeltaStore):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles start without the kept weight, which they can compute.
         return {**self.__dict__, "_kept": None}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, CoLoRALayer]:
+    """Returns the layers of a network that carry adapters by full module name, in network order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, CoLoRALayer)}
 
 
 def _after_loading(layer: CoLoRALayer, incompatible_keys: Any) -> None:

@@ -1,12 +1,12 @@
 """Export of a CoLoRA adapter to a stock LoRA adapter, which plain PEFT loads without this package.
 
-PEFT runs LoRA as a second branch beside the layer, y = layer(x) + scaling * B(A(x)). For a Linear layer, and for a
-convolution whose A pads, strides and groups as the layer itself, that is the same map as a delta on the weight: A
-(r, k) becomes the convolution (r, in, *kernel), B (d, r) the convolution (d, r, 1, ...) after it. `lora_obstacle` says
-where it is not; read from, and tried with, PEFT 0.18 and 0.21. The export is exact up to rounding, unlike PEFT's own
-`peft.convert_to_lora`, which approximates the deltas of Linear layers by an SVD of a given rank.
+PEFT runs LoRA as a second branch beside the layer, y = layer(x) + scaling * B(A(x)). This is the same map as a delta
+on the weight for a Linear layer, and for a convolution whose A pads, strides and groups as the layer itself. There A
+(r, k) becomes the convolution (r, in, *kernel), and B (d, r) the convolution (d, r, 1, ...) after it. `lora_obstacle`
+names the other cases; it was read from, and tried with, PEFT 0.18 and 0.21. The export is exact up to rounding. PEFT's
+own `peft.convert_to_lora` approximates the deltas of Linear layers by an SVD of a given rank.
 
-One limit is PEFT's: it cannot merge LoRA into a Conv3d whose kernel is 1 x 1 in depth and height. Such a layer is
+PEFT sets one limit: it cannot merge LoRA into a Conv3d whose kernel is 1 x 1 in depth and height. Such a layer is
 exported and runs, but `merge_and_unload` of the LoRA adapter raises an error.
 """
 
@@ -27,7 +27,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from colora_peft.utils import unwrapped
+from colora_peft.utils import share_weights, unwrapped
 
 from .config import CoLoRAConfig
 from .layer import CoLoRALayer
@@ -40,19 +40,20 @@ _LORA_BIAS = {"none": "none", "all": "all", "colora_only": "lora_only"}
 def save_as_lora(
     path: str | Path, model: nn.Module, adapter_name: str = "default", merged_base: str | Path | None = None
 ) -> LoraConfig:
-    """Write adapter `adapter_name` as a LoRA adapter into the folder `path` and return its configuration.
+    """Writes adapter `adapter_name` as a LoRA adapter into the folder `path` and returns its configuration.
 
     `PeftModel.from_pretrained(bare_network, path)` then gives the output of the adapted network, without this package.
-    Layers that have no adapter get none. All is checked and computed before the first file is written, and the files
-    appear whole; `model` is only read, and of its weights just the adapter and the merged layers are copied.
+    Layers that have no adapter get none. Everything is checked and computed before the first file is written, and the
+    files appear whole. `model` is only read; of its weights just the adapter and the merged layers are copied.
 
     Args:
-        path: Folder for adapter_config.json and adapter_model.safetensors; files of these names are replaced.
+        path: Folder for adapter_config.json and adapter_model.safetensors. Files of these names are replaced, others
+            stay.
         model: The PeftModel, or a network that adapters were injected into.
-        adapter_name: The adapter to export; others that are loaded play no part.
-        merged_base: Folder for a copy of the base network into which the deltas of the layers that LoRA cannot express
-            are merged, written by its own `save_pretrained` or else as the state dict in `model.safetensors`. The
-            exported adapter then holds the other layers and belongs to this base alone.
+        adapter_name: Name of the adapter to export; other adapters play no part.
+        merged_base: Folder for a copy of the base network. Merged into it are the deltas of the layers that LoRA
+            cannot express. The network's own `save_pretrained` writes it, or else its state dict goes to
+            `model.safetensors`. The exported adapter then holds the other layers and belongs to this base alone.
 
     Raises:
         TypeError: `model` carries no PEFT adapters.
@@ -85,7 +86,7 @@ def save_as_lora(
 
 
 def lora_obstacle(layer: nn.Module) -> str | None:
-    """None for a layer whose delta stock LoRA can express, else the reason as the end of a sentence.
+    """Returns None for a layer whose delta stock LoRA can express, else the reason as the end of a sentence.
 
     PEFT builds A with the kernel, stride and padding of the layer and with nothing else of it.
     """
@@ -110,12 +111,7 @@ def lora_obstacle(layer: nn.Module) -> str | None:
 
 
 def _network_and_config(model: nn.Module, adapter_name: str) -> tuple[nn.Module, CoLoRAConfig]:
-    """The network without the shells that PEFT and torch.compile put around it, and the adapter's configuration.
-
-    Raises:
-        TypeError: `model` carries no PEFT adapters.
-        ValueError: None of them is a CoLoRA adapter of this name.
-    """
+    """Returns the network without what PEFT and torch.compile put around it, and the adapter's configuration."""
     model = unwrapped(model)
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
@@ -131,11 +127,7 @@ def _network_and_config(model: nn.Module, adapter_name: str) -> tuple[nn.Module,
 
 
 def _check_folders(path: str | Path, merged_base: str | Path | None, original_base: str | None) -> None:
-    """Check that the folders can be written to without loss.
-
-    Raises:
-        ValueError: One is a file, or `merged_base` is where the adapter or the original base lies.
-    """
+    """Checks that no folder is a file, and that `merged_base` replaces neither the adapter nor the original base."""
     for folder in filter(None, (path, merged_base)):
         if Path(folder).is_file():
             raise ValueError(f"The path {str(folder)!r} is a file: choose a folder.")
@@ -145,9 +137,10 @@ def _check_folders(path: str | Path, merged_base: str | Path | None, original_ba
 
 
 def _modules(network: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by their names in the bare network, each once: adapted layers and what the adapter trains whole as one.
+    """Yields modules by their names in the bare network, each once.
 
-    What another adapter trains whole (its `modules_to_save`) counts as the module that it was before.
+    Adapted layers, and modules that the adapter trains whole, come as one. A module that another adapter trains whole
+    (its `modules_to_save`) comes as it was before.
     """
     seen: set[int] = set()
 
@@ -166,11 +159,7 @@ def _modules(network: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Mo
 
 
 def _adapted_layers(network: nn.Module, adapter_name: str) -> dict[str, CoLoRALayer]:
-    """The layers that have the adapter, by their names in the bare network.
-
-    Raises:
-        ValueError: An adapter, whichever, is merged into a layer, whose weight is no longer the base's.
-    """
+    """Returns the layers that have the adapter, by their names in the bare network; nothing may be merged."""
     layers = {}
     for name, module in _modules(network, adapter_name):
         if isinstance(module, BaseTunerLayer) and module.merged:
@@ -183,11 +172,7 @@ def _adapted_layers(network: nn.Module, adapter_name: str) -> dict[str, CoLoRALa
 
 
 def _check_obstacles(obstacles: dict[str, str], layer_count: int, adapter_name: str, may_merge: bool) -> None:
-    """Check that LoRA can express the adapter, or the part of it that is not merged into the base.
-
-    Raises:
-        ValueError: It cannot; lists every layer with its reason.
-    """
+    """Checks that LoRA can express the adapter, or the part of it that is not merged into the base."""
     if len(obstacles) == layer_count:
         remedy = "save the network that merge_and_unload returns instead"
     elif obstacles and not may_merge:
@@ -200,9 +185,10 @@ def _check_obstacles(obstacles: dict[str, str], layer_count: int, adapter_name: 
 
 
 def _lora_factors(layer: CoLoRALayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A (r, in, *kernel) and B (d, r, 1, ...) with B A = delta_W, in float32 or better; a dense delta takes I as one.
+    """Returns A (r, in, *kernel) and B (d, r, 1, ...) with B A = delta_W, in at least float32.
 
-    The scaling is in them, because PEFT knows one gain for all layers and divides it by the rank.
+    One factor of a dense delta is the identity. The factors include the scaling, because PEFT has one gain for all
+    layers and divides it by the rank.
     """
     dense = adapter_name in layer.colora_dense
     matrix = layer.colora_dense[adapter_name] if dense else layer.colora_B[adapter_name]
@@ -219,7 +205,7 @@ def _lora_factors(layer: CoLoRALayer, adapter_name: str) -> tuple[Tensor, Tensor
 def _adapter_tensors(
     network: nn.Module, config: CoLoRAConfig, adapter_name: str, factors: dict[str, tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """Everything that goes into adapter_model.safetensors, under the keys that PEFT loads LoRA from."""
+    """Returns the content of adapter_model.safetensors, under the keys that PEFT loads LoRA from."""
     tensors = {}
     for name, (down, up) in factors.items():
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
@@ -237,7 +223,7 @@ def _adapter_tensors(
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous, and none on the storage of another."""
+    """Returns the tensors as safetensors takes them: contiguous, and none on the storage of another."""
     separate, storages = {}, set()
     for key, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
@@ -248,7 +234,7 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _lora_config(config: CoLoRAConfig, ranks: dict[str, int]) -> LoraConfig:
-    """The LoRA configuration that targets exactly the layers of `ranks`, each with its rank and a gain of 1.
+    """Returns the LoRA configuration that targets exactly the layers of `ranks`, each with its rank and a gain of 1.
 
     PEFT would find the name "conv" in "blocks.0.conv" as well. A string in target_modules is matched against the
     whole name; the keys of rank_pattern are searched at its end, where only "^" keeps them from matching later parts.
@@ -273,23 +259,23 @@ def _lora_config(config: CoLoRAConfig, ranks: dict[str, int]) -> LoraConfig:
 
 
 def _any_of(names: list[str]) -> str:
-    """A regular expression for these names and no other, however it is anchored."""
+    """Returns a regular expression for these names and no other, however it is anchored."""
     return f"(?:{'|'.join(map(re.escape, names))})"
 
 
 def _bare_network(network: nn.Module) -> nn.Module:
-    """A copy of the network as it was before PEFT; its modules are new, its parameters and buffers are the same."""
+    """Returns the network as it was before PEFT: its modules are new, its parameters and buffers are the same."""
     shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
     bare = copy.deepcopy(network, shared)
     _unwrap_children(bare)
-    # What PEFT and transformers note on the network: with it, save_pretrained would write the adapter instead.
+    # Notes of PEFT and transformers on the network: with them, save_pretrained would write the adapter instead.
     bare.__dict__.pop("peft_config", None)
     bare.__dict__.pop("_hf_peft_config_loaded", None)
     return bare
 
 
 def _unwrap_children(module: nn.Module) -> None:
-    """Put the layers that PEFT wrapped back in their places."""
+    """Puts the layers that PEFT wrapped back in their places."""
     for name, child in module._modules.items():
         if isinstance(child, AuxiliaryTrainingWrapper):
             child = child.original_module
@@ -302,10 +288,14 @@ def _unwrap_children(module: nn.Module) -> None:
 
 @contextmanager
 def _written_whole(folder: str | Path) -> Iterator[Path]:
-    """An empty folder inside `folder`, whose files move up into it if the block ends without an error."""
+    """Context that yields an empty folder, whose files move into `folder` if the block ends without an error.
+
+    Other files in `folder` stay.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
         yield Path(partial)
+        share_weights(partial)
         for file in Path(partial).iterdir():
             os.replace(file, Path(folder) / file.name)
 

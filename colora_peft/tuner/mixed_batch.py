@@ -1,27 +1,51 @@
-"""Another adapter for each sample of a batch: how its names reach the layers, past the network's own forward."""
+"""Another adapter for each sample of a batch: its names reach the layers past the network's own forward pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["BASE_NAME", "pass_adapter_names"]
+from colora_peft.utils import some
+
+from .layer import CoLoRALayer, adapted_layers
+from .peft_internals import adapters_with_own_copy
 
 BASE_NAME = "__base__"
-"""In `adapter_names`, as in PEFT: this sample gets no adapter."""
+"""Name in `adapter_names`, as in PEFT, of a sample that gets no adapter."""
 
 
-def pass_adapter_names(
-    name: str, adapter_names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    """Hook before the forward pass of layer `name`, which gets `adapter_names` as an argument.
+@contextmanager
+def adapters_by_sample(tuner: BaseTuner, adapter_names: list[str]) -> Iterator[None]:
+    """Context in which each layer of the network is called with `adapter_names`, one name for each sample.
 
     Raises:
-        ValueError: Its input does not have one row for each name.
+        ValueError: The network is in training mode or merged, there is no adapter of such a name, or the input of a
+            layer does not have one row for each name.
     """
+    _check_mixed_batch(tuner, adapter_names)
+    hooks = []
+    try:
+        for name, module in tuner.model.named_modules():
+            if isinstance(module, CoLoRALayer | AuxiliaryTrainingWrapper):
+                hook = partial(_pass_adapter_names, name, list(adapter_names))
+                hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pass_adapter_names(
+    name: str, adapter_names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Hook before the forward pass of layer `name`, which gets `adapter_names` as an argument."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         # PEFT's wrapper of modules_to_save fails on adapters that have no copy of their own.
-        own = module._adapters
+        own = adapters_with_own_copy(module)
         adapter_names = [adapter if adapter in own else BASE_NAME for adapter in adapter_names]
     if args and args[0].shape[0] != len(adapter_names):
         raise ValueError(
@@ -29,3 +53,18 @@ def pass_adapter_names(
             "one name for each sample; a network that folds other dimensions into the batch cannot mix adapters."
         )
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _check_mixed_batch(tuner: BaseTuner, adapter_names: list[str]) -> None:
+    if isinstance(adapter_names, str) or not adapter_names:
+        raise ValueError(f"The adapter_names are {adapter_names!r}: give a list with one name for each sample.")
+    if tuner.training:
+        raise ValueError("A batch with adapter_names is for inference: call model.eval() first.")
+    if any(layer.merged for layer in adapted_layers(tuner.model).values()):
+        raise ValueError("A batch with adapter_names needs the adapters unmerged: call unmerge_adapter() first.")
+    unknown = sorted(set(adapter_names) - set(tuner.peft_config) - {BASE_NAME})
+    if unknown:
+        raise ValueError(
+            f"The adapter_names name {some(unknown)}, but the adapters are {some(sorted(tuner.peft_config))}; "
+            f'"{BASE_NAME}" runs a sample without any.'
+        )

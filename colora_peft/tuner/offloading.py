@@ -7,11 +7,9 @@ from torch import nn
 
 from colora_peft.utils import some
 
-__all__ = ["check_nothing_offloaded", "is_offloaded", "onloaded"]
-
 
 def is_offloaded(layer: nn.Module) -> bool:
-    """Whether the weights of `layer` itself are elsewhere between its calls."""
+    """Returns whether the weights of `layer` itself are elsewhere between its calls."""
     hook = layer.__dict__.get("_hf_hook")
     # The outermost module has several hooks in one.
     return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
@@ -19,7 +17,7 @@ def is_offloaded(layer: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(layer: nn.Module) -> Iterator[None]:
-    """The weights of `layer` and of all inside it on the device where it runs."""
+    """Context in which the weights of `layer` and of all inside it are on the device where it runs."""
     with ExitStack() as entered:
         for module in layer.modules():
             if is_offloaded(module):
@@ -29,10 +27,9 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
 
 
 def check_nothing_offloaded(model: nn.Module, what: str) -> None:
-    """Check that all weights of `model` are in memory, for the operation `what`, which reads or replaces them.
+    """Checks that all weights of `model` are in memory.
 
-    Raises:
-        ValueError: Some are not: what Accelerate brings back is by name, and what is read meanwhile has no values.
+    The operation `what` reads or replaces them. Offloaded weights have no values, and Accelerate would undo changes.
     """
     offloaded = [name or type(model).__name__ for name, module in model.named_modules() if is_offloaded(module)]
     if offloaded:

@@ -1,6 +1,4 @@
-"""Make CoLoRA known to PEFT: the only file that changes PEFT's registry and its enum of methods.
-
-The layer and the model build on PEFT's base classes for tuners, and change nothing of PEFT's.
+"""Registration of CoLoRA with PEFT: the only file that changes PEFT's registry and its enum of methods.
 
 PEFT finds a method through the enum `PeftType`, which is closed, and through four dictionaries filled by
 `register_peft_method`. Both steps are safe to repeat: a second import or a reload changes nothing or replaces
@@ -12,15 +10,11 @@ import importlib.metadata
 from packaging.version import Version
 
 MINIMUM_PEFT = "0.18"
-"""From this version on the boiler-plate of a method lives in PEFT's BaseTuner, which this package builds upon."""
+"""First version in which PEFT's BaseTuner has the boiler-plate of a method, which this package builds upon."""
 
 
 def check_peft_version(installed: str) -> None:
-    """Refuse a PEFT that is too old to build upon.
-
-    Raises:
-        ImportError: `installed` is older than `MINIMUM_PEFT`.
-    """
+    """Refuses a PEFT that is too old to build upon."""
     if Version(installed) < Version(MINIMUM_PEFT):
         raise ImportError(
             f"The package colora_peft needs peft>={MINIMUM_PEFT} but found peft {installed}: "
@@ -35,15 +29,11 @@ from peft.mapping import (  # noqa: E402  (the version is checked first, so that
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from peft.utils import PeftType, register_peft_method  # noqa: E402
-
-SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
-"""Whether PEFT saves trained biases with adapters of methods that are not its own; it does since 0.21."""
 
 
 def add_peft_type(enum_class: type[PeftType], name: str) -> PeftType:
-    """Return member `name` (its value is its name) of a string enum, adding it if it is not there yet.
+    """Returns member `name` (its value is its name) of a string enum, adding it if it is not there yet.
 
     Python has no public way to add to an enum. The fields set here are those which `enum.EnumType` sets itself
     in Python 3.10 to 3.14.
@@ -70,7 +60,7 @@ COLORA: PeftType = add_peft_type(PeftType, "COLORA")
 
 
 def register_colora(config_class: type, model_class: type) -> None:
-    """Enter the method into PEFT's dictionaries; entries of an earlier import of this package are replaced.
+    """Enters the method into PEFT's dictionaries; entries of an earlier import of this package are replaced.
 
     Raises:
         ImportError: Another package has registered a method called COLORA.

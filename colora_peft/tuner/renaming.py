@@ -9,12 +9,11 @@ from .deltas import check_adapter_name, rename_key
 from .layer import CoLoRALayer
 from .model import tuner_of
 from .offloading import check_nothing_offloaded
-
-__all__ = ["rename_adapter"]
+from .peft_internals import rename_own_copy
 
 
 def rename_adapter(model: PeftModel, old: str, new: str) -> None:
-    """Give adapter `old` of `model` the name `new`: parameters, order and state (active, merged, trained) stay.
+    """Gives adapter `old` of `model` the name `new`; parameters, order and state (active, merged, trained) stay.
 
     Raises:
         TypeError: `model` is not a PeftModel with CoLoRA adapters, compiled or not.
@@ -34,19 +33,10 @@ def rename_adapter(model: PeftModel, old: str, new: str) -> None:
         if isinstance(module, CoLoRALayer):
             module.rename_adapter(old, new)
         elif isinstance(module, ModulesToSaveWrapper) and old in module.modules_to_save:
-            _rename_in_wrapper(module, old, new)
+            rename_key(module.modules_to_save, old, new)
+            rename_own_copy(module, old, new)
     for owner in (model, model.base_model):
         if owner.active_adapter == old:
             owner.active_adapter = new
         elif isinstance(owner.active_adapter, list):
             owner.active_adapter = [new if name == old else name for name in owner.active_adapter]
-
-
-def _rename_in_wrapper(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:
-    rename_key(wrapper.modules_to_save, old, new)
-    wrapper._adapters.discard(old)
-    wrapper._adapters.add(new)
-    if wrapper._active_adapter == old:
-        wrapper._active_adapter = new
-    elif isinstance(wrapper._active_adapter, list):
-        wrapper._active_adapter = [new if name == old else name for name in wrapper._active_adapter]

@@ -1,22 +1,21 @@
-"""The factor before the delta, and how A is drawn, by which one learning rate serves every rank."""
+"""The factor before the delta and the start of A, chosen so that one learning rate serves every rank."""
 
 import math
 
-from colora_peft.ranks import is_dense
-
-__all__ = ["STD_OF_A", "adapter_scaling"]
+from colora_peft.ranks import MatrixShape
 
 STD_OF_A = 1.0
 """Standard deviation of A at the start; see `adapter_scaling`."""
 
 
 def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
-    """Factor before the delta of a (d, k) layer: colora_alpha / (rank sqrt(k)) for factors, / k for a dense delta.
+    """Returns the factor before the delta of a (d, k) layer.
 
-    Our choice, not the paper's: one learning rate shall suit every rank. What must be equal is how far the *output*
-    of the layer moves on the inputs that it sees. Adam moves each parameter by about lr a step, whatever its gradient.
-    For an input x the gradient of a dense delta D has the signs of x, and that of B the signs of A x, so all entries
-    push the output the same way. With A ~ N(0, 1) and B = 0 the first step moves each output by
+    It is colora_alpha / (rank sqrt(k)) for factors and colora_alpha / k for a dense delta. This is our choice, not the
+    paper's: one learning rate shall suit every rank. So the *output* of the layer must move equally far on the inputs
+    that it sees. Adam moves each parameter by about lr a step, whatever its gradient. For an input x the gradient of a
+    dense delta D has the signs of x, and that of B the signs of A x. So all entries push the output the same way. With
+    A ~ N(0, 1) and B = 0 the first step moves each output by
 
         scaling * lr * sum of rank entries |A x|  ~  scaling * lr * 0.8 rank |x|
 
@@ -25,13 +24,13 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
     0.8 * colora_alpha * lr * |x| / sqrt(k). Equal movement of the *weights* would ask for 1 / sqrt(rank) instead, as
     the ranks of a pair move an entry of W in random directions; but they all move the output of x in one.
 
-    A is large because the first step is not the last. Its entries move by lr as well, and turn towards the input:
-    after t steps in which no gradient changed its sign, factors have moved the output 1 + sqrt(k) lr t times as far
-    as a dense delta has. Drawn from N(0, 1 / k) instead they would have moved it 1 + k lr t times as far: at k = 144,
-    lr = 2e-3 and t = 40 that is 2 against 13. Beyond such runs of equal signs reasoning ends and measuring begins.
+    A is large because the first step is not the last. Its entries move by lr as well, and turn towards the input.
+    After t steps in which no gradient changed its sign, factors have moved the output 1 + sqrt(k) lr t times as far
+    as a dense delta has. Drawn from N(0, 1 / k) they would have moved it 1 + k lr t times as far. At k = 144, lr =
+    2e-3 and t = 40 these are 2 and 13 times. Beyond such runs of equal signs only measurements tell.
 
     In a transposed convolution k is the fan-out of one input channel instead of a fan-in.
 
     Measured by examples/compare_scaling.py, beside the rule that it replaced: benchmark_results/scaling.md.
     """
-    return colora_alpha / (k if is_dense(rank, d, k) else rank * math.sqrt(k))
+    return colora_alpha / (k if MatrixShape(d, k).is_dense(rank) else rank * math.sqrt(k))

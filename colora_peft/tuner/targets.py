@@ -1,7 +1,7 @@
-"""Which layers of a network a configuration adapts, and the rank of each.
+"""The layers of a network that a configuration adapts, and the rank of each.
 
-PEFT matches target names by suffix; ranks are by exact name. So targets are matched once, before anything is changed,
-and from then on `config.ranks` alone says what is wrapped.
+PEFT matches target names by suffix; ranks are by exact name. So targets are matched once, before anything is changed.
+From then on `config.ranks` alone says which layers are wrapped.
 """
 
 from collections import defaultdict
@@ -16,24 +16,22 @@ from torch import nn
 from colora_peft.ranks import (
     adaptable_layers,
     allocate_ranks,
+    check_known_names,
     check_same_names,
     check_scores,
     names_hint,
-    stored_rank,
-    unknown_layer_message,
     weight_matrix_shape,
     why_not_adaptable,
 )
+from colora_peft.utils import some
 
 from .config import PRIOR_CONTRIBUTIONS, CoLoRAConfig
 from .layer import CoLoRALayer
 from .offloading import is_offloaded
 
-__all__ = ["check_not_offloaded", "matches", "resolve_ranks"]
-
 
 def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
-    """Rank of every targeted layer by full name, in network order, 0 included: given, or allocated under the budget.
+    """Returns the rank of every targeted layer by full name, in network order, 0 included: given, or allocated.
 
     Raises:
         TypeError: A targeted layer cannot be adapted.
@@ -53,7 +51,7 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
     shapes = {name: weight_matrix_shape(layer) for name, layer in targets.items()}
     if isinstance(config.ranks, dict):
         check_same_names(config.ranks, shapes, "ranks")
-        ranks = {name: config.ranks[name] for name in shapes}
+        ranks = config.ranks
     elif config.ranks is not None:
         ranks = dict.fromkeys(shapes, config.ranks)
     else:
@@ -68,19 +66,19 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
         )
     if not any(ranks.values()):
         raise ValueError("All ranks are 0, so nothing would be trained: give at least one layer a rank of 1.")
-    return {name: stored_rank(rank, *shapes[name]) for name, rank in ranks.items()}
+    return {name: shape.stored_rank(ranks[name]) for name, shape in shapes.items()}
 
 
 def _targeted_scores(
     config: CoLoRAConfig, model: nn.Module, layers: Iterable[str], targets: Iterable[str]
 ) -> dict[str, float] | None:
-    """Contributions of the targeted layers: given, or what the network's own configuration carries; None if neither.
+    """Returns the contributions of the targeted layers, given or of the network's own configuration, or None.
 
     Scores are measured once for the whole network and serve any choice of targets.
     """
     scores = config.contributions
     if scores is not None:
-        _check_known(scores, layers, "contributions")
+        check_known_names(scores, layers, "contributions")
     else:
         scores = getattr(getattr(model, "config", None), PRIOR_CONTRIBUTIONS, None)
         if scores is None or config.beta == 0:
@@ -91,11 +89,7 @@ def _targeted_scores(
 
 
 def _check_prior(scores: Any, targets: Iterable[str], what: str) -> None:
-    """Check the contributions that a network brings along.
-
-    Raises:
-        ValueError: They are no scores, lack a targeted layer, or are 0 for all of them; it names whose they are.
-    """
+    """Checks the contributions of a network's own configuration, which messages call `what`."""
     remedy = "pass `contributions` of your own, or beta=0 for uniform ranks"
     try:
         check_scores(scores, remedy)
@@ -109,14 +103,10 @@ def _check_prior(scores: Any, targets: Iterable[str], what: str) -> None:
 
 
 def _matched_ranks(patterns: dict[str, int], names: Iterable[str], what: str) -> dict[str, int]:
-    """The rank of each layer that a pattern matches, by PEFT's rule for `rank_pattern`: the first match counts.
-
-    Raises:
-        ValueError: A pattern matches none of the layers.
-    """
+    """Returns the rank of each layer that a pattern matches, by PEFT's rule for `rank_pattern`: the first counts."""
     names = list(names)
     for pattern in patterns:
-        # What matches nothing is given back, so a name that is a pattern itself needs no second look.
+        # PEFT gives the name itself back where nothing matches, which a pattern may equal.
         if pattern not in {get_pattern_key([pattern], name) for name in names}:
             raise ValueError(f"The {pattern!r} in `{what}` matches no targeted layer ({names_hint(pattern, names)}).")
     keys = {name: get_pattern_key(list(patterns), name) for name in names}
@@ -124,14 +114,14 @@ def _matched_ranks(patterns: dict[str, int], names: Iterable[str], what: str) ->
 
 
 def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The layers that `target_modules`, `exclude_modules` and `layers_to_transform` choose, in network order."""
+    """Returns the layers that `target_modules` and the fields beside it choose, in network order."""
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         chosen = {name: layers[name] for name in layers if name in linear and matches(config, linear, name)}
     elif config.target_modules is not None and not _names_what_ranks_name(config):
         chosen = _matched_layers(config, model, layers)
     elif isinstance(config.ranks, dict):
-        _check_known(config.ranks, layers, "ranks")
+        check_known_names(config.ranks, layers, "ranks")
         named = set(config.ranks)
         chosen = {name: layer for name, layer in layers.items() if name in named and matches(config, named, name)}
     else:
@@ -144,26 +134,21 @@ def _targeted_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, n
         raise ValueError(
             f"Nothing is targeted: target_modules={config.target_modules!r} with "
             f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r} "
-            f"matches no layer of {type(model).__name__}; "
-            f"layers that can be adapted: {', '.join(list(layers)[:5]) or 'none'}{', ...' if len(layers) > 5 else ''}."
+            f"matches no layer of {type(model).__name__}; layers that can be adapted: {some(list(layers), 5)}."
         )
     return chosen
 
 
 def _names_what_ranks_name(config: CoLoRAConfig) -> bool:
-    """Whether `target_modules` are full names, those of `ranks` which are not 0: then nothing is matched by suffix.
+    """Returns whether `target_modules` are full names, those of `ranks` which are not 0, and no suffixes.
 
-    This is how a resolved configuration is saved.
+    A resolved configuration is saved in this way.
     """
     return isinstance(config.ranks, dict) and config.target_modules == {n for n, rank in config.ranks.items() if rank}
 
 
 def _matched_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The layers that `target_modules` matches by PEFT's rules.
-
-    Raises:
-        TypeError: It matches a module that cannot be adapted.
-    """
+    """Returns the layers that `target_modules` matches by PEFT's rules; all must be adaptable."""
     chosen = {}
     wrapped: str | None = None  # prefix of the last adapted layer, whose inside is no target
     for name, module in model.named_modules():
@@ -184,42 +169,35 @@ def _matched_layers(config: CoLoRAConfig, model: nn.Module, layers: dict[str, nn
 
 
 def _check_used_once(targets: dict[str, nn.Module], model: nn.Module) -> None:
-    """Check that each target has one place in `model` and a weight that no other module holds.
+    """Checks that each target has one place in `model` and a weight that no other module holds.
 
-    A block that is registered twice is fine: the layer is replaced inside the block, so for both.
-
-    Raises:
-        ValueError: PEFT would replace a target in one of its two places only, or merging would write into the weight
-            of another module; names both.
+    PEFT would replace a target in one of its two places only, and merging would write into the weight of another
+    module. A block that is registered twice is fine: the layer is replaced inside the block, so for both.
     """
     places: dict[int, list[str]] = defaultdict(list)
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for child_name, child in module._modules.items():
-            places[id(child)].append(f"{name}.{child_name}".removeprefix("."))
+            places[id(child)].append(f"{name}.{child_name}".removeprefix(".").removesuffix(".base_layer"))
         for parameter in module._parameters.values():
             owners[id(parameter)].append(name.removesuffix(".base_layer"))
     for name, layer in targets.items():
-        for place in places[id(layer)]:
-            if place.removesuffix(".base_layer") != name:
-                raise ValueError(
-                    f"The targeted layer {name!r} is also registered as {place!r}, where it would stay without an "
-                    f"adapter: register it once, or leave {name!r} alone (exclude_modules or rank 0)."
-                )
-        for owner in owners[id(layer.weight)]:
-            if owner != name:
-                raise ValueError(
-                    f"The targeted layer {name!r} shares its weight with {owner!r}, which merging would change, too: "
-                    "give each a weight of its own, or leave both alone (exclude_modules or rank 0)."
-                )
+        other = next((place for place in places[id(layer)] if place != name), None)
+        if other is not None:
+            raise ValueError(
+                f"The targeted layer {name!r} is also registered as {other!r}, where it would stay without an "
+                f"adapter: register it once, or leave {name!r} alone (exclude_modules or rank 0)."
+            )
+        other = next((owner for owner in owners[id(layer.weight)] if owner != name), None)
+        if other is not None:
+            raise ValueError(
+                f"The targeted layer {name!r} shares its weight with {other!r}, which merging would change, too: "
+                "give each a weight of its own, or leave both alone (exclude_modules or rank 0)."
+            )
 
 
 def check_not_offloaded(ranks: dict[str, int], model: nn.Module) -> None:
-    """Check that the weight of every layer with a rank is in memory, so that an adapter for it can be trained.
-
-    Raises:
-        ValueError: One is offloaded; PEFT would put its adapter where the weight is: nowhere.
-    """
+    """Checks that the weight of every layer with a rank is in memory: PEFT puts the adapter where the weight is."""
     for name, rank in ranks.items():
         if rank and is_offloaded(model.get_submodule(name)):
             raise ValueError(
@@ -229,18 +207,7 @@ def check_not_offloaded(ranks: dict[str, int], model: nn.Module) -> None:
 
 
 def matches(config: CoLoRAConfig, target_modules: set[str] | str, name: str) -> Any:
-    """PEFT's own rule on whether `name` is targeted, with `target_modules` in place of those of `config`."""
+    """Applies PEFT's own rule on whether `name` is targeted, with `target_modules` in place of those of `config`."""
     fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters")
     view = SimpleNamespace(**{field: getattr(config, field) for field in fields}, target_modules=target_modules)
     return check_target_module_exists(view, name)
-
-
-def _check_known(names: dict[str, Any], layers: Iterable[str], what: str) -> None:
-    """Check that each of `names` is a layer that can be adapted.
-
-    Raises:
-        ValueError: One is not; names it and its nearest relatives.
-    """
-    for name in names:
-        if name not in layers:
-            raise ValueError(unknown_layer_message(name, layers, what))

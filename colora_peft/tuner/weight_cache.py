@@ -1,4 +1,4 @@
-"""The effective weight of an adapted layer, kept between calls at inference, and how it is known to be current."""
+"""The effective weight of an adapted layer, kept between calls at inference, and the test that it is current."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KeptWeight", "keep_weight"]
-
 
 class _Source(NamedTuple):
     """A parameter that the kept weight was made from, and how it was then."""
 
     owner: dict[str, nn.Parameter | None]
-    """The `_parameters` of its module, and the name in there: another parameter may take its place."""
+    """The `_parameters` of its module: another parameter may take its place there."""
     name: str
     parameter: nn.Parameter
     alias: Tensor
     """Keeps the storage alive: a freed address could come back with other content."""
     address: int
     version: int
-    """Counts the writes that PyTorch knows of."""
+    """Number of writes that PyTorch knows of."""
     content: Tensor | None
     """A copy, for adapters on the CPU."""
 
@@ -33,11 +31,11 @@ class KeptWeight(NamedTuple):
     weight: Tensor
     base: nn.Module
     scaling: dict[str, float]
-    """Of the adapters in it."""
+    """Scaling of each adapter in it."""
     sources: tuple[_Source, ...]
 
     def is_current(self, scaling: dict[str, float]) -> bool:
-        """Whether the weight may be used now; `scaling` is the layer's. Runs at every call of every layer."""
+        """Returns whether the weight may be used now; `scaling` is the layer's. Runs at every call of a layer."""
         for adapter, factor in self.scaling.items():
             if scaling.get(adapter) != factor:
                 return False
@@ -55,9 +53,9 @@ class KeptWeight(NamedTuple):
 def keep_weight(
     weight: Tensor, base: nn.Module, containers: Iterable[nn.Module], scaling: dict[str, float]
 ) -> KeptWeight | None:
-    """Keep `weight`, made from the weight of `base` and the adapters in `containers` that `scaling` names.
+    """Keeps `weight`, made from the weight of `base` and the adapters in `containers` that `scaling` names.
 
-    None if that must not be: where gradients are to flow into one of them, one of them is trained on a device on
+    Returns None if that must not be: gradients are to flow into one of them, one of them is trained on a device on
     which comparing contents would stall, or one has no count of its writes.
     """
     sources = [_source(base._parameters, "weight", may_copy=False)]

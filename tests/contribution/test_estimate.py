@@ -1,7 +1,6 @@
 """FAIG and the probe: completeness first, then values, restoration to the bit, the memory law and the errors."""
 
 import gc
-import json
 import random
 from dataclasses import replace
 
@@ -11,8 +10,7 @@ import torch
 from support.estimate import assert_same, faig, linear_pair, mse, probe, restorer_task, snapshot
 from torch import nn
 
-from colora_peft import ContributionScores, ProbeSettings
-from colora_peft.ranks.scores import mean_scores
+from colora_peft import ProbeSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")
 
@@ -194,81 +192,3 @@ def test_memory_depends_neither_on_batches_nor_on_steps():
     gc.collect()
     smallest = most_live_weights(1, 1)
     assert smallest == most_live_weights(6, 1) == most_live_weights(2, 7)
-
-
-def test_json_round_trip(tmp_path):
-    model, end, batches = linear_pair()
-    result = faig(model, end, batches, mse, 2)
-    result.save(tmp_path / "scores.json")
-    assert ContributionScores.load(tmp_path / "scores.json") == result
-    content = json.loads((tmp_path / "scores.json").read_text())
-    assert content["completeness_error"] == result.completeness_error
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
-
-
-def test_numbers_of_numpy_are_scores(tmp_path):
-    scores = ContributionScores({"a": np.float32(0.5), "b": np.int64(0)}, "taylor", num_batches=1, loss_start=1.0)
-    assert scores.scores == {"a": 0.5, "b": 0.0} and {type(score) for score in scores.scores.values()} == {float}
-    scores.save(tmp_path / "scores.json")
-    assert ContributionScores.load(tmp_path / "scores.json") == scores
-    for wrong in (True, np.True_, np.float32("nan"), "1"):
-        with pytest.raises(ValueError, match="layer 'a' is .*finite and >= 0"):
-            replace(scores, scores={"a": wrong})
-
-
-def test_score_files_of_other_versions_are_read(tmp_path):
-    path = tmp_path / "scores.json"
-    scores = ContributionScores({"a": 0.5}, "taylor", 2, 1.0, num_processes=2, source={"model": "x", "seed": 3})
-    scores.save(path)
-    assert ContributionScores.load(path) == scores
-    content = json.loads(path.read_text())
-    older = {name: content[name] for name in ("scores", "method", "num_batches", "loss_start")}
-    path.write_text(json.dumps(older))
-    assert ContributionScores.load(path) == ContributionScores({"a": 0.5}, "taylor", 2, 1.0)
-    path.write_text(json.dumps({**content, "from_the_future": [1], "also": 2}))
-    with pytest.warns(UserWarning, match="does not know, which are ignored: 'also', 'from_the_future'"):
-        assert ContributionScores.load(path) == scores
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda content: content.pop("method"), "lacks the entry 'method'"),
-        (lambda content: content.update(num_path_steps="x"), "'num_path_steps' is 'x'"),
-        (lambda content: content.update(loss_start=None), "'loss_start' is None, not a finite number"),
-        (lambda content: content.update(num_batches=1.5), "'num_batches' is 1.5, not int"),
-        (lambda content: content.update(unreached="0"), "'unreached' is '0', not a list of names"),
-        (lambda content: content.update(source={"seed": [1]}), r"'source' is .*, not a table of names to texts or"),
-        (lambda content: content.update(path_integral=float("inf")), "'path_integral' is inf"),
-        (lambda content: content["scores"].update({"0": -1.0}), "layer '0' is -1.0"),
-        (lambda content: content["scores"].update({"0": float("nan")}), "layer '0' is nan"),
-        (lambda content: content.update(scores={}), "no table of layer name to score"),
-    ],
-)
-def test_bad_score_files_are_named(tmp_path, change, message):
-    path = tmp_path / "scores.json"
-    model, end, batches = linear_pair()
-    faig(model, end, batches, mse, 1).save(path)
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        ContributionScores.load(path)
-
-
-def test_mean_of_scores_does_not_see_their_units():
-    def measured(*scores):
-        return ContributionScores(
-            scores=dict(zip("xyz", scores, strict=False)), method="gradient", num_batches=1, loss_start=1.0
-        )
-
-    one, other = measured(1.0, 3.0, 0.0), measured(2.0, 2.0, 4.0)
-    mean = mean_scores([one, other])
-    assert mean == pytest.approx({"x": 0.25, "y": 0.5, "z": 0.25}) and sum(mean.values()) == pytest.approx(1)
-    assert mean_scores([measured(100.0, 300.0, 0.0), other]) == pytest.approx(mean)
-    with pytest.raises(ValueError, match="of different networks"):
-        mean_scores([one, measured(1.0, 2.0)])
-    with pytest.raises(ValueError, match="are all 0"):
-        mean_scores([one, measured(0.0, 0.0, 0.0)])
-    with pytest.raises(ValueError, match="no contributions to take the mean of"):
-        mean_scores([])

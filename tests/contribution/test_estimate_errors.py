@@ -1,11 +1,11 @@
-"""What the contribution estimators refuse: each culprit is named, with a remedy, before or after the walk."""
+"""Refusals of the contribution estimators: each names the culprit and a remedy, before or after the walk."""
 
 import pytest
 import torch
 from support.estimate import faig, linear_pair, mse, probe
 from torch import nn
 
-from colora_peft import ContributionScores, ProbeSettings
+from colora_peft import ProbeSettings
 
 
 @pytest.mark.parametrize(
@@ -122,16 +122,3 @@ def test_a_parametrized_weight_is_named():
     end = {name: value + 0.1 for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="Layer '0'.*parametrization|no layer to score"):
         faig(model, end, linear_pair()[2], mse)
-
-
-def test_score_files_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="No such file"):
-        ContributionScores.load(tmp_path / "missing.json")
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="no valid JSON"):
-        ContributionScores.load(tmp_path / "broken.json")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match="no contribution scores"):
-        ContributionScores.load(tmp_path / "list.json")
-    with pytest.raises(ValueError, match="folder .* does not exist"):
-        ContributionScores({"a": 1.0}, "faig", num_batches=1, loss_start=1.0).save(tmp_path / "no" / "x.json")

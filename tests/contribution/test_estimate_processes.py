@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from colora_peft import ESTIMATORS, ContributionScores, FaigSettings, ProbeSettings, estimate_contributions
-from colora_peft.contribution.mean_loss import GradientSums, MeanLoss
+from colora_peft.contribution.objective import GradientSums, MeanLoss
 from colora_peft.utils.distributed import Processes
 
 NUM_BATCHES = (1, 5)
@@ -63,7 +63,7 @@ def scores_of(num_batches, accelerator=None):
 
 
 def scores_with_a_bad_batch(estimator, rank, accelerator):
-    """Of the second process, whose second batch is NaN: the one that it does not leave to the first."""
+    """Scores of a process; the batch of the second process that it runs itself is NaN."""
     batches = [torch.rand(1, 3, 8, 8) for _ in range(2)]
     if rank == 1:
         batches[1].fill_(torch.nan)
@@ -129,7 +129,7 @@ def test_two_processes_find_the_scores_of_one(tmp_path):
 
 
 class OneOf:
-    """As far as sums are concerned, an accelerator of one of three processes; the test adds up what each found."""
+    """An accelerator of one of three processes, as far as sums need it; the test adds up what each found."""
 
     num_processes = 3
 
@@ -163,7 +163,7 @@ def test_shares_of_the_processes_add_up_to_the_whole(num_batches, squared):
 
 
 class OneOfTwo:
-    """What the accelerator of the first of two processes is told: the second one's flag."""
+    """An accelerator of the first of two processes, which is told the flag of the second."""
 
     num_processes, process_index, device = 2, 0, "cpu"
 

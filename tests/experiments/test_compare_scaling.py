@@ -12,7 +12,7 @@ from support.examples import EXAMPLES, load_example, write_pairs
 from support.tiny_networks import network
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
-from colora_peft.ranks.allocation import is_dense
+from colora_peft.ranks import MatrixShape
 from colora_peft.tuner.scaling import STD_OF_A, adapter_scaling
 
 compare_scaling = load_example("compare_scaling")
@@ -60,7 +60,7 @@ def test_rule_sets_factor_and_spread_of_every_layer(rule, ranks):
 def test_rule_of_the_package_is_among_them():
     rule = compare_scaling.RULES["linear_unit"]
     for rank, d, k in ((1, 64, 144), (8, 64, 144), (16, 16, 27)):
-        expected = rule.dense(k) if is_dense(rank, d, k) else rule.factors(rank, k)
+        expected = rule.dense(k) if MatrixShape(d, k).is_dense(rank) else rule.factors(rank, k)
         assert adapter_scaling(rank, d, k, CoLoRAConfig.colora_alpha) == pytest.approx(expected)
         assert rule.std(k) == STD_OF_A
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 from support.allocation import next_level, random_network, spent, total
 
-from colora_peft.ranks.allocation import adapter_parameters, allocate_ranks, stored_rank
+from colora_peft.ranks import MatrixShape, adapter_parameters, allocate_ranks
 
 SEEDS = range(60)
 
@@ -18,7 +18,7 @@ def random_bounds(seed, shapes):
     draw = random.Random(1000 + seed)
     min_ranks, max_ranks = {}, {}
     for name, (d, k) in shapes.items():
-        levels = [0, *sorted({stored_rank(rank, d, k) for rank in range(1, min(d, k) + 1)})]
+        levels = [0, *sorted({MatrixShape(d, k).stored_rank(rank) for rank in range(1, min(d, k) + 1)})]
         low, high = sorted(draw.choices(range(len(levels)), k=2))
         low = min(low, 2)  # or the budget would go to minima alone
         if draw.random() < 0.4:
@@ -28,10 +28,10 @@ def random_bounds(seed, shapes):
     return min_ranks, max_ranks
 
 
-def allocate(seed, budget, beta=0.5, delta_min=0.0):
+def allocate(seed, budget, bounded, beta=0.5, delta_min=0.0):
     """(shapes, scores, min_ranks, max_ranks, ranks); ranks None where the budget does not pay for the minima."""
     shapes, scores = random_network(seed)
-    min_ranks, max_ranks = random_bounds(seed, shapes)
+    min_ranks, max_ranks = random_bounds(seed, shapes) if bounded else ({}, {})
     try:
         ranks = allocate_ranks(shapes, scores, budget, beta, delta_min, min_ranks, max_ranks)
     except ValueError as error:
@@ -50,11 +50,12 @@ def can_grow(name, rank, shapes, max_ranks):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("beta", "delta_min"), [(0, 0.0), (0.5, 0.0), (1, 0.1)])
-def test_bounds_and_budget_are_kept_and_the_next_step_would_not_fit(seed, beta, delta_min):
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize(("beta", "delta_min"), [(0, 0.0), (0.5, 0.0), (1, 0.1), (2.5, 0.0)])
+def test_bounds_and_budget_are_kept_and_the_next_step_would_not_fit(seed, bounded, beta, delta_min):
     allocated = 0
     for budget in (0.2, 0.5, 0.8, 1.0):
-        shapes, scores, min_ranks, max_ranks, ranks = allocate(seed, budget, beta, delta_min)
+        shapes, scores, min_ranks, max_ranks, ranks = allocate(seed, budget, bounded, beta, delta_min)
         if ranks is None:
             continue
         allocated += 1
@@ -73,12 +74,15 @@ def test_bounds_and_budget_are_kept_and_the_next_step_would_not_fit(seed, beta, 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_more_budget_never_lowers_a_rank(seed):
+@pytest.mark.parametrize("bounded", [False, True])
+def test_more_budget_never_lowers_a_rank(seed, bounded):
     before = None
     for percent in range(1, 101, 3):
-        shapes, _, _, _, ranks = allocate(seed, percent / 100)
+        shapes, scores, _, _, ranks = allocate(seed, percent / 100, bounded)
         assert before is None or (ranks is not None and all(ranks[name] >= before[name] for name in shapes))
         before = ranks
+    if not bounded:  # 100 percent
+        assert all(MatrixShape(*shapes[name]).is_dense(before[name]) or scores[name] == 0 for name in shapes)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

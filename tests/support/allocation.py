@@ -2,7 +2,7 @@
 
 import random
 
-from colora_peft.ranks.allocation import adapter_parameters, is_dense, stored_rank
+from colora_peft.ranks import MatrixShape, adapter_parameters
 
 
 def random_network(seed):
@@ -24,4 +24,5 @@ def spent(shapes, ranks):
 
 def next_level(rank, d, k):
     """The level after `rank` as written into a config, or None after dense."""
-    return None if is_dense(rank, d, k) else stored_rank(rank + 1, d, k)
+    shape = MatrixShape(d, k)
+    return None if shape.is_dense(rank) else shape.stored_rank(rank + 1)

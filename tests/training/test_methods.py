@@ -9,7 +9,6 @@ from torch import nn
 
 from colora_peft import CoLoRAConfig, adaptable_layers, adapter_parameters, weight_matrix_shape
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.ranks.allocation import stored_rank
 from colora_peft.training.methods import LEARNING_RATES, METHODS, prepare_for_tuning, trained_parameters
 
 
@@ -78,7 +77,7 @@ def test_lora_has_one_rank_in_the_targeted_layers_and_the_next_would_not_fit():
     shapes = {name: weight_matrix_shape(layer) for name, layer in layers.items()}
     (rank,) = {value for name, value in adapted.peft_config["default"].ranks.items() if value < min(shapes[name])}
     ranks = adapted.peft_config["default"].ranks
-    assert ranks == {name: stored_rank(rank, d, k) for name, (d, k) in shapes.items()}
+    assert ranks == {name: shape.stored_rank(rank) for name, shape in shapes.items()}
     allowed = 0.25 * sum(d * k for d, k in shapes.values())
     costs = [sum(adapter_parameters(r, d, k) for d, k in shapes.values()) for r in (rank, rank + 1)]
     assert costs[0] <= allowed < costs[1]

@@ -36,7 +36,7 @@ both = pytest.mark.parametrize("make", [swin2sr, plain], ids=["swin2sr", "plain"
 
 
 def batches(count=2, size=16):
-    """Of a task that exchanges red and blue, in sides that are no multiple of any stride."""
+    """Batches of a task that exchanges red and blue, with sides that no stride divides."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.rand(2, 3, size - 1, size + 1, generator=generator) for _ in range(count)]
     return [{"pixel_values": x, "labels": x.flip(1)} for x in inputs]
@@ -124,7 +124,7 @@ QUICK = ["--max_train_steps", "3", "--per_device_train_batch_size", "2", "--reso
 
 @pytest.fixture
 def flags(train_dir, eval_dir, tmp_path, monkeypatch):
-    """Of a run in a folder that holds the module with the networks."""
+    """Flags of a run in a folder that holds the module with the networks."""
     (tmp_path / "some_networks.py").write_text(NETWORKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

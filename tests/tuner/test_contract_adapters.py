@@ -22,7 +22,7 @@ from support.contract_networks import (
 )
 
 from colora_peft import adaptable_layers
-from colora_peft.tuner.registration import SAVES_BIASES
+from colora_peft.tuner.peft_internals import SAVES_BIASES
 
 # --- which adapters are active --------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ def test_a_prepared_network_can_still_be_trained_and_saved(files, tmp_path):
 
 
 def test_a_prepared_network_sees_what_changes_in_evaluation_mode(files):
-    """As any network does, as long as it is not compiled: optimizer steps, and writing by hand."""
+    """Optimizer steps and writing by hand count as in any network, as long as it is not compiled."""
     _, x, _, folders = files
     model = PeftModel.from_pretrained(copy.deepcopy(files[0]), folders["haze"], is_trainable=True).eval()
     prepare_model_for_compiled_hotswap(model)

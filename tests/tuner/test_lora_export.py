@@ -20,7 +20,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import colora_peft.tuner.lora_export as lora_export
 from colora_peft import CoLoRAConfig
 from colora_peft.tuner.lora_export import lora_obstacle, save_as_lora
-from colora_peft.tuner.registration import SAVES_BIASES
+from colora_peft.tuner.peft_internals import SAVES_BIASES
 
 needs_biases = pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT does not save trained biases")
 WEIGHTS = "adapter_model.safetensors"
@@ -234,6 +234,15 @@ def test_merged_base_of_a_transformers_network(way, tmp_path):
         base = type(bare).from_pretrained(config.base_model_name_or_path).eval()
         close(loaded(base, tmp_path / "lora")(x).reconstruction, expected)
         assert torch.equal(model(x).reconstruction, expected)
+
+
+def test_files_are_as_readable_as_any_new_file_and_others_in_the_folder_stay(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "README.md").write_text("a card")
+    save_as_lora(tmp_path / "lora", adapted(network()[0]), merged_base=tmp_path / "base")
+    assert files(tmp_path / "lora") == ["README.md", "adapter_config.json", WEIGHTS]
+    modes = {path: path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 4 and set(modes.values()) == {modes[tmp_path / "lora" / "README.md"]}
 
 
 def test_failed_write_leaves_no_file_and_the_live_network_as_it_was(tmp_path, monkeypatch):

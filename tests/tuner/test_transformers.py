@@ -1,4 +1,4 @@
-"""What users of transformers do with an adapter: the network's own adapter methods, and training with Trainer.
+"""Adapters as users of transformers have them: the network's own adapter methods, and training with Trainer.
 
 The laws hold for our NAFNet and for transformers' own Swin2SR, for factors and for dense deltas, and whether the
 network is wrapped in a PeftModel or carries the adapter by `model.add_adapter`.

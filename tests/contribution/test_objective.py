@@ -8,8 +8,8 @@ from support.estimate import mse, restorer_task
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from colora_peft import FaigSettings, ProbeSettings, estimate_contributions
-from colora_peft.contribution.mean_loss import GradientSums, MeanLoss
-from colora_peft.contribution.weight_space import moving_parameters, restored_afterwards
+from colora_peft.contribution.objective import GradientSums, MeanLoss
+from colora_peft.contribution.weight_space import moving_parameters, put_back_afterwards
 from colora_peft.utils.distributed import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss does not reach")
@@ -27,7 +27,7 @@ def batch_statistics_loss(model, batch):
 
 def test_running_statistics_make_no_difference_to_a_later_pass():
     model, batches = restorer_task(num_batches=3, with_batch_norm=True)
-    with restored_afterwards(model):
+    with put_back_afterwards(model):
         objective = MeanLoss(model, batches, batch_statistics_loss, 5, Processes(None))
         backwards = replace(objective, batches=batches[::-1])
         before = objective.value("before")

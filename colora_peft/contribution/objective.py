@@ -1,9 +1,10 @@
-"""The mean loss over some batches as one fixed function of a network's weights, and the sums of its gradients.
+"""The objective of an estimate: the mean loss over some batches, and the sums of its gradients.
 
-Each batch begins with a seed of its own, in eval mode and with the buffers of the start, and each pass with the states
-that a loader's own generators had then. So the function is the same at every weights, in any order of batches, and on
-any number of processes, also where loss_fn sets the training mode. Not covered is what remembers earlier passes
-elsewhere: the random states of a loader's persistent workers, and samplers that count epochs.
+The mean loss is one fixed function of a network's weights. Each batch begins with a seed of its own, in eval mode and
+with the buffers of the start. Each pass begins with the states that a loader's own generators had at the start. So the
+function is the same at any weights, in any order of batches and on any number of processes. It is also the same where
+loss_fn sets the training mode. Two things that remember earlier passes are not covered: the random states of a
+loader's persistent workers, and samplers that count epochs.
 
 The processes split the batches: batch i is run by process i modulo their number, and all hold the sums.
 """
@@ -21,12 +22,30 @@ from tqdm.auto import tqdm
 
 from colora_peft.utils import Processes
 
-from .loader_generators import LoaderGenerators
 from .weight_space import BufferCopies, moving_parameters, seed_rngs, sum_dtype
 
-__all__ = ["GradientSums", "LossFn", "MeanLoss", "backward", "checked_loss", "no_batches_message"]
-
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class LoaderGenerators:
+    """The generators that a DataLoader and its samplers were given, with their states at some moment."""
+
+    states: list[tuple[torch.Generator, Tensor]]
+
+    @classmethod
+    def of(cls, batches: Iterable[Any]) -> LoaderGenerators:
+        """Returns those of `batches`; none for a list."""
+        batch_sampler = getattr(batches, "batch_sampler", None)
+        holders = (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = (getattr(holder, "generator", None) for holder in holders)
+        generators = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
+        return cls([(generator, generator.get_state()) for generator in generators.values()])
+
+    def reset(self) -> None:
+        """Puts the states back."""
+        for generator, state in self.states:
+            generator.set_state(state)
 
 
 @dataclass
@@ -36,7 +55,7 @@ class GradientSums:
     totals: dict[str, Tensor]
     """By parameter name."""
     squared: bool = False
-    """Whether each batch's gradients are squared before they are added."""
+    """Whether the gradients of each batch are squared before they are added."""
     reached: set[str] = field(default_factory=set)
     """Parameters that had a gradient other than 0 in some batch."""
 
@@ -47,7 +66,7 @@ class GradientSums:
 
     @torch.no_grad()
     def take(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Add the parameters' gradients and empty them."""
+        """Adds the gradients of the parameters and empties them."""
         for name, parameter in parameters.items():
             gradient, parameter.grad = parameter.grad, None
             if gradient is None or name not in self.totals:
@@ -61,19 +80,18 @@ class GradientSums:
                 self.totals[name].add_(gradient)
 
     def sum_over(self, processes: Processes) -> None:
-        """Make the sums those of all processes, on every process."""
+        """Makes the sums those of all processes, on every process."""
         names = list(self.totals)
         flags = torch.tensor([float(name in self.reached) for name in names])
         for name in names:
             self.totals[name] = processes.sum(self.totals[name])
-        if names:
-            flags = processes.sum(flags.to(self.totals[names[0]].device))
+        flags = processes.sum(flags.to(self.totals[names[0]].device))
         self.reached = {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
 
 
 @dataclass(frozen=True)
 class MeanLoss:
-    """L(weights) = mean over `batches` of loss_fn(model, batch), at the model's current weights."""
+    """The function L(weights) = mean over `batches` of loss_fn(model, batch), at the model's current weights."""
 
     model: nn.Module
     batches: Iterable[Any]
@@ -88,36 +106,42 @@ class MeanLoss:
         object.__setattr__(self, "generators", LoaderGenerators.of(self.batches))
 
     def value(self, where: str) -> tuple[float, int]:
-        """The mean loss over all processes' batches, and their number; no gradients."""
-        loss_sum, num_batches = 0.0, 0
+        """Returns the mean loss over all processes' batches and their number, without gradients."""
         with self.processes.failing_together(), torch.no_grad():
-            for index, batch in self._batches_in_turn():
-                num_batches = index + 1
-                if self.processes.is_mine(index):
-                    loss_sum += self._loss(batch, f"batch {index} {where}").item()
+            loss_sum, num_batches = self.add_gradients(None, where)
         return self._mean(loss_sum, num_batches)
 
-    def add_gradients(self, sums: GradientSums, where: str, bar: tqdm | None = None) -> tuple[float, int]:
-        """Add the gradients of this process's batches; the sum of their losses, and the number of all batches.
+    def add_gradients(self, sums: GradientSums | None, where: str, bar: tqdm | None = None) -> tuple[float, int]:
+        """Runs this process's batches and adds their gradients to `sums`, if there are any.
 
-        Exchanges nothing, so an error is this process's alone.
+        It exchanges nothing, so an error is this process's alone.
+
+        Returns:
+            The sum of this process's losses, and the number of all batches.
         """
         parameters = moving_parameters(self.model)
         loss_sum, num_batches = 0.0, 0
         for index, batch in self._batches_in_turn():
             num_batches = index + 1
             if self.processes.is_mine(index):
-                loss = self._loss(batch, f"batch {index} {where}")
-                backward(loss, f"batch {index} {where}")
-                sums.take(parameters)
+                self.buffers.reset()
+                self.model.eval()
+                here = f"batch {index} {where}"
+                loss = checked_loss(self.loss_fn(self.model, batch), here)
+                if sums is not None:
+                    backward(loss, here)
+                    sums.take(parameters)
                 loss_sum += loss.item()
             if bar is not None:
                 bar.update()
         return loss_sum, num_batches
 
     def mean_gradients(self, sums: GradientSums, where: str, bar: tqdm) -> tuple[float, int]:
-        """Make `sums`, which are zero, the means over one pass, on every process; the mean loss and the number of
-        batches."""
+        """Turns `sums` of zero into means over one pass, the same on every process.
+
+        Returns:
+            The mean loss, and the number of all batches.
+        """
         with self.processes.failing_together():
             loss_sum, seen = self.add_gradients(sums, where, bar)
         loss, num_batches = self._mean(loss_sum, seen)
@@ -139,10 +163,10 @@ class MeanLoss:
         return self.processes.sum_of_numbers(loss_sum) / num_batches, num_batches
 
     def _batches_in_turn(self) -> Iterator[tuple[int, Any]]:
-        """One pass over all batches, those of the other processes included; each begins with a seed of its own."""
+        """Yields all batches with their index, those of the other processes included, each after a seed of its own."""
         # Under the caller's autocast, low-precision copies of other weights may be cached.
         torch.clear_autocast_cache()
-        self.generators.restore()
+        self.generators.reset()
         seed_rngs(self.seed)
         batches = iter(self.batches)
         for index in count():
@@ -154,18 +178,9 @@ class MeanLoss:
                 return
             yield index, batch
 
-    def _loss(self, batch: Any, where: str) -> Tensor:
-        self.buffers.restore()
-        self.model.eval()
-        return checked_loss(self.loss_fn(self.model, batch), where)
-
 
 def backward(loss: Tensor, where: str) -> None:
-    """Gradients of a loss, into `.grad`.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Writes the gradients of a loss, which must have some, into `.grad`."""
     if not loss.requires_grad:
         raise ValueError(
             f"The loss for {where} has no gradient: loss_fn must compute it from the model's output without detach() "
@@ -175,11 +190,7 @@ def backward(loss: Tensor, where: str) -> None:
 
 
 def checked_loss(loss: Any, where: str) -> Tensor:
-    """The loss as a 0-dim tensor.
-
-    Raises:
-        ValueError: it is no scalar tensor, or not finite.
-    """
+    """Returns the loss as a 0-dim tensor; it must be a finite scalar."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(
@@ -194,6 +205,7 @@ def checked_loss(loss: Any, where: str) -> Tensor:
 
 
 def no_batches_message(batches: Iterable[Any]) -> str:
+    """Returns why there are no batches, and the remedy."""
     if getattr(batches, "drop_last", False):
         return (
             "The `batches` are empty: the loader drops the last batch when that is not full, so lower its batch_size."
