@@ -1,66 +1,62 @@
-"""The plan of study_contributions.py: its flags, what it compares, and in which order."""
+"""The plan of the study of contributions: its flags, its variants, and their order."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
-from grid_cells import RESULTS, Cell, task_name
-from study_report import BUDGET, others_of
-
 from colora_peft import CoLoRAConfig
-from colora_peft.evaluation import SSIM_WINDOW_PX
-from colora_peft.utils import check_at_least
+from examples.experiments.contributions.report import BUDGET, others_of
+from examples.experiments.grid.cells import NetworkArguments, check_lists, task_name
+from examples.experiments.grid.tuned import TunedArguments
 
 RANDOM = "random"
-"""Scores of the default estimator, dealt out to the layers at random."""
+"""Estimator that deals out the scores of the default one to the layers at random."""
 SAME_SHARE = "same_share"
-"""A method: CoLoRA with beta = 0; "lora" gives every layer the same rank."""
+"""The method that is CoLoRA with beta = 0; "lora" gives every layer the same rank."""
 QUESTIONS = ("estimators", "budgets", "same_rank", "floor", "betas", "transfer")
 ESTIMATORS = ("probe", "gradient", "taylor", "fisher", "faig", RANDOM)
 
 
-@dataclass
-class StudyArguments:
+@dataclass(kw_only=True)
+class StudyArguments(TunedArguments, NetworkArguments):
     """Flags of the study."""
 
-    train_dirs: list[str] = field(metadata={"help": "One folder TASK/train for each task, TASK/test beside it."})
-    questions: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "What to run."})
-    estimators: list[str] = field(default_factory=lambda: list(ESTIMATORS), metadata={"help": "For `estimators`."})
+    train_dirs: list[str] = field(
+        metadata={"help": "Folders TASK/train, one for each task, with TASK/test beside it."}
+    )
+    questions: list[str] = field(
+        default_factory=lambda: list(QUESTIONS), metadata={"help": "Names of the questions to run."}
+    )
+    estimators: list[str] = field(
+        default_factory=lambda: list(ESTIMATORS), metadata={"help": "Estimators of the question `estimators`."}
+    )
     budgets: list[float] = field(
-        default_factory=lambda: [0.02, 0.01, 0.035, 0.14], metadata={"help": f"For `budgets`, besides {BUDGET:g}."}
+        default_factory=lambda: [0.02, 0.01, 0.035, 0.14],
+        metadata={"help": f"Budgets of the question `budgets`, besides {BUDGET:g}."},
     )
     betas: list[float] = field(
         default_factory=lambda: [0.25, 0.75, 1.0],
-        metadata={"help": "For `betas`, besides 0 and 0.5."},
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Tried with the tuning seed."}
+        metadata={"help": "Exponents of the question `betas`, besides 0 and 0.5."},
     )
     tuned_budgets: list[float] = field(
-        default_factory=lambda: [0.02, 0.07], metadata={"help": "At which rates are tried, but for full tuning."}
+        default_factory=lambda: [0.02, 0.07],
+        metadata={"help": "Budgets at which learning rates are tried; full tuning has none."},
     )
-    tuning_seed: int = field(default=100, metadata={"help": "Of pairs, patches and adapters to try rates with."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of pairs, patches and adapters."})
-    default_estimator: str = field(default="gradient", metadata={"help": "Of all questions but `estimators`."})
-    max_train_steps: int = field(default=200, metadata={"help": "Steps of each cell."})
-    resolution: int = field(default=64, metadata={"help": "Side of the patches."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step."})
-    train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
-    validation_pairs: int = field(default=18, metadata={"help": "Other pairs of --train_dirs, for the rates."})
-    evaluated_size: int = field(default=256, metadata={"help": "Side of the centres that PSNR is measured on."})
-    part: str = field(default="0/1", metadata={"help": "Run this part of the tasks only, as in 0/3, 1/3 and 2/3."})
-    output_dir: str = field(default=str(RESULTS / "contributions"), metadata={"help": "For cells, scores, report."})
+    default_estimator: str = field(
+        default="gradient", metadata={"help": "Estimator of all questions but `estimators`."}
+    )
+    output_dir: str = field(
+        default=str(Path(__file__).parent), metadata={"help": "Folder for cells, scores and report."}
+    )
 
     def __post_init__(self) -> None:
-        lists = {name: getattr(self, name) for name in ("seeds", "learning_rates", "tuned_budgets")}
-        for name, values in {"train_dirs": [task_name(folder) for folder in self.train_dirs], **lists}.items():
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
-        check_at_least(self, "evaluated_size", SSIM_WINDOW_PX)
-        if self.tuning_seed in self.seeds:
-            raise ValueError(f"--tuning_seed {self.tuning_seed} is one of --seeds: choose another.")
+        names = ("seeds", "learning_rates", "tuned_budgets")
+        tasks = [task_name(folder) for folder in self.train_dirs]
+        check_lists({"train_dirs": tasks, **{name: getattr(self, name) for name in names}})
+        super().__post_init__()
 
     def tasks(self) -> dict[str, str]:
         """Training folder of each task."""
@@ -68,22 +64,19 @@ class StudyArguments:
 
 
 class Variant(NamedTuple):
-    """What is compared, on one task."""
+    """A way to tune, on one task."""
 
     task: str
     method: str
-    """As in `colora_peft.training.methods`, or SAME_SHARE."""
+    """One of `colora_peft.training.METHODS`, or SAME_SHARE."""
     parameter_budget: float | None = None
     estimator: str | None = None
-    """Or RANDOM."""
+    """An estimator of the package, or RANDOM."""
     beta: float | None = None
     scores_of: str | None = None
-    """Task that the scores are of."""
+    """Task whose scores decide the ranks."""
     min_rank: int | None = None
     """Rank that every layer gets before contribution counts."""
-
-    def settings(self) -> Cell:
-        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def tuned_as(self, args: StudyArguments) -> Variant:
         """The variant whose learning rate this one takes."""
@@ -96,7 +89,7 @@ class Variant(NamedTuple):
 
 
 def colora(args: StudyArguments, task: str, budget: float = BUDGET) -> Variant:
-    """With the defaults of the study."""
+    """The variant with ranks by contribution and the defaults of the study."""
     return Variant(task, "colora", budget, args.default_estimator, beta_for(args.default_estimator), task)
 
 
@@ -133,5 +126,5 @@ def variants_of(question: str, task: str, args: StudyArguments) -> list[Variant]
 
 
 def beta_for(estimator: str, beta: float = CoLoRAConfig.beta) -> float:
-    """The exponent that does to an estimator's scores what `beta` does to those that are no squares."""
+    """The exponent for an estimator's scores: those of `fisher` are squares and take half of it."""
     return beta / 2 if estimator == "fisher" else beta

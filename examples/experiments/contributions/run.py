@@ -1,21 +1,19 @@
-"""Where should the capacity go? Estimators, exponents and budgets, held against the same rank for all layers.
+"""Where should the capacity go? Estimators, exponents and budgets, compared with the same rank for all layers.
 
-    python examples/study_contributions.py --train_dirs path/to/underwater/train path/to/noise/train path/to/rain/train
+    python -m examples.experiments.contributions.run --train_dirs DATA/underwater/train DATA/noise/train DATA/rain/train
 
 Each folder TASK/train has a TASK/test beside it. Every method is tuned alike, on each task: its learning rate is the
-best of --learning_rates on held-out pairs of the training folder, with a seed of its own; what is reported is the mean
-PSNR on the test folder over other seeds, at that rate. Adapters are tuned at --tuned_budgets, those of CoLoRA with the
-default estimator; other budgets take the rate of the nearest, other scores and exponents that of the default.
-The seed draws pairs, patches and adapters, so that variants compare seed by seed. Fisher scores are squares, so they
-get half the exponent of the others. Images are evaluated on their centres, which is what makes the study affordable.
+best of --learning_rates on held-out pairs of the training folder, with a seed of its own. The report has the mean PSNR
+on the test folder over other seeds, at that rate. Rates are tried at --tuned_budgets, for CoLoRA with the default
+estimator; other budgets take the rate of the nearest, other scores and exponents that of the default. The seed draws
+pairs, patches and adapters, so that variants compare seed by seed. Images are evaluated on their centres.
 
 Cells and scores are kept and not measured again: the study grows over many calls, and several processes may share the
-work (--part 0/3, 1/3 and 2/3, say). Each call ends by writing the tables and plots of all cells that it knows.
+work (--part 0/3, 1/3 and 2/3). Each call ends by writing the tables and plots of all cells.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,29 +21,28 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune import FinetuneArguments
-from grid_cells import (
+
+from colora_peft import CoLoRAConfig, FaigSettings, ProbeSettings
+from colora_peft.training import LEARNING_RATES, prepare_for_tuning, use_all_cores
+from examples.experiments.contributions.plan import SAME_SHARE, StudyArguments, Variant, plan
+from examples.experiments.contributions.report import BUDGET, write_report
+from examples.experiments.contributions.scoring import contributions_of
+from examples.experiments.grid.cells import (
     Cell,
     CellFile,
+    FinetuneArguments,
     load_network,
     network_fingerprint,
     own_part,
     run_arguments,
     train_and_validate,
 )
-from study_report import BUDGET, write_report
-from study_scores import contributions_of
-from study_variants import SAME_SHARE, StudyArguments, Variant, plan
-from transformers import HfArgumentParser
-from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
-
-from colora_peft import CoLoRAConfig, FaigSettings, ProbeSettings
-from colora_peft.training import LEARNING_RATES, DataFailed, prepare_for_tuning, use_all_cores
-from colora_peft.tuner import adapter_scaling
+from examples.experiments.grid.tuned import CELLS_FILE, TunedGrid, check_same_settings, draw, method_settings
+from examples.experiments.script import run_script
 
 
 def shared_settings(args: StudyArguments) -> Cell:
-    """What all cells and scores of a study have in common."""
+    """Settings that all cells and scores of a study have in common."""
     names = (
         "max_train_steps",
         "resolution",
@@ -57,11 +54,9 @@ def shared_settings(args: StudyArguments) -> Cell:
         "tuning_seed",
     )
     return {
-        "model_sha256": network_fingerprint(),
+        "model_sha256": network_fingerprint(args.model_name_or_path),
         **{name: getattr(args, name) for name in (*names, "learning_rates", "default_estimator")},
-        "beta": CoLoRAConfig.beta,
-        "colora_alpha": CoLoRAConfig.colora_alpha,
-        "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
+        **method_settings(),
         "probe": asdict(ProbeSettings()),
         "faig": {**asdict(FaigSettings()), "learning_rate": LEARNING_RATES["full"]},
         "probe_batches": FinetuneArguments.probe_batches,
@@ -78,13 +73,14 @@ def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, acc
         config = replace(config, contributions=scores, beta=variant.beta, min_rank_pattern=floor)
     set_seed(seed)
     method = "colora" if variant.method == SAME_SHARE else variant.method
-    model = prepare_for_tuning(load_network(accelerator), method, config)
+    model = prepare_for_tuning(load_network(args.model_name_or_path, accelerator), method, config)
     with tempfile.TemporaryDirectory() as folder:
         run = run_arguments(args, folder, rate, seed)
         return train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator)
 
 
 def main(args: StudyArguments) -> None:
+    """Run the cells that the folder lacks and write the report of all."""
     accelerator = Accelerator()
     use_all_cores(accelerator)
     folder = Path(args.output_dir)
@@ -98,9 +94,4 @@ def main(args: StudyArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(StudyArguments).parse_args_into_dataclasses()
-        print(f"{asdict(parsed)}\n")
-        main(parsed)
-    except (ValueError, FileNotFoundError, DataFailed) as error:
-        sys.exit(f"study_contributions.py: {error}")
+    run_script(main, StudyArguments)

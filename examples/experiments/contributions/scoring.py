@@ -1,4 +1,4 @@
-"""The contribution scores of study_contributions.py: measured once for a task, an estimator and a seed, then kept."""
+"""The contribution scores of the study, measured once for a task, an estimator and a seed, then kept."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from grid_cells import load_network, run_arguments
-from restoration_task import measure_contributions
-from study_report import SCORES_FOLDER
-from study_variants import RANDOM, StudyArguments, Variant
 from torch import nn
-from tuned_grid import draw
 
 from colora_peft import CoLoRAConfig, ContributionScores
 from colora_peft.data import PairedPatches
 from colora_peft.ranks import mean_scores
 from colora_peft.training import LEARNING_RATES, prepare_for_tuning, train
+from examples.experiments.contributions.plan import RANDOM, StudyArguments, Variant
+from examples.experiments.contributions.report import SCORES_FOLDER
+from examples.experiments.grid.cells import load_network, measure_contributions, run_arguments
+from examples.experiments.grid.tuned import draw
 
 
 def contributions_of(
@@ -46,11 +45,11 @@ def contributions_of(
 def measure(
     args: StudyArguments, task: str, estimator: str, seed: int, accelerator: Accelerator
 ) -> ContributionScores:
-    """Estimate on the first patches of the run, as finetune.py does; "faig" tunes in full first, which counts."""
+    """Estimate on the first patches of the run, as finetune.py does. The seconds of "faig" include its full tuning."""
     started = time.perf_counter()
     patches = draw(args, args.tasks()[task], args.train_pairs, seed).patches
     run = replace(run_arguments(args, "", LEARNING_RATES["full"], seed), estimator=estimator)
-    network = load_network(accelerator)
+    network = load_network(args.model_name_or_path, accelerator)
     end = tuned_network(args, patches, seed, accelerator).state_dict() if estimator == "faig" else None
     set_seed(seed)
     scores = measure_contributions(network, patches, run, accelerator, end)
@@ -58,7 +57,8 @@ def measure(
 
 
 def tuned_network(args: StudyArguments, patches: PairedPatches, seed: int, accelerator: Accelerator) -> nn.Module:
-    network = prepare_for_tuning(load_network(accelerator), "full", CoLoRAConfig())
+    """The network after full tuning, where FAIG's path ends."""
+    network = prepare_for_tuning(load_network(args.model_name_or_path, accelerator), "full", CoLoRAConfig())
     with tempfile.TemporaryDirectory() as folder:
         run = run_arguments(args, folder, LEARNING_RATES["full"], seed)
         network, _ = train(network, patches, run, accelerator)

@@ -1,21 +1,23 @@
-"""What grids of experiments share: cells, each a whole fine-tuning measured on other pairs, run once and kept."""
+"""Cells of a grid: fine-tunings, each measured on other pairs, run once and kept."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import restoration_task
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
-from finetune import FinetuneArguments
+from restoration_task import load_network as load_network_of
+from restoration_task import measure_contributions as measure_contributions
 from torch import nn
 
 from colora_peft.data import Pair, PairedImageFolder, PairedPatches, PairSource, PairSubset, draw_pairs
@@ -23,50 +25,58 @@ from colora_peft.evaluation import evaluate
 from colora_peft.hub import hardware_name
 from colora_peft.training import TrainingDiverged, train, trained_parameters
 from colora_peft.utils import relative_path, write_json
+from examples.finetune import FinetuneArguments as FinetuneArguments
 
-RESULTS = Path(__file__).parent / "benchmark_results"
+NETWORKS = Path(__file__).parents[1] / "networks"
+"""Cards of the networks that only experiments read. They are made, not shipped."""
+NETWORK = "outputs/nafnet-small-prod-v1"
+"""The network that the studies of the method start from. It differs from the shipped one, so that earlier cells count."""
 
-NETWORK = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod-v1")
-"""What every cell of the studies of the method starts from. It stays when the shipped network is trained anew, so that
-cells of different days can be compared."""
-
-Cell = dict[str, object]
-"""Settings of a run and what came of it, as JSON keeps them."""
+Cell = dict[str, Any]
+"""Settings of a run and its outcome, as JSON keeps them."""
 
 T = TypeVar("T")
 
 
-class CellFile:
-    """The cells of a grid in one JSON file, growing over many calls; an interrupted one loses one cell at most.
+# ------------------------------------------------------------------------------------------------------------ flags
 
-    Several processes may write into it at once.
-    """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.cells: list[Cell] = []
-        self._read()
+@dataclass(kw_only=True)
+class GridArguments:
+    """Flags that all grids share."""
 
-    def _read(self) -> None:
-        if self.path.is_file():
-            self.cells = json.loads(self.path.read_text(encoding="utf-8"))
+    learning_rates: list[float] = field(
+        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Learning rates to try."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds that draw pairs, patches and adapters."}
+    )
+    max_train_steps: int = field(default=200, metadata={"help": "Number of training steps of each cell."})
+    resolution: int = field(default=64, metadata={"help": "Side of the square training patches in pixels."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Number of patches a step."})
+    validation_pairs: int = field(
+        default=18, metadata={"help": "Number of pairs that are held out of the training folder to validate on."}
+    )
+    part: str = field(
+        default="0/1", metadata={"help": "Share of the work for this process, as in 0/2 and 1/2 for two processes."}
+    )
 
-    def find(self, settings: Cell) -> Cell | None:
-        """The cell that was run with these settings; a setting of None is one that the cell does not have.
 
-        What other processes have added by now counts.
-        """
-        self._read()
-        wanted = settings.items()
-        return next((cell for cell in self.cells if all(cell.get(name) == value for name, value in wanted)), None)
+@dataclass(kw_only=True)
+class NetworkArguments(GridArguments):
+    """Flags of grids in which all cells start from one network and train on one number of pairs."""
 
-    def add(self, cell: Cell, in_place_of: Cell | None = None) -> None:
-        """Add `cell` to what the file holds by now, and take out the other."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")):
-            self._read()
-            self.cells = [other for other in self.cells if other != in_place_of] + [cell]
-            write_json(self.path, self.cells)
+    model_name_or_path: str = field(
+        default=NETWORK, metadata={"help": "Folder of the pre-trained network that every cell starts from."}
+    )
+    train_pairs: int = field(default=16, metadata={"help": "Number of pairs to train on, drawn by the seed."})
+
+
+def check_lists(lists: dict[str, Sequence[object]]) -> None:
+    """Refuse flags that list nothing, or a value twice."""
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
 
 
 def own_part(grid: Sequence[T], part: str) -> Sequence[T]:
@@ -83,23 +93,66 @@ def own_part(grid: Sequence[T], part: str) -> Sequence[T]:
 
 
 def task_name(train_dir: str) -> str:
-    """Of a folder TASK/train."""
+    """The name of the task whose training folder is TASK/train."""
     return Path(train_dir).resolve().parent.name
 
 
-@cache
-def network_fingerprint() -> str:
-    """First digits of the hash of the weights that every cell starts from."""
-    return hashlib.sha256((Path(NETWORK) / "model.safetensors").read_bytes()).hexdigest()[:16]
+# ------------------------------------------------------------------------------------------------------------ cells
 
 
-def load_network(accelerator: Accelerator) -> nn.Module:
-    """The network that every cell starts from."""
-    return restoration_task.load_network(FinetuneArguments(model_name_or_path=NETWORK), accelerator)
+class CellFile:
+    """The cells of a grid in one JSON file that grows over many calls.
+
+    Several processes may write into it at once. An interrupted call loses one cell at most.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.cells: list[Cell] = []
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.is_file():
+            self.cells = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def find(self, settings: Cell) -> Cell | None:
+        """The cell that was run with these settings, by this process or another; a setting of None is absent in it."""
+        self._read()
+        wanted = settings.items()
+        return next((cell for cell in self.cells if all(cell.get(name) == value for name, value in wanted)), None)
+
+    def add(self, cell: Cell, in_place_of: Cell | None = None) -> None:
+        """Add `cell` to the cells that the file holds by now, and take out the other."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            self._read()
+            self.cells = [other for other in self.cells if other != in_place_of] + [cell]
+            write_json(self.path, self.cells)
+
+    def run_missing(self, grid: Iterable[Cell], run_cell: Callable[[Cell], Cell]) -> None:
+        """Run and keep the cells of `grid` that the file lacks. Each is given by all settings that decide it."""
+        for settings in grid:
+            if self.find(settings) is None:
+                cell = {**settings, **run_cell(settings)}
+                self.add(cell)
+                print(f"{settings}\n-> {cell.get('psnr', math.nan):.2f} dB", flush=True)
+        self._read()
 
 
-def run_arguments(args: Any, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
-    """Flags of a cell's run; `args` are a grid's, which says how long it is and on what patches."""
+def cell_settings(args: NetworkArguments, train_dir: str, learning_rate: float, seed: int) -> Cell:
+    """Settings that decide a cell in every grid of one network. Cells with equal settings are the same cell."""
+    names = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
+    return {
+        "task": task_name(train_dir),
+        "model_sha256": network_fingerprint(args.model_name_or_path),
+        "learning_rate": learning_rate,
+        "seed": seed,
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def run_arguments(args: GridArguments, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
+    """Flags of finetune.py that a cell runs with."""
     return FinetuneArguments(
         output_dir=output_dir,
         learning_rate=learning_rate,
@@ -109,6 +162,81 @@ def run_arguments(args: Any, output_dir: str, learning_rate: float, seed: int) -
         per_device_train_batch_size=args.per_device_train_batch_size,
         checkpointing_steps=args.max_train_steps,
     )
+
+
+def train_and_validate(
+    model: nn.Module,
+    patches: PairedPatches,
+    validation: PairSource,
+    run: FinetuneArguments,
+    accelerator: Accelerator,
+    also: Callable[[nn.Module], Cell] | None = None,
+) -> Cell:
+    """Train once and measure quality on the pairs to validate on.
+
+    Returns:
+        Quality, sizes, seconds, hardware and versions; on a GPU the peak memory of training (on a CPU it would be that
+        of all that the process ran before). A run that diverges has `failed` in place of quality. `also` measures more
+        of the trained network; if it cannot, that is `also_failed`, and the rest stays.
+    """
+    found: Cell = {**trained_parameters(model), "hardware": hardware_name(accelerator.device), **versions()}
+    on_gpu = accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    try:
+        model, found["seconds"] = train(model, patches, run, accelerator)
+        if on_gpu:
+            found["training_memory_bytes"] = torch.cuda.max_memory_allocated(accelerator.device)
+        found |= evaluate(model, validation, accelerator.device, "validation")
+        if also is not None:
+            found |= also(model)
+    except TrainingDiverged as error:
+        found["failed"] = str(error)
+    except (ValueError, OSError) as error:
+        if "psnr" not in found:
+            raise
+        found["also_failed"] = str(error)
+    finally:
+        accelerator.free_memory()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the outcome of a run."""
+    names = ("torch", "peft", "transformers", "accelerate", "colora-peft")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------- network
+
+
+def check_network(path: str) -> None:
+    """Refuse the name of a network that experiments read if it has not been made yet.
+
+    Raises:
+        FileNotFoundError: Names the page that holds the command.
+    """
+    card = NETWORKS / Path(path).name / "README.md"
+    if card.is_file() and not Path(path, "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"There is no network in {path}. It is not shipped: make it with the command in {relative_path(card)}."
+        )
+
+
+@cache
+def network_fingerprint(path: str) -> str:
+    """First digits of the hash of the file of weights in a network's folder."""
+    check_network(path)
+    return hashlib.sha256(Path(path, "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def load_network(path: str, accelerator: Accelerator) -> nn.Module:
+    """The network that a cell starts from."""
+    check_network(path)
+    return load_network_of(FinetuneArguments(model_name_or_path=path), accelerator)
+
+
+# ------------------------------------------------------------------------------------------------------------ pairs
 
 
 def split_pairs(
@@ -170,44 +298,3 @@ class PairCentres:
         top, left = ((side - own) // 2 for side, own in zip(pair[0].shape[1:], (height, width), strict=True))
         degraded, target = (image[:, top : top + height, left : left + width] for image in pair)
         return degraded, target
-
-
-def train_and_validate(
-    model: nn.Module,
-    patches: PairedPatches,
-    validation: PairSource,
-    run: FinetuneArguments,
-    accelerator: Accelerator,
-    also: Callable[[nn.Module], Cell] | None = None,
-) -> Cell:
-    """Train once: quality on the pairs to validate on, sizes, seconds, hardware and versions, or that the run has
-    `failed`; on a GPU the peak memory of training (on a CPU it would be that of all that the process ran before).
-
-    `also` measures more of the trained network; if it cannot, that is `also_failed`, and the rest stays.
-    """
-    found: Cell = {**trained_parameters(model), "hardware": hardware_name(accelerator.device), **versions()}
-    on_gpu = accelerator.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    try:
-        model, found["seconds"] = train(model, patches, run, accelerator)
-        if on_gpu:
-            found["training_memory_bytes"] = torch.cuda.max_memory_allocated(accelerator.device)
-        found |= evaluate(model, validation, accelerator.device, "validation")
-        if also is not None:
-            found |= also(model)
-    except TrainingDiverged as error:
-        found["failed"] = str(error)
-    except (ValueError, OSError) as error:
-        if "psnr" not in found:
-            raise
-        found["also_failed"] = str(error)
-    finally:
-        accelerator.free_memory()
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what comes of a run."""
-    names = ("torch", "peft", "transformers", "accelerate", "colora-peft")
-    return {name: importlib.metadata.version(name) for name in names}

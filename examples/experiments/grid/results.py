@@ -1,31 +1,34 @@
-"""What is read off the cells of a tuned grid: a result for each variant, differences paired by seed."""
+"""Results of a tuned grid, read off its cells: PSNR of each variant, and differences paired by seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from grid_cells import Cell
+from examples.experiments.grid.cells import Cell
+from examples.experiments.tables import markdown_table
 
 Key = tuple[object, ...]
-"""Of a variant: its settings in the order of a grid's `Settings.names`; None where a variant has no such."""
+"""Settings of a variant in the order of a grid's `Settings.names`; None for those that it does not have."""
+KeyOf = Callable[[str], Key]
+"""Returns the key of a variant on a task."""
 
 
 class Settings(NamedTuple):
-    """What makes a variant of a grid."""
+    """Names of the settings that make a variant of a grid."""
 
     names: tuple[str, ...]
     tuned_alike: tuple[str, ...]
-    """Those that variants share which take the learning rate of one, that of the nearest `parameter_budget`."""
+    """Settings that a variant shares with the one whose learning rate it takes, that of the nearest `parameter_budget`."""
 
     def key(self, cell: Cell) -> Key:
         return tuple(cell.get(name) for name in self.names)
 
     def tuned_like(self, key: Key, rates: dict[Key, list[float]]) -> Key:
-        """Whose learning rate a variant takes: of those that are tuned alike, the nearest in budget."""
+        """The variant whose learning rate another takes: of those that are tuned alike, the nearest in budget."""
         kind = itemgetter(*map(self.names.index, self.tuned_alike))
         budget = self.names.index("parameter_budget")
         tuned = [other for other, tried in rates.items() if tried and kind(other) == kind(key)]
@@ -35,24 +38,30 @@ class Settings(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of a variant on a task, at its learning rate."""
+    """Quality of a variant on a task, at its learning rate."""
 
     learning_rate: float
     at_edge: bool
-    """Whether that is the lowest or the highest that was tried for it: the best may lie outside."""
+    """Whether that is the lowest or highest rate that was tried: the best may lie outside."""
     psnr: dict[int, float]
     """Test PSNR (dB) by seed."""
     failed: int
-    """Seeds that have none, because the run failed."""
+    """Number of seeds whose run failed."""
     seconds: float
-    """Of training, mean over the seeds."""
+    """Seconds of training, mean over the seeds."""
 
 
 Results = dict[Key, Result]
 
 
+def values_in(results: Results, settings: Settings, name: str) -> list[Any]:
+    """The different values of a setting, in order of first appearance."""
+    index = settings.names.index(name)
+    return [value for value in dict.fromkeys(key[index] for key in results) if value is not None]
+
+
 def results_of(cells: Iterable[Cell], settings: Settings, tuning_seed: int) -> Results:
-    """Of each variant, over the seeds besides the one that learning rates were chosen with.
+    """The result of each variant, over all seeds but the one that learning rates were chosen with.
 
     Raises:
         ValueError: A variant was run at two learning rates.
@@ -86,7 +95,7 @@ def spread(result: Result) -> str:
 
 
 class Difference(NamedTuple):
-    """Of two variants in dB, over the seeds that both have."""
+    """Difference of two variants in dB, over the seeds that both have."""
 
     mean: float
     standard_error: float
@@ -99,7 +108,7 @@ class Difference(NamedTuple):
 
 
 def difference(results: Results, key: Key, other: Key) -> Difference | None:
-    """Paired by seed, on one task."""
+    """Difference of two variants on one task, paired by seed; None if they share no seed."""
     if key not in results or other not in results:
         return None
     one, two = results[key].psnr, results[other].psnr
@@ -111,10 +120,22 @@ def difference(results: Results, key: Key, other: Key) -> Difference | None:
 
 
 def over_tasks(differences: list[Difference | None]) -> str:
-    """Mean over the tasks that have one. The tasks are these and no sample of others: seeds alone make the error."""
+    """The mean over the tasks that have a difference. Its error is that of the seeds: tasks are not a sample."""
     found = [difference for difference in differences if difference is not None]
     if not found:
         return ""
     error = math.hypot(*(difference.standard_error for difference in found)) / len(found)
     spread = "" if math.isnan(error) else f" ± {error:.2f}"
     return f"{mean(d.mean for d in found):+.2f}{spread} ({len(found)} task{'s' * (len(found) > 1)})"
+
+
+def differences_table(
+    results: Results, tasks: Sequence[str], claims: dict[str, tuple[KeyOf, KeyOf]], head: str = "dB"
+) -> str:
+    """Markdown: a line for each claim that some task has, as one variant minus another; empty if there is none."""
+    rows = []
+    for label, (one, other) in claims.items():
+        found = [difference(results, one(task), other(task)) for task in tasks]
+        if any(found):
+            rows.append([label, *(d or "" for d in found), over_tasks(found)])
+    return markdown_table([head, *tasks, "mean"], rows) if rows else ""

@@ -1,7 +1,7 @@
 """Grids in which every method is tuned alike.
 
 The learning rate of a method is the best on pairs held out of the training folder, with a seed of its own
-(--tuning_seed); what is reported are the other seeds at that rate, on the test folder, which is touched by them alone.
+(--tuning_seed). The other seeds run at that rate; they alone touch the test folder, and they alone are reported.
 """
 
 from __future__ import annotations
@@ -9,61 +9,53 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from grid_cells import Cell, CellFile, PairCentres, split_pairs
-
+from colora_peft import CoLoRAConfig
 from colora_peft.data import PairedImageFolder, PairedPatches, PairSource, draw_pairs
+from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.training import DataFailed, TrainingDiverged
-from colora_peft.utils import write_json
+from colora_peft.tuner import adapter_scaling
+from colora_peft.utils import check_at_least, write_json
+from examples.experiments.grid.cells import Cell, CellFile, GridArguments, PairCentres, split_pairs
 
 MIN_TUNING_PAIRS = 4
-"""A learning rate that was chosen on fewer says nothing."""
-CELLS_FILE, SETTINGS_FILE = "cells.json", "settings.json"
+"""Smallest number of pairs to train on while learning rates are tried."""
+CELLS_FILE, SETTINGS_FILE, REPORT_FILE = "cells.json", "settings.json", "report.md"
+
+V = TypeVar("V", bound=tuple)
+"""A variant: a named tuple of the settings that make it, None for those that it does not have."""
 
 
-class TuningArguments(Protocol):
-    """What a grid's flags say about tuning."""
+@dataclass(kw_only=True)
+class TunedArguments(GridArguments):
+    """Flags of a tuned grid."""
 
-    learning_rates: list[float]
-    tuning_seed: int
-    seeds: list[int]
+    tuning_seed: int = field(
+        default=100, metadata={"help": "Seed that draws pairs, patches and adapters while learning rates are tried."}
+    )
+    evaluated_size: int = field(
+        default=256, metadata={"help": "Side in pixels of the image centres that quality is measured on."}
+    )
 
-
-class Variant(Protocol):
-    """What is compared, on one task: a named tuple of the settings that make it."""
-
-    def settings(self) -> Cell:
-        """Those that it has."""
-        ...
-
-    def _asdict(self) -> Cell:
-        """All; None for those that it does not have."""
-        ...
-
-
-V = TypeVar("V", bound=Variant)
+    def __post_init__(self) -> None:
+        check_at_least(self, "evaluated_size", SSIM_WINDOW_PX)
+        if self.tuning_seed in self.seeds:
+            raise ValueError(f"--tuning_seed {self.tuning_seed} is one of --seeds: choose another.")
 
 
 class Draw(NamedTuple):
-    """What a task and a seed decide."""
+    """The pairs that a task and a seed decide."""
 
     patches: PairedPatches
     evaluated: PairSource
     """The test folder; for the tuning seed, pairs held out of the training folder."""
 
 
-class DrawArguments(TuningArguments, Protocol):
-    """And on pairs."""
-
-    resolution: int
-    validation_pairs: int
-    evaluated_size: int
-
-
-def draw(args: DrawArguments, train_dir: str, train_pairs: int, seed: int) -> Draw:
-    """Pairs of a folder TASK/train, drawn by the seed. To tune on, as many as the held-out ones leave.
+def draw(args: TunedArguments, train_dir: str, train_pairs: int, seed: int) -> Draw:
+    """Draw pairs of a folder TASK/train by the seed; for the tuning seed, as many as the held-out ones leave.
 
     Raises:
         ValueError: The folder holds too few pairs.
@@ -85,11 +77,20 @@ def draw(args: DrawArguments, train_dir: str, train_pairs: int, seed: int) -> Dr
     return Draw(PairedPatches(chosen, args.resolution, seed), PairCentres(evaluated, args.evaluated_size))
 
 
+def method_settings() -> Cell:
+    """Settings of the method that all cells of a grid share."""
+    return {
+        "beta": CoLoRAConfig.beta,
+        "colora_alpha": CoLoRAConfig.colora_alpha,
+        "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
+    }
+
+
 def check_same_settings(folder: str | Path, own: Cell) -> None:
-    """Write what all cells of a grid share beside them, or refuse a folder of cells made with other settings.
+    """Write the settings that all cells of a grid share beside them, or refuse a folder of other settings.
 
     Raises:
-        ValueError: It holds such; names the setting.
+        ValueError: The folder has cells of other settings; names the setting.
     """
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
@@ -104,27 +105,32 @@ def check_same_settings(folder: str | Path, own: Cell) -> None:
 
 
 def chosen_rate(tuning: list[Cell]) -> float | None:
-    """The learning rate of the best cell on held-out pairs, all being of one variant and seed; None if all failed."""
+    """The learning rate of the best of these cells, all of one variant and seed; None if all failed."""
     done = [cell for cell in tuning if "psnr" in cell]
     return max(done, key=lambda cell: cell["psnr"])["learning_rate"] if done else None
 
 
-class TunedGrid(NamedTuple):
-    """Runs variants: the learning rates with the tuning seed, then the other seeds at the best."""
+def settings_of(variant: Any) -> Cell:
+    """The settings that a variant has."""
+    return {name: value for name, value in variant._asdict().items() if value is not None}
 
-    args: TuningArguments
+
+class TunedGrid(NamedTuple):
+    """Runs variants: all learning rates with the tuning seed, then the other seeds at the best."""
+
+    args: TunedArguments
     file: CellFile
     tuned_as: Callable[[V], V]
-    """The variant whose learning rate another takes."""
+    """Returns the variant whose learning rate another takes."""
     run_cell: Callable[[V, float, int], Cell]
-    """What came of a variant at a learning rate and a seed."""
+    """Runs a variant at a learning rate and a seed."""
     identity: Callable[[V], Cell] = lambda variant: {}
-    """What else makes a cell the same: fingerprints of what the names in a variant stand for."""
+    """Returns fingerprints of the networks and data that a variant names: they make a cell the same, too."""
     retry_failed: bool = False
     """Whether cells that failed, if only for want of memory, are run again."""
 
     def run(self, variants: Sequence[V]) -> None:
-        """Variant by variant, seed by seed; what the file holds is not run again."""
+        """Run variant by variant and seed by seed the cells that the file lacks."""
         for variant in variants:
             tuned = self.tuned_as(variant)
             tuning = [self.cell(tuned, rate, self.args.tuning_seed) for rate in self.args.learning_rates]
@@ -136,8 +142,8 @@ class TunedGrid(NamedTuple):
                 self.cell(variant, best, seed)
 
     def cell(self, variant: V, rate: float, seed: int) -> Cell:
-        """The cell, from the file or run now. A run that fails is a cell that says so under `failed`."""
-        settings = {**variant.settings(), **self.identity(variant), "learning_rate": rate, "seed": seed}
+        """The cell, from the file or run now. A run that fails is a cell with its error under `failed`."""
+        settings = {**settings_of(variant), **self.identity(variant), "learning_rate": rate, "seed": seed}
         found = cell = self.file.find({**variant._asdict(), **settings})
         if cell is None or ("failed" in cell and self.retry_failed):
             started = time.perf_counter()
@@ -149,7 +155,7 @@ class TunedGrid(NamedTuple):
             except (TrainingDiverged, ValueError, RuntimeError) as error:
                 cell = {**settings, "failed": str(error)}
             self.file.add(cell, in_place_of=found)
-            text = ", ".join(f"{value}" for value in variant.settings().values())
+            text = ", ".join(f"{value}" for value in settings_of(variant).values())
             outcome = cell["failed"] if "failed" in cell else f"{cell['psnr']:.2f} dB"
             print(f"{text}, {rate:g}, seed {seed}: {outcome} ({time.perf_counter() - started:.0f} s)", flush=True)
         return cell

@@ -1,4 +1,4 @@
-"""PEFT's own LoRA, to compare with, under a budget as that of CoLoRA."""
+"""PEFT's own LoRA under a budget like that of CoLoRA, for comparison."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LORA_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def add_peft_lora(model: nn.Module, parameter_budget: float) -> PeftModel:
-    """Adapters of PEFT's LoRA of the highest rank that the budget pays for, with PEFT's defaults for the rest.
+    """Add adapters of PEFT's LoRA of the highest rank that the budget pays for, with PEFT's defaults for the rest.
 
-    In linear layers and convolutions, but for those with groups, which it adapts only at ranks that the groups divide:
-    in depthwise convolutions that is more than they weigh. Transposed convolutions it does not adapt. Thin layers get
-    factors as well where these hold more numbers than the weight.
+    Linear layers and convolutions without groups are adapted. With groups, PEFT needs a rank that the groups divide; in
+    depthwise convolutions that is more than they weigh. PEFT does not adapt transposed convolutions. Thin layers get
+    factors even where these hold more numbers than the weight.
 
     Args:
         model: The pre-trained network.

@@ -1,4 +1,4 @@
-"""The plan of benchmark.py: its flags, what it compares, and in which order."""
+"""The plan of the comparison: its flags, its variants, and their order."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from finetune import FinetuneArguments
-from grid_cells import RESULTS, Cell
-
-from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.training import METHODS
 from colora_peft.utils import check_at_least
+from examples.experiments.grid.cells import FinetuneArguments, check_lists, check_network
+from examples.experiments.grid.tuned import TunedArguments
 
 NONE = "none"
-"""A network: new weights instead of pre-trained ones."""
+"""Name of the network with new weights instead of pre-trained ones."""
 PEFT_LORA = "peft_lora"
-"""A method: LoRA as PEFT itself has it, in the layers that it takes; "lora" is ours, in all."""
+"""The method that is PEFT's own LoRA, in the layers that it takes; "lora" is ours, in all."""
 BUDGETED = ("lora", PEFT_LORA, "colora")
 BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
@@ -29,15 +27,16 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-@dataclass
-class BenchmarkArguments:
-    """Flags of the benchmark."""
+@dataclass(kw_only=True)
+class BenchmarkArguments(TunedArguments):
+    """Flags of the comparison."""
 
     data_dir: str = field(
         default="data", metadata={"help": "Folder that holds TASK/train and TASK/test, each with input/ and target/."}
     )
     tasks: list[str] = field(
-        default_factory=lambda: ["underwater", "noise", "rain", "reflection", "blur"], metadata={"help": "Of them."}
+        default_factory=lambda: ["underwater", "noise", "rain", "reflection", "blur"],
+        metadata={"help": "Names of the tasks to run, folders of --data_dir."},
     )
     networks: list[str] = field(
         default_factory=lambda: [f"prod={FinetuneArguments.model_name_or_path}"],
@@ -53,38 +52,40 @@ class BenchmarkArguments:
     )
     train_pairs: list[int] = field(default_factory=lambda: [16], metadata={"help": "Numbers of pairs to train on."})
     methods: list[str] = field(
-        default_factory=lambda: ["full", "decoder", "bias", *BUDGETED], metadata={"help": "For `tuning`."}
+        default_factory=lambda: ["full", "decoder", "bias", *BUDGETED],
+        metadata={"help": "Methods of the comparison `tuning`."},
     )
     budgets: list[float] = field(
         default_factory=lambda: [BUDGET, 0.02],
-        metadata={"help": f"Of {', '.join(BUDGETED)}; rates are chosen at each."},
+        metadata={"help": f"Trained shares of the weights ({', '.join(BUDGETED)}); rates are chosen at each."},
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Tried with the tuning seed."}
+    tuned_at: int = field(
+        default=16, metadata={"help": "Number of pairs that learning rates are chosen at, for all numbers of pairs."}
     )
-    tuned_at: int = field(default=16, metadata={"help": "Number of pairs that rates are chosen at, for all numbers."})
-    tuning_seed: int = field(default=100, metadata={"help": "Of pairs and patches to try rates with."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of pairs, patches and adapters."})
-    validation_pairs: int = field(default=18, metadata={"help": "Other pairs of TASK/train, for the rates."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Steps of each cell."})
-    resolution: int | None = field(default=None, metadata={"help": "Side of the patches."})
-    per_device_train_batch_size: int | None = field(default=None, metadata={"help": "Patches a step."})
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "Number of training steps of each cell. Default: as --preset has it."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the training patches in pixels. Default: as --preset has it."}
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Number of patches a step. Default: as --preset has it."}
+    )
     evaluated_size: int | None = field(
-        default=None, metadata={"help": "Side of the centres that PSNR and SSIM are measured on."}
-    )
-    part: str = field(default="0/1", metadata={"help": "Run this part of the plan only, as in 0/2 and 1/2."})
+        default=None,
+        metadata={"help": "Side in pixels of the image centres that quality is measured on. Default: as --preset has "
+                  "it."},
+    )  # fmt: skip
     retry_failed: bool = field(default=False, metadata={"help": "Run the cells that failed once more."})
-    report_only: bool = field(default=False, metadata={"help": "Run nothing, write the report of what is there."})
-    output_dir: str = field(default=str(RESULTS / "benchmark"), metadata={"help": "For cells and report."})
+    report_only: bool = field(default=False, metadata={"help": "Run nothing, write the report of the cells."})
+    output_dir: str = field(default="outputs/methods", metadata={"help": "Folder for cells and report."})
 
     def __post_init__(self) -> None:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("tasks", "networks", "comparisons", "train_pairs", "budgets", "learning_rates", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
+        names = ("tasks", "networks", "comparisons", "train_pairs", "budgets", "learning_rates", "seeds")
+        check_lists({name: getattr(self, name) for name in names})
         for name, known in (("comparisons", COMPARISONS), ("methods", (*METHODS, PEFT_LORA))):
             for value in getattr(self, name):
                 if value not in known:
@@ -94,15 +95,15 @@ class BenchmarkArguments:
                 raise ValueError(f"--budgets has {budget:g}, which is no share of the weights: above 0, at most 1.")
         for name in ("validation_pairs", "max_train_steps", "resolution", "per_device_train_batch_size", "tuned_at"):
             check_at_least(self, name, 1)
-        check_at_least(self, "evaluated_size", SSIM_WINDOW_PX)
-        if self.tuning_seed in self.seeds:
-            raise ValueError(f"--tuning_seed {self.tuning_seed} is one of --seeds: choose another.")
-        self.network_paths()
+        super().__post_init__()
+        paths = self.network_paths()
         if not self.report_only:
             self.check_folders()
+            for path in paths.values():
+                check_network(path)
 
     def check_folders(self) -> None:
-        """Raises: FileNotFoundError, if a task lacks its training or its test folder."""
+        """Refuse a task that lacks its training or its test folder."""
         for task in self.tasks:
             for split in ("train", "test"):
                 folder = Path(self.data_dir) / task / split
@@ -110,7 +111,7 @@ class BenchmarkArguments:
                     raise FileNotFoundError(f"There is no folder {folder}; add it, or leave the task out of --tasks.")
 
     def network_paths(self) -> dict[str, str]:
-        """Path of each network by its name; that of NONE is the first one's, whose shape it takes."""
+        """Path of each network by its name; NONE has the path of the first, whose shape it takes."""
         paths: dict[str, str] = {}
         for text in self.networks:
             name, _, path = text.partition("=")
@@ -120,21 +121,19 @@ class BenchmarkArguments:
         return paths
 
     def train_dir(self, task: str) -> str:
+        """Training folder of a task."""
         return str(Path(self.data_dir) / task / "train")
 
 
 class Variant(NamedTuple):
-    """What is compared, on one task."""
+    """A way to tune, on one task."""
 
     task: str
     train_pairs: int
     network: str
     method: str
-    """As in `colora_peft.training.methods`."""
+    """One of `colora_peft.training.METHODS`, or PEFT_LORA."""
     parameter_budget: float | None = None
-
-    def settings(self) -> Cell:
-        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def tuned_as(self, args: BenchmarkArguments) -> Variant:
         """The variant whose learning rate this one takes."""
@@ -142,7 +141,7 @@ class Variant(NamedTuple):
 
 
 def plan(args: BenchmarkArguments) -> list[Variant]:
-    """All variants in the order in which they are run: what answers most comes first."""
+    """All variants in the order in which they run: those that answer most come first."""
     variants = []
     for pairs in args.train_pairs:
         for comparison in args.comparisons:
@@ -152,6 +151,7 @@ def plan(args: BenchmarkArguments) -> list[Variant]:
 
 
 def variants_of(comparison: str, task: str, pairs: int, args: BenchmarkArguments) -> list[Variant]:
+    """Variants of one comparison on one task and number of pairs."""
     networks = list(args.network_paths())
     if comparison == "pretraining":
         return [Variant(task, pairs, network, "full") for network in networks]

@@ -1,4 +1,4 @@
-"""Plots of benchmark.py: PSNR over the number of pairs, the radar of the tasks, and images."""
+"""Plots of the comparison: PSNR over the number of pairs, the radar of the tasks, and images."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
-from grid_report import Key, Results
 from matplotlib.figure import Figure
 from torch import nn
 
 from colora_peft.data import PairSource
 from colora_peft.evaluation import psnr, restore_some, save_before_after
+from examples.experiments.grid.results import Key, Results
 
 Rows = dict[str, Callable[[str, int], Key]]
+"""Compared ways by their label: each returns its key for a task and a number of pairs."""
 
 
 def plot_over_pairs(results: Results, rows: Rows, counts: list[int], path: Path) -> bool:
-    """The paper's curves: mean test PSNR over the tasks that all of them have; whether there is any.
+    """Draw mean test PSNR over the number of pairs; returns whether there is a curve to draw.
 
-    A curve is what was run with at least two numbers of pairs. Tasks count that every curve has at each of its points.
+    A curve needs at least two numbers of pairs. Tasks count that every curve has at each of its points.
     """
     points = {name: [count for count in counts if _tasks_at(results, key_of, count)] for name, key_of in rows.items()}
     curves = {name: own for name, own in points.items() if len(own) > 1}
@@ -51,7 +52,7 @@ def _tasks_at(results: Results, key_of: Callable[[str, int], Key], count: int) -
 
 
 def _style(name: str) -> dict[str, str]:
-    """More rows than Matplotlib has colours are told apart by the line: adapters solid, the others dashed."""
+    """Adapters are solid and the others dashed, because there may be more rows than Matplotlib has colours."""
     return {"linestyle": "-" if "lora" in name else "--"}
 
 
@@ -60,7 +61,10 @@ def _standard_error(values: list[float]) -> float:
 
 
 def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path: Path) -> bool:
-    """A spoke for each task, from the lowest PSNR of the rows that have all tasks to the highest; whether drawn."""
+    """Draw a spoke for each task, from the lowest PSNR to the highest; returns whether there is enough to draw.
+
+    It takes two rows that have all tasks, and three tasks.
+    """
     complete = {
         name: [mean(results[key_of(task, pairs)].psnr.values()) for task in tasks]
         for name, key_of in rows.items()
@@ -94,7 +98,7 @@ def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path:
 
 
 def save_best_median_worst(model: nn.Module, pairs: PairSource, path: Path) -> None:
-    """Input, restored and target of the images that the network restores best, middling and worst by PSNR."""
+    """Save input, restored image and target where the network restores best, middling and worst by PSNR."""
     rows = restore_some(model, pairs, count=len(pairs))
     order = sorted(range(len(rows)), key=lambda index: psnr(rows[index][1][None], rows[index][2][None]).item())
     chosen = dict.fromkeys([order[-1], order[len(order) // 2], order[0]])

@@ -1,36 +1,27 @@
-"""The paper's two comparisons, on the pairs at hand: of pre-trainings, and of ways to tune.
+"""The paper's two comparisons on your pairs: of pre-trainings, and of ways to tune.
 
-    python examples/benchmark.py --data_dir path/to/data --networks prod=examples/checkpoints/nafnet-small-prod none
+    python -m examples.experiments.methods.run --data_dir path/to/data --networks prod=examples/checkpoints/nafnet-small-prod none
 
 Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
 each method, network and task is the best of --learning_rates on pairs held out of the training folder, with a seed of
 its own; the test folder is touched by the other seeds alone, at that rate. Images are evaluated on their centres
-(--evaluated_size). Cells are kept and not run again: the benchmark grows over many calls, and several processes may
-share the work (--part 0/2 and 1/2), on one GPU, too. Each call ends by writing the report of all cells that it knows.
+(--evaluated_size). Cells are kept and not run again: the comparison grows over many calls, and several processes may
+share the work (--part 0/2 and 1/2), also on one GPU. Each call ends by writing the report of all cells.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from benchmark_plots import save_best_median_worst
-from benchmark_report import IMAGES_FOLDER, check_names, write_report
-from benchmark_variants import BUDGET, NONE, PEFT_LORA, BenchmarkArguments, Variant, plan
-from grid_cells import Cell, CellFile, own_part, run_arguments, train_and_validate
 from peft import PeftModel
-from peft_lora import add_peft_lora
-from restoration_task import measure_contributions
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
-from tuned_grid import CELLS_FILE, TunedGrid, check_same_settings, draw
+from transformers import AutoConfig, AutoModelForImageToImage
 
 from colora_peft import CoLoRAConfig, base_fingerprint
 from colora_peft.data import DegradedImages, ImageFiles, PairedImageFolder, PairSource, check_pairs
@@ -38,27 +29,47 @@ from colora_peft.evaluation import evaluate
 from colora_peft.hub import load_backbone, register_backbones
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.training import DataFailed, prepare_for_tuning, use_all_cores
-from colora_peft.tuner import METHOD_VERSION, adapter_scaling
+from colora_peft.training import prepare_for_tuning, use_all_cores
+from colora_peft.tuner import METHOD_VERSION
+from examples.experiments.grid.cells import (
+    Cell,
+    CellFile,
+    measure_contributions,
+    own_part,
+    run_arguments,
+    train_and_validate,
+)
+from examples.experiments.grid.tuned import (
+    CELLS_FILE,
+    TunedGrid,
+    check_same_settings,
+    draw,
+    method_settings,
+    settings_of,
+)
+from examples.experiments.methods.peft_lora import add_peft_lora
+from examples.experiments.methods.plan import BUDGET, NONE, PEFT_LORA, BenchmarkArguments, Variant, plan
+from examples.experiments.methods.plots import save_best_median_worst
+from examples.experiments.methods.report import IMAGES_FOLDER, check_names, write_report
+from examples.experiments.script import run_script
 
 
 def shared_settings(args: BenchmarkArguments, accelerator: Accelerator) -> Cell:
-    """What all cells of a benchmark have in common."""
+    """Settings that all cells of a comparison have in common."""
     names = ("max_train_steps", "resolution", "per_device_train_batch_size", "evaluated_size", "validation_pairs")
     run = run_arguments(args, "", args.learning_rates[0], args.seeds[0])
     return {
         **{name: getattr(args, name) for name in (*names, "tuning_seed", "tuned_at", "learning_rates")},
         "estimator": run.estimator,
         "probe_batches": run.probe_batches,
-        "beta": CoLoRAConfig.beta,
-        "colora_alpha": CoLoRAConfig.colora_alpha,
+        **method_settings(),
         "method_version": METHOD_VERSION,
         "mixed_precision": accelerator.mixed_precision,
-        "scaling": [adapter_scaling(*shape, CoLoRAConfig.colora_alpha) for shape in ((1, 64, 144), (64, 64, 144))],
     }
 
 
 def load_network(args: BenchmarkArguments, name: str, accelerator: Accelerator) -> nn.Module:
+    """The network of this name, or new weights of the first one's shape."""
     path = args.network_paths()[name]
     if name == NONE:
         register_backbones()
@@ -95,16 +106,18 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
 
 @cache
 def weights_of(path: str) -> str:
+    """Fingerprint of a network's weights."""
     return base_fingerprint(load_backbone(path))
 
 
 @cache
 def pairs_of(folder: Path) -> str:
+    """Fingerprint of a folder of pairs."""
     return PairedImageFolder(folder).fingerprint
 
 
 def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
-    """Which weights and which pairs the names in a variant stand for."""
+    """Fingerprints of the weights and the pairs that a variant names."""
     weights = weights_of(args.network_paths()[variant.network])
     folder = Path(args.data_dir) / variant.task
     return {
@@ -116,13 +129,13 @@ def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
 def look_further(
     args: BenchmarkArguments, variant: Variant, shown: PairSource | None, accelerator: Accelerator, model: nn.Module
 ) -> Cell:
-    """PSNR (dB) on what the network was pre-trained for; images of `shown`, if given, are saved.
+    """PSNR (dB) on the task of the pre-training; images of `shown`, if given, are saved.
 
-    That is patches of the test folder's clean images, degraded by PROD: the same for all cells of a task. An adapter
-    is switched off for it.
+    The task is to restore patches of the test folder's clean images, degraded by PROD. They are the same for all cells
+    of a task. Adapters are switched off for it.
     """
     if shown is not None:
-        name = "-".join(f"{value}" for value in variant.settings().values())
+        name = "-".join(f"{value}" for value in settings_of(variant).values())
         save_best_median_worst(model, shown, Path(args.output_dir) / IMAGES_FOLDER / f"{name}.jpg")
     images = ImageFiles(list_images(Path(args.data_dir) / variant.task / "test" / "target"))
     pairs = DegradedImages(images, RandomOrderDegradation(), args.resolution)
@@ -131,20 +144,18 @@ def look_further(
 
 
 def run_missing(args: BenchmarkArguments, folder: Path) -> None:
-    """Run the cells of the plan that the folder lacks, after a look at all that could be wrong with the data.
+    """Run the cells of the plan that the folder lacks, after a check of all data.
 
     Raises:
         ValueError: Several processes were launched, or the folder has cells of other settings, weights or pairs.
     """
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
-        raise ValueError(
-            "The benchmark runs a cell in one process: start several with --part instead of launching them."
-        )
+        raise ValueError("A cell runs in one process: start several processes with --part instead of launching them.")
     use_all_cores(accelerator)
     check_same_settings(folder, shared_settings(args, accelerator))
     variants, file = plan(args), CellFile(folder / CELLS_FILE)
-    check_names([*file.cells, *({**variant.settings(), **identity(args, variant)} for variant in variants)])
+    check_names([*file.cells, *({**settings_of(variant), **identity(args, variant)} for variant in variants)])
     check_data(args)
     groups = own_part(list(dict.fromkeys(variant.tuned_as(args) for variant in variants)), args.part)
     tuned_as, known = (lambda variant: variant.tuned_as(args)), partial(identity, args)
@@ -166,6 +177,7 @@ def check_data(args: BenchmarkArguments) -> None:
 
 
 def main(args: BenchmarkArguments) -> None:
+    """Run the cells that the folder lacks, unless --report_only, and write the report of all."""
     folder = Path(args.output_dir)
     if not args.report_only:
         run_missing(args, folder)
@@ -173,9 +185,4 @@ def main(args: BenchmarkArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
-        print(f"{asdict(parsed)}\n")
-        main(parsed)
-    except (ValueError, OSError, DataFailed) as error:
-        sys.exit(f"benchmark.py: {error}")
+    run_script(main, BenchmarkArguments)

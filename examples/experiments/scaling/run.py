@@ -1,50 +1,51 @@
 """One learning rate for every rank: PSNR over learning rate for uniform ranks 1 to dense, and for CoLoRA's mix.
 
-    python examples/compare_scaling.py --train_dir path/to/underwater/train
+    python -m examples.experiments.scaling.run --train_dir path/to/underwater/train
 
-What a layer's step is worth depends on the factor before its delta and on how A is drawn. The rules compared here are
-described in `RULES`; that of the package, and why, in colora_peft/tuner/scaling.py. On training pairs only: some are
-trained on, others validate. Cells are kept in one JSON file and not run again; several processes may share it
-(--part 0/2 and --part 1/2, say, one on each core).
+The effect of a layer's step depends on the factor before its delta and on how A is drawn. `RULES` describes the rules
+that are compared; the rule of the package, and the reason for it, are in colora_peft/tuner/scaling.py. On training
+pairs alone: some are trained on, others validate. Cells are kept in one JSON file and not run again; several processes
+may share it (--part 0/2 and --part 1/2, one on each core).
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune import FinetuneArguments
-from grid_cells import (
-    RESULTS,
-    Cell,
-    CellFile,
-    load_network,
-    network_fingerprint,
-    own_part,
-    run_arguments,
-    split_pairs,
-    task_name,
-    train_and_validate,
-)
 from peft import PeftModel, get_peft_model
-from restoration_task import measure_contributions
 from torch import nn
-from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate
-from colora_peft.training import DataFailed, use_all_cores
+from colora_peft.training import use_all_cores
 from colora_peft.utils import write_text
+from examples.experiments.grid.cells import (
+    Cell,
+    CellFile,
+    FinetuneArguments,
+    NetworkArguments,
+    cell_settings,
+    load_network,
+    measure_contributions,
+    own_part,
+    run_arguments,
+    split_pairs,
+    train_and_validate,
+)
+from examples.experiments.script import run_script
+from examples.experiments.tables import markdown_table
 
 DENSE = 10**6
 """A rank so high that every layer is dense."""
@@ -57,11 +58,11 @@ class Rule(NamedTuple):
     """Factor before the delta and standard deviation of A, of a (d, k) layer."""
 
     factors: Callable[[int, int], float]
-    """Of rank and k."""
+    """Factor before the delta of a low-rank layer, from its rank and k."""
     dense: Callable[[int], float]
-    """Of k."""
+    """Factor before the delta of a dense layer, from k."""
     std: Callable[[int], float]
-    """Of k."""
+    """Standard deviation of A, from k."""
 
 
 RULES = {
@@ -79,28 +80,30 @@ RULES = {
 }
 
 
-@dataclass
-class ScalingArguments:
+@dataclass(kw_only=True)
+class ScalingArguments(NetworkArguments):
     """Flags of the comparison."""
 
     train_dir: str = field(metadata={"help": "Folder TASK/train with input/ and target/."})
-    rules: list[str] = field(default_factory=lambda: ["linear_unit"], metadata={"help": f"Of {', '.join(RULES)}."})
+    rules: list[str] = field(
+        default_factory=lambda: ["linear_unit"], metadata={"help": f"Rules to compare: {', '.join(RULES)}."}
+    )
     ranks: list[str] = field(
         default_factory=lambda: ["1", "2", "4", "8", "16", "dense", MIX],
         metadata={"help": "The same rank in every layer; dense; or mix: ranks by contribution under the budget."},
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], metadata={"help": "Each with each rank."}
+        default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
+        metadata={"help": "Learning rates to run with each rank."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of pairs, patches and adapters."})
-    parameter_budget: float = field(default=0.07, metadata={"help": "Of the mix."})
-    max_train_steps: int = field(default=200, metadata={"help": "Steps of each cell."})
-    resolution: int = field(default=64, metadata={"help": "Side of the patches."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step."})
-    train_pairs: int = field(default=16, metadata={"help": "Pairs to train on, drawn by the seed."})
-    validation_pairs: int = field(default=18, metadata={"help": "Other pairs of the folder to validate on."})
-    part: str = field(default="0/1", metadata={"help": "Run the cells of this part only, as in 0/2 and 1/2."})
-    results: str = field(default=str(RESULTS / "scaling.json"), metadata={"help": "File of the cells."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds that draw pairs, patches and adapters."}
+    )
+    parameter_budget: float = field(default=0.07, metadata={"help": "Trained share of the weights (mix)."})
+    results: str = field(
+        default=str(Path(__file__).parent / "cells.json"),
+        metadata={"help": "JSON file of the cells; the report lies beside it."},
+    )
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.rules if name not in RULES]
@@ -121,17 +124,9 @@ def apply_rule(model: PeftModel, rule: Rule) -> None:
                 torch.nn.init.normal_(module.colora_A["default"], std=rule.std(k))
 
 
-def cell_settings(args: ScalingArguments, rule: str, rank: str, learning_rate: float, seed: int) -> Cell:
-    """Everything that decides the outcome of a cell; two cells with equal settings are the same cell."""
-    settings = {
-        "task": task_name(args.train_dir),
-        "model_sha256": network_fingerprint(),
-        "rule": rule,
-        "rank": rank,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        **{name: getattr(args, name) for name in SHARED},
-    }
+def settings_of(args: ScalingArguments, rule: str, rank: str, learning_rate: float, seed: int) -> Cell:
+    """All settings that decide a cell."""
+    settings = {**cell_settings(args, args.train_dir, learning_rate, seed), "rule": rule, "rank": rank}
     mix = {
         "parameter_budget": args.parameter_budget,
         "beta": CoLoRAConfig.beta,
@@ -141,7 +136,7 @@ def cell_settings(args: ScalingArguments, rule: str, rank: str, learning_rate: f
 
 
 class Known(NamedTuple):
-    """What the cells of a seed share, by seed."""
+    """Figures that the cells of a seed share, by seed."""
 
     scores: dict[int, dict[str, float]]
     """Contributions."""
@@ -150,13 +145,14 @@ class Known(NamedTuple):
 
 
 def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, known: Known) -> Cell:
-    """Train once; PSNR on the pairs to validate on (`psnr`) and on those trained on (`train_psnr`), which says more
-    surely how far the optimiser came.
+    """Train once; PSNR on the pairs to validate on (`psnr`) and on those trained on (`train_psnr`).
+
+    The latter shows more surely how far the optimiser came.
     """
     seed = settings["seed"]
     set_seed(seed)
     chosen, validation = split_pairs(args.train_dir, args.train_pairs, args.validation_pairs, seed)
-    model = load_network(accelerator)
+    model = load_network(args.model_name_or_path, accelerator)
     with tempfile.TemporaryDirectory() as folder:
         run = run_arguments(args, folder, settings["learning_rate"], seed)
         patches = PairedPatches(chosen, run.resolution, seed)
@@ -174,7 +170,7 @@ def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, k
         cell = train_and_validate(model, patches, validation, run, accelerator)
     if "failed" not in cell:
         cell["train_psnr"] = evaluate(model, chosen, accelerator.device, "")["psnr"]
-    return {**settings, **cell, **known.before[seed]}
+    return {**cell, **known.before[seed]}
 
 
 def quality_before(model: nn.Module, chosen: PairSource, validation: PairSource, accelerator: Accelerator) -> Cell:
@@ -233,12 +229,12 @@ def report(cells: list[Cell]) -> str:
 
 
 def rule_table(cells: list[Cell], what: str) -> str:
-    """Markdown: mean over the seeds of the figure `what` (dB), of rates that all seeds have; where it is highest; and
-    how far apart these places are."""
+    """Markdown: the mean over the seeds of the figure `what` (dB) by rank and learning rate, and where it is highest.
+
+    Rates count that all seeds have.
+    """
     rates, seeds = sorted({cell["learning_rate"] for cell in cells}), {cell["seed"] for cell in cells}
-    lines = [f"| rank | {' | '.join(f'{rate:g}' for rate in rates)} | optimum | kept over 4x |"]
-    lines.append("|---" * (len(rates) + 3) + "|")
-    optima = {}
+    lines, optima = [], {}
     for rank in dict.fromkeys(row_name(cell) for cell in cells):
         own = [cell for cell in cells if row_name(cell) == rank]
         psnr = {}
@@ -249,11 +245,11 @@ def rule_table(cells: list[Cell], what: str) -> str:
         shown = [f"{psnr[rate]:.2f}" if rate in psnr else "" for rate in rates]
         optima[rank] = optimum(psnr) if psnr else math.nan
         kept = kept_gain(psnr, mean(cell[f"{what}_before"] for cell in own)) if psnr else math.nan
-        lines.append(f"| {rank} | {' | '.join(shown)} | {_shown(optima[rank], '.1e')} | {_shown(kept, '.0%')} |")
+        lines.append([rank, *shown, _shown(optima[rank], ".1e"), _shown(kept, ".0%")])
+    text = markdown_table(["rank", *(f"{rate:g}" for rate in rates), "optimum", "kept over 4x"], lines)
     if "1" in optima and "dense" in optima:
-        ratio = optima["1"] / optima["dense"]
-        lines.append(f"\nOptimum of rank 1 over that of dense: {_shown(ratio, '.2f')}.")
-    return "\n".join(lines)
+        text += f"\n\nOptimum of rank 1 over that of dense: {_shown(optima['1'] / optima['dense'], '.2f')}."
+    return text
 
 
 def row_name(cell: Cell) -> str:
@@ -268,27 +264,18 @@ def _shown(value: float, form: str) -> str:
 
 
 def main(args: ScalingArguments) -> None:
+    """Run the cells that the file lacks and write the report of all."""
     accelerator = Accelerator()
     use_all_cores(accelerator)
     file = CellFile(args.results)
-    known = Known({}, {})
-    grid = list(product(args.seeds, args.rules, args.learning_rates, args.ranks))
-    for seed, rule, learning_rate, rank in own_part(grid, args.part):
-        settings = cell_settings(args, rule, rank, learning_rate, seed)
-        if file.find(settings) is None:
-            cell = run_cell(settings, args, accelerator, known)
-            file.add(cell)
-            result = f"{cell.get('train_psnr', math.nan):.2f} dB, {cell.get('psnr', math.nan):.2f} dB on other pairs"
-            print(f"{rule}, rank {rank}, {learning_rate:g}, seed {seed}: {result}", flush=True)
-    text = report(CellFile(args.results).cells)  # those of other processes included
-    write_text(file.path.with_suffix(".md"), text)
+    grid = [settings_of(args, rule, rank, rate, seed)
+            for seed, rule, rate, rank in product(args.seeds, args.rules, args.learning_rates, args.ranks)]  # fmt: skip
+    run = partial(run_cell, args=args, accelerator=accelerator, known=Known({}, {}))
+    file.run_missing(own_part(grid, args.part), run)
+    text = report(file.cells)
+    write_text(file.path.with_name("report.md"), text)
     print(f"\n{text}")
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(ScalingArguments).parse_args_into_dataclasses()
-        print(f"{asdict(parsed)}\n")
-        main(parsed)
-    except (ValueError, FileNotFoundError, DataFailed) as error:
-        sys.exit(f"compare_scaling.py: {error}")
+    run_script(main, ScalingArguments)
