@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
 from colora_peft.training import DataFailed
 
 A = TypeVar("A")
+
+
+def flag(default: Any = MISSING, help: str = "", *, factory: Callable[[], Any] | None = None) -> Any:
+    """A field of a dataclass that is a flag on the command line; `factory` makes a mutable default."""
+    if factory is not None:
+        return field(default_factory=factory, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 def run_script(main: Callable[[A], None], arguments: type[A]) -> None:

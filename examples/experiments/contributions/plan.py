@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from colora_peft import CoLoRAConfig
 from examples.experiments.contributions.report import BUDGET, others_of
 from examples.experiments.grid.cells import NetworkArguments, check_lists, task_name
 from examples.experiments.grid.tuned import TunedArguments
+from examples.experiments.script import flag
 
 RANDOM = "random"
 """Estimator that deals out the scores of the default one to the layers at random."""
@@ -24,33 +25,20 @@ ESTIMATORS = ("probe", "gradient", "taylor", "fisher", "faig", RANDOM)
 class StudyArguments(TunedArguments, NetworkArguments):
     """Flags of the study."""
 
-    train_dirs: list[str] = field(
-        metadata={"help": "Folders TASK/train, one for each task, with TASK/test beside it."}
+    train_dirs: list[str] = flag(help="Folders TASK/train, one for each task; TASK/test lies beside.")
+    questions: list[str] = flag(factory=lambda: list(QUESTIONS), help="Names of the questions to run.")
+    estimators: list[str] = flag(factory=lambda: list(ESTIMATORS), help="Estimators of the question `estimators`.")
+    budgets: list[float] = flag(
+        factory=lambda: [0.02, 0.01, 0.035, 0.14], help=f"Budgets of the question `budgets`, besides {BUDGET:g}."
     )
-    questions: list[str] = field(
-        default_factory=lambda: list(QUESTIONS), metadata={"help": "Names of the questions to run."}
+    betas: list[float] = flag(
+        factory=lambda: [0.25, 0.75, 1.0], help="Exponents of the question `betas`, besides 0 and 0.5."
     )
-    estimators: list[str] = field(
-        default_factory=lambda: list(ESTIMATORS), metadata={"help": "Estimators of the question `estimators`."}
+    tuned_budgets: list[float] = flag(
+        factory=lambda: [0.02, 0.07], help="Budgets at which learning rates are tried; full tuning has none."
     )
-    budgets: list[float] = field(
-        default_factory=lambda: [0.02, 0.01, 0.035, 0.14],
-        metadata={"help": f"Budgets of the question `budgets`, besides {BUDGET:g}."},
-    )
-    betas: list[float] = field(
-        default_factory=lambda: [0.25, 0.75, 1.0],
-        metadata={"help": "Exponents of the question `betas`, besides 0 and 0.5."},
-    )
-    tuned_budgets: list[float] = field(
-        default_factory=lambda: [0.02, 0.07],
-        metadata={"help": "Budgets at which learning rates are tried; full tuning has none."},
-    )
-    default_estimator: str = field(
-        default="gradient", metadata={"help": "Estimator of all questions but `estimators`."}
-    )
-    output_dir: str = field(
-        default=str(Path(__file__).parent), metadata={"help": "Folder for cells, scores and report."}
-    )
+    default_estimator: str = flag("gradient", "Estimator of all questions but `estimators`.")
+    output_dir: str = flag(str(Path(__file__).parent), "Folder for cells, scores and report.")
 
     def __post_init__(self) -> None:
         names = ("seeds", "learning_rates", "tuned_budgets")

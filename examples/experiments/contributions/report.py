@@ -289,8 +289,8 @@ def write_report(folder: Path) -> str:
         "the seeds (their number), at the learning rate that was best for the method on held-out training pairs with "
         f"another seed. {settings['train_pairs']} pairs, {settings['max_train_steps']} steps of "
         f"{settings['per_device_train_batch_size']} x {settings['resolution']}, measured on the centres of the test "
-        f"images ({settings['evaluated_size']} px). Differences are paired by seed, with their standard error over the "
-        f"seeds. faig walks to a network that was tuned in full at {settings['faig']['learning_rate']:g}.\n\n"
+        f"images ({settings['evaluated_size']} px). Differences are paired by seed, with their standard error over "
+        f"the seeds. faig walks to a network that was tuned in full at {settings['faig']['learning_rate']:g}.\n\n"
     )
     parts = sections(results, scores, tasks, keys)
     text += "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())

@@ -1,6 +1,6 @@
 """Where should the capacity go? Estimators, exponents and budgets, compared with the same rank for all layers.
 
-    python -m examples.experiments.contributions.run --train_dirs DATA/underwater/train DATA/noise/train DATA/rain/train
+    python -m examples.experiments.contributions.run --train_dirs DATA/noise/train DATA/rain/train
 
 Each folder TASK/train has a TASK/test beside it. Every method is tuned alike, on each task: its learning rate is the
 best of --learning_rates on held-out pairs of the training folder, with a seed of its own. The report has the mean PSNR

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,12 +24,13 @@ from colora_peft.evaluation import evaluate
 from colora_peft.hub import hardware_name
 from colora_peft.training import TrainingDiverged, train, trained_parameters
 from colora_peft.utils import relative_path, write_json
+from examples.experiments.script import flag
 from examples.finetune import FinetuneArguments as FinetuneArguments
 
 NETWORKS = Path(__file__).parents[1] / "networks"
 """Cards of the networks that only experiments read. They are made, not shipped."""
 NETWORK = "outputs/nafnet-small-prod-v1"
-"""The network that the studies of the method start from. It differs from the shipped one, so that earlier cells count."""
+"""The network that the studies of the method start from: an earlier one than the shipped, as their cells have it."""
 
 Cell = dict[str, Any]
 """Settings of a run and its outcome, as JSON keeps them."""
@@ -45,31 +45,21 @@ T = TypeVar("T")
 class GridArguments:
     """Flags that all grids share."""
 
-    learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], metadata={"help": "Learning rates to try."}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds that draw pairs, patches and adapters."}
-    )
-    max_train_steps: int = field(default=200, metadata={"help": "Number of training steps of each cell."})
-    resolution: int = field(default=64, metadata={"help": "Side of the square training patches in pixels."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Number of patches a step."})
-    validation_pairs: int = field(
-        default=18, metadata={"help": "Number of pairs that are held out of the training folder to validate on."}
-    )
-    part: str = field(
-        default="0/1", metadata={"help": "Share of the work for this process, as in 0/2 and 1/2 for two processes."}
-    )
+    learning_rates: list[float] = flag(factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], help="Learning rates to try.")
+    seeds: list[int] = flag(factory=lambda: [0, 1, 2], help="Seeds that draw pairs, patches and adapters.")
+    max_train_steps: int = flag(200, "Number of training steps of each cell.")
+    resolution: int = flag(64, "Side of the square training patches in pixels.")
+    per_device_train_batch_size: int = flag(4, "Number of patches a step.")
+    validation_pairs: int = flag(18, "Number of pairs that are held out of the training folder to validate on.")
+    part: str = flag("0/1", "Share of the work for this process, as in 0/2 and 1/2 for two processes.")
 
 
 @dataclass(kw_only=True)
 class NetworkArguments(GridArguments):
     """Flags of grids in which all cells start from one network and train on one number of pairs."""
 
-    model_name_or_path: str = field(
-        default=NETWORK, metadata={"help": "Folder of the pre-trained network that every cell starts from."}
-    )
-    train_pairs: int = field(default=16, metadata={"help": "Number of pairs to train on, drawn by the seed."})
+    model_name_or_path: str = flag(NETWORK, "Folder of the pre-trained network that every cell starts from.")
+    train_pairs: int = flag(16, "Number of pairs to train on, drawn by the seed.")
 
 
 def check_lists(lists: dict[str, Sequence[object]]) -> None:
@@ -128,27 +118,6 @@ class CellFile:
             self._read()
             self.cells = [other for other in self.cells if other != in_place_of] + [cell]
             write_json(self.path, self.cells)
-
-    def run_missing(self, grid: Iterable[Cell], run_cell: Callable[[Cell], Cell]) -> None:
-        """Run and keep the cells of `grid` that the file lacks. Each is given by all settings that decide it."""
-        for settings in grid:
-            if self.find(settings) is None:
-                cell = {**settings, **run_cell(settings)}
-                self.add(cell)
-                print(f"{settings}\n-> {cell.get('psnr', math.nan):.2f} dB", flush=True)
-        self._read()
-
-
-def cell_settings(args: NetworkArguments, train_dir: str, learning_rate: float, seed: int) -> Cell:
-    """Settings that decide a cell in every grid of one network. Cells with equal settings are the same cell."""
-    names = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
-    return {
-        "task": task_name(train_dir),
-        "model_sha256": network_fingerprint(args.model_name_or_path),
-        "learning_rate": learning_rate,
-        "seed": seed,
-        **{name: getattr(args, name) for name in names},
-    }
 
 
 def run_arguments(args: GridArguments, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
@@ -244,14 +213,13 @@ def split_pairs(
     train_pairs: int,
     validation_pairs: int,
     seed: int,
-    validation: Literal["block", "colours", "drawn"] = "block",
+    validation: Literal["block", "drawn"] = "block",
 ) -> tuple[PairSource, PairSource]:
     """Pairs to train on, drawn by the seed, and others to validate on.
 
     Args:
         validation: `block`: neighbours in the list, another block for each seed, as if from the same place;
-            `colours`: the pairs whose colours are the strangest, as if from another place; `drawn`: by the seed, as
-            if from the same places.
+            `drawn`: by the seed, as if from the same places.
 
     Raises:
         ValueError: The folder holds too few pairs.
@@ -265,20 +233,10 @@ def split_pairs(
     if validation == "drawn":
         validation_set, others = draw_pairs(pairs, validation_pairs, seed)
         return draw_pairs(others, train_pairs, seed)[0], validation_set
-    if validation == "colours":
-        held_out = strangest_colours(pairs, validation_pairs)
-    else:
-        first = seed % (len(pairs) // validation_pairs) * validation_pairs
-        held_out = list(range(first, first + validation_pairs))
+    first = seed % (len(pairs) // validation_pairs) * validation_pairs
+    held_out = range(first, first + validation_pairs)
     others = PairSubset(pairs, [index for index in range(len(pairs)) if index not in held_out])
     return draw_pairs(others, train_pairs, seed)[0], PairSubset(pairs, held_out)
-
-
-def strangest_colours(pairs: PairSource, count: int) -> list[int]:
-    """The pairs whose inputs' mean colours lie farthest from the median one."""
-    colours = torch.stack([pairs[index][0].mean((1, 2)) for index in range(len(pairs))])
-    distances = (colours - colours.median(0).values).norm(dim=1)
-    return sorted(distances.topk(count).indices.tolist())
 
 
 class PairCentres:

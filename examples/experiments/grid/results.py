@@ -22,7 +22,7 @@ class Settings(NamedTuple):
 
     names: tuple[str, ...]
     tuned_alike: tuple[str, ...]
-    """Settings that a variant shares with the one whose learning rate it takes, that of the nearest `parameter_budget`."""
+    """Settings that a variant shares with the one whose rate it takes, that of the nearest `parameter_budget`."""
 
     def key(self, cell: Cell) -> Key:
         return tuple(cell.get(name) for name in self.names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from colora_peft.training import DataFailed, TrainingDiverged
 from colora_peft.tuner import adapter_scaling
 from colora_peft.utils import check_at_least, write_json
 from examples.experiments.grid.cells import Cell, CellFile, GridArguments, PairCentres, split_pairs
+from examples.experiments.script import flag
 
 MIN_TUNING_PAIRS = 4
 """Smallest number of pairs to train on while learning rates are tried."""
@@ -33,12 +34,8 @@ V = TypeVar("V", bound=tuple)
 class TunedArguments(GridArguments):
     """Flags of a tuned grid."""
 
-    tuning_seed: int = field(
-        default=100, metadata={"help": "Seed that draws pairs, patches and adapters while learning rates are tried."}
-    )
-    evaluated_size: int = field(
-        default=256, metadata={"help": "Side in pixels of the image centres that quality is measured on."}
-    )
+    tuning_seed: int = flag(100, "Seed that draws pairs, patches and adapters while learning rates are tried.")
+    evaluated_size: int = flag(256, "Side in pixels of the image centres that quality is measured on.")
 
     def __post_init__(self) -> None:
         check_at_least(self, "evaluated_size", SSIM_WINDOW_PX)

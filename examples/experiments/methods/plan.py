@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,6 +10,7 @@ from colora_peft.training import METHODS
 from colora_peft.utils import check_at_least
 from examples.experiments.grid.cells import FinetuneArguments, check_lists, check_network
 from examples.experiments.grid.tuned import TunedArguments
+from examples.experiments.script import flag
 
 NONE = "none"
 """Name of the network with new weights instead of pre-trained ones."""
@@ -31,54 +32,41 @@ PRESETS: dict[str, dict[str, object]] = {
 class BenchmarkArguments(TunedArguments):
     """Flags of the comparison."""
 
-    data_dir: str = field(
-        default="data", metadata={"help": "Folder that holds TASK/train and TASK/test, each with input/ and target/."}
+    data_dir: str = flag("data", "Folder that holds TASK/train and TASK/test, each with input/ and target/.")
+    tasks: list[str] = flag(
+        factory=lambda: ["underwater", "noise", "rain", "reflection", "blur"],
+        help="Names of the tasks to run, folders of --data_dir.",
     )
-    tasks: list[str] = field(
-        default_factory=lambda: ["underwater", "noise", "rain", "reflection", "blur"],
-        metadata={"help": "Names of the tasks to run, folders of --data_dir."},
+    networks: list[str] = flag(
+        factory=lambda: [f"prod={FinetuneArguments.model_name_or_path}"],
+        help="NAME=FOLDER_OR_ID of pre-trained networks; the first is the one that is tuned in all ways. "
+        f"{NONE} alone: new weights of the first one's shape.",
     )
-    networks: list[str] = field(
-        default_factory=lambda: [f"prod={FinetuneArguments.model_name_or_path}"],
-        metadata={"help": "NAME=FOLDER_OR_ID of pre-trained networks; the first is the one that is tuned in all ways. "
-                  f"NAME alone, {NONE}: new weights of the first one's shape."},
-    )  # fmt: skip
-    comparisons: list[str] = field(
-        default_factory=lambda: list(COMPARISONS),
-        metadata={"help": "pretraining: each network, tuned in full; tuning: the first network in all ways."},
+    comparisons: list[str] = flag(
+        factory=lambda: list(COMPARISONS),
+        help="pretraining: each network, tuned in full; tuning: the first network in all ways.",
     )
-    preset: Literal["cpu", "gpu"] = field(
-        default="cpu", metadata={"help": f"Length and size of the runs: {PRESETS}. Flags of your own override it."}
+    preset: Literal["cpu", "gpu"] = flag(
+        "cpu", f"Length and size of the runs: {PRESETS}. Flags of your own override it."
     )
-    train_pairs: list[int] = field(default_factory=lambda: [16], metadata={"help": "Numbers of pairs to train on."})
-    methods: list[str] = field(
-        default_factory=lambda: ["full", "decoder", "bias", *BUDGETED],
-        metadata={"help": "Methods of the comparison `tuning`."},
+    train_pairs: list[int] = flag(factory=lambda: [16], help="Numbers of pairs to train on.")
+    methods: list[str] = flag(
+        factory=lambda: ["full", "decoder", "bias", *BUDGETED], help="Methods of the comparison `tuning`."
     )
-    budgets: list[float] = field(
-        default_factory=lambda: [BUDGET, 0.02],
-        metadata={"help": f"Trained shares of the weights ({', '.join(BUDGETED)}); rates are chosen at each."},
+    budgets: list[float] = flag(
+        factory=lambda: [BUDGET, 0.02],
+        help=f"Trained shares of the weights ({', '.join(BUDGETED)}); rates are chosen at each.",
     )
-    tuned_at: int = field(
-        default=16, metadata={"help": "Number of pairs that learning rates are chosen at, for all numbers of pairs."}
+    tuned_at: int = flag(16, "Number of pairs that learning rates are chosen at, for all numbers of pairs.")
+    max_train_steps: int | None = flag(None, "Number of training steps of each cell. Default: as --preset has it.")
+    resolution: int | None = flag(None, "Side of the training patches in pixels. Default: as --preset has it.")
+    per_device_train_batch_size: int | None = flag(None, "Number of patches a step. Default: as --preset has it.")
+    evaluated_size: int | None = flag(
+        None, "Side in pixels of the centres that quality is measured on. Default: as --preset has it."
     )
-    max_train_steps: int | None = field(
-        default=None, metadata={"help": "Number of training steps of each cell. Default: as --preset has it."}
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the training patches in pixels. Default: as --preset has it."}
-    )
-    per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Number of patches a step. Default: as --preset has it."}
-    )
-    evaluated_size: int | None = field(
-        default=None,
-        metadata={"help": "Side in pixels of the image centres that quality is measured on. Default: as --preset has "
-                  "it."},
-    )  # fmt: skip
-    retry_failed: bool = field(default=False, metadata={"help": "Run the cells that failed once more."})
-    report_only: bool = field(default=False, metadata={"help": "Run nothing, write the report of the cells."})
-    output_dir: str = field(default="outputs/methods", metadata={"help": "Folder for cells and report."})
+    retry_failed: bool = flag(False, "Run the cells that failed once more.")
+    report_only: bool = flag(False, "Run nothing, write the report of the cells.")
+    output_dir: str = flag("outputs/methods", "Folder for cells and report.")
 
     def __post_init__(self) -> None:
         for name, value in PRESETS[self.preset].items():

@@ -24,8 +24,8 @@ SETTINGS = Settings(
 
 IMAGES_FOLDER = "pictures"
 WORDS = f"""*full* trains all weights, *decoder* and *bias* these alone. *colora* has ranks by contribution, *lora* one
-rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the layers
-that it takes. The number is the budget. One rank for all layers may leave some of it, see the trained parameters."""
+rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the
+layers that it takes. The number is the budget; one rank for all layers may leave some of it unused."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
 
@@ -118,7 +118,7 @@ def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
 
 
 def cost_table(cells: list[Cell]) -> str:
-    """Markdown: trained parameters, time and memory of each way to tune; means over its cells, of seconds the median."""
+    """Markdown: trained parameters, time and memory of each way to tune; means over its cells, medians of seconds."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(label_of(cell), []).append(cell)
@@ -214,9 +214,9 @@ def introduction(tested: list[Cell], settings: Cell) -> str:
     hardware = sorted({cell["hardware"] for cell in tested if "hardware" in cell})
     return (
         "Made by `python -m examples.experiments.methods.run`. Test PSNR in dB, in RGB on [0, 1] after rounding to 8 "
-        "bits, per image, then averaged: mean ± standard deviation over the seeds (their number). The learning rate is "
-        f"the best on held-out training pairs with another seed, of {settings['tuned_at']} pairs (edge: the lowest or "
-        f"highest tried). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
+        "bits, per image, then averaged: mean ± standard deviation over the seeds (their number). The learning rate "
+        f"is the best on held-out training pairs with another seed, of {settings['tuned_at']} pairs (edge: the lowest "
+        f"or highest tried). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
         f"{settings['resolution']}, measured on the centres of the test images ({settings['evaluated_size']} px). Run "
         f"on {' and '.join(hardware)}.\n\n{WORDS}"
     )

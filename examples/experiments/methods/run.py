@@ -1,6 +1,6 @@
 """The paper's two comparisons on your pairs: of pre-trainings, and of ways to tune.
 
-    python -m examples.experiments.methods.run --data_dir path/to/data --networks prod=examples/checkpoints/nafnet-small-prod none
+    python -m examples.experiments.methods.run --data_dir path/to/data --comparisons tuning
 
 Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
 each method, network and task is the best of --learning_rates on pairs held out of the training folder, with a seed of

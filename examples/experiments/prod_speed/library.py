@@ -1,7 +1,7 @@
-"""What `benchmark_prod.py` compares PROD with: the nearest five transforms of Albumentations, at PROD's ranges.
+"""The five transforms of Albumentations that are nearest to PROD, at PROD's ranges.
 
-None is quite the same. The library's motion paths and streaks of rain are straight, its rain has one depth, its sensor
-noise is signal-dependent and coloured but not calibrated, and it works on 8 bits after each step.
+They differ from PROD. The library's motion paths and streaks of rain are straight, and its rain has one depth. Its
+sensor noise is signal-dependent and coloured but not calibrated. It works on 8 bits after each step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 def library_transforms(plain_noise: bool) -> dict[str, Transform]:
-    """PROD's names to functions of (H, W, 3) uint8, each drawing its parameters anew; `plain_noise` is a cheaper one.
+    """The transforms by PROD's names: functions of (H, W, 3) uint8 that draw their parameters anew.
+
+    Args:
+        plain_noise: Whether to take a cheaper noise, which is neither signal-dependent nor coloured.
 
     Raises:
-        ImportError: if Albumentations is missing or older than 2.0.
+        ImportError: Albumentations is missing or has another major version than 2.
     """
     try:
         import albumentations
@@ -67,5 +70,5 @@ def _called(pipeline: Callable[..., dict[str, np.ndarray]]) -> Transform:
 
 
 def to_network(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 to what PROD returns, (3, H, W) float32 in [0, 1]."""
+    """Convert (H, W, 3) uint8 to (3, H, W) float32 in [0, 1], as PROD returns it."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(255)

@@ -1,69 +1,68 @@
-"""What Restormer's attention costs as it is written here, against the straightforward way, in one run.
+"""Time and memory of Restormer's attention as it is written here, compared with the straightforward way.
 
-    python examples/benchmark_restormer.py
+    python -m examples.experiments.restormer.run
 
 Variants of the same network with the same weights: `frugal` as in models/restormer; `straightforward`, whose attention
-normalises queries and keys, multiplies, takes the softmax and multiplies; `and gate` which besides leaves the gate of
+normalises queries and keys, multiplies, takes the softmax and multiplies; `and gate`, which also leaves the gate of
 the feed-forward network to autograd. Each takes full training steps. Time is that of the processor on a CPU, so that
 other work on the machine counts little, and of the clock on a GPU; ratios are medians within rounds. Memory is the
-growth of a fresh process over three steps, and the bytes that autograd keeps from the forward to the backward pass.
+growth of a fresh process over three steps, and the bytes that autograd keeps for the backward pass.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_speed import peak_of, take_turns
-from speed_variants import Mode, images, training_step
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
-from colora_peft.hub import hardware_name
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.attention_restormer import ChannelAttention
 from colora_peft.models.restormer.modeling_restormer import GatedFeedForward
 from colora_peft.training import restoration_loss
-from colora_peft.utils import write_json, write_text
+from examples.experiments.measure import (
+    Row,
+    device,
+    machine_facts,
+    machine_name,
+    median_ratio,
+    peak_memories,
+    save_results,
+    settings_text,
+    take_turns,
+)
+from examples.experiments.script import flag, run_script
+from examples.experiments.speed.variants import Mode, images, modes, take_steps, training_step
+from examples.experiments.tables import markdown_table, table_line
 
 VARIANTS = ("frugal", "straightforward", "and gate")
-Row = dict[str, object]
 
 
 @dataclass
 class RestormerArguments:
-    """Flags of the benchmark."""
+    """Flags of the measurement."""
 
-    shapes: list[str] = field(
-        default_factory=lambda: ["2x128", "1x256"], metadata={"help": "Training batches: images x side in pixels."}
+    shapes: list[str] = flag(factory=lambda: ["2x128", "1x256"], help="Training batches: images x side in pixels.")
+    width: int = flag(48, "Number of channels of the first level; 48 is the published network.")
+    num_blocks: list[int] = flag(
+        factory=lambda: [4, 6, 6, 8], help="Numbers of blocks at each level; refinement has the first."
     )
-    width: int = field(default=48, metadata={"help": "Channels of the first level; 48 is the published network."})
-    num_blocks: list[int] = field(
-        default_factory=lambda: [4, 6, 6, 8], metadata={"help": "Blocks at each level; refinement has the first."}
-    )
-    rounds: int = field(default=4, metadata={"help": "Turns that each variant takes, after one that does not count."})
-    memory_repeats: int = field(default=3, metadata={"help": "Fresh processes for the memory of each variant."})
-    output_dir: str = field(
-        default=str(Path(__file__).parent / "benchmark_results"), metadata={"help": "Where the results go."}
-    )
+    rounds: int = flag(4, "Number of turns that each variant takes, after one that does not count.")
+    memory_repeats: int = flag(3, "Number of fresh processes in which each variant's memory is taken.")
+    output_dir: str = flag(str(Path(__file__).parent), "Folder for the results.")
 
 
 # --------------------------------------------------------------------------------------------------------- variants
 
 
 def straightforward_attention(layer: ChannelAttention, x: Tensor) -> Tensor:
-    """What `layer` computes, written as the formula reads: (B, C, H, W) to the same shape."""
+    """The function of `layer`, written as the formula reads: (B, C, H, W) to the same shape."""
     batch, channels, height, width = x.shape
     queries, keys, values = (
         part.reshape(batch, layer.heads, channels // layer.heads, height * width)
@@ -75,6 +74,7 @@ def straightforward_attention(layer: ChannelAttention, x: Tensor) -> Tensor:
 
 
 def straightforward_gate(layer: GatedFeedForward, x: Tensor) -> Tensor:
+    """The function of `layer`, left to autograd."""
     left, right = layer.dwconv(layer.project_in(x)).chunk(2, dim=1)
     return layer.project_out(F.gelu(left) * right)
 
@@ -96,6 +96,7 @@ def make_network(variant: str, width: int, num_blocks: list[int]) -> nn.Module:
 
 
 def timings(args: RestormerArguments, mode: Mode, shape: str) -> Iterator[Row]:
+    """Rows of the time of a training step."""
     batch = images(shape, mode.device)
     runs = {
         variant: training_step(make_network(variant, args.width, args.num_blocks).to(mode.device), mode, batch)
@@ -104,20 +105,13 @@ def timings(args: RestormerArguments, mode: Mode, shape: str) -> Iterator[Row]:
     clock = time.process_time if mode.device == "cpu" else time.perf_counter
     seconds = take_turns(runs, args.rounds, mode.wait, clock)
     for variant, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds["straightforward"], strict=True)]
         yield {"mode": str(mode), "what": "training step", "shape": shape, "variant": variant,
-               "seconds": statistics.median(own), "ratio": statistics.median(ratios)}  # fmt: skip
+               "seconds": statistics.median(own), "ratio": median_ratio(own, seconds["straightforward"])}  # fmt: skip
 
 
-def take_steps(width: int, num_blocks: list[int], mode: Mode, shape: str, variant: str) -> None:
-    step = training_step(make_network(variant, width, num_blocks).to(mode.device), mode, images(shape, mode.device))
-    for _ in range(3):
-        step()
-
-
-def peak_memory(width: int, num_blocks: list[int], mode: Mode, shape: str, variant: str) -> int:
-    """Bytes of three steps at their peak; to be called in a fresh process."""
-    return peak_of(lambda: take_steps(width, num_blocks, mode, shape, variant), mode.device)
+def make_and_take_steps(variant: str, args: RestormerArguments, mode: Mode, shape: str) -> None:
+    """Make a variant and take three training steps."""
+    take_steps(make_network(variant, args.width, args.num_blocks).to(mode.device), mode, shape)
 
 
 def kept_bytes(args: RestormerArguments, mode: Mode, shape: str, variant: str) -> int:
@@ -137,14 +131,12 @@ def kept_bytes(args: RestormerArguments, mode: Mode, shape: str, variant: str) -
 
 
 def memories(args: RestormerArguments, mode: Mode, shape: str) -> Iterator[Row]:
-    peaks: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
-    for _ in range(args.memory_repeats):
-        for variant in VARIANTS:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                job = fresh.submit(peak_memory, args.width, args.num_blocks, mode, shape, variant)
-                peaks[variant].append(job.result())
+    """Rows of the memory of a training step."""
+    arguments = {variant: (variant, args, mode, shape) for variant in VARIANTS}
     figures = {
-        "peak memory of a training step": {variant: statistics.median(own) for variant, own in peaks.items()},
+        "peak memory of a training step": peak_memories(
+            mode.device, make_and_take_steps, arguments, args.memory_repeats
+        ),
         "kept for the backward pass": {variant: kept_bytes(args, mode, shape, variant) for variant in VARIANTS},
     }
     for what, bytes_of in figures.items():
@@ -153,46 +145,34 @@ def memories(args: RestormerArguments, mode: Mode, shape: str) -> Iterator[Row]:
                    "ratio": own / bytes_of["straightforward"]}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------ report
+# ----------------------------------------------------------------------------------------------------------- report
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Markdown: one line for each row, in the order in which they were measured."""
-    lines = ["| mode | what | shape | variant | | to straightforward |", "|---" * 6 + "|"]
-    for row in rows:
-        amount = f"{row['seconds'] * 1e3:,.0f} ms" if "seconds" in row else f"{row['bytes'] / 1e6:,.1f} MB"
-        cells = [row["mode"], row["what"], row["shape"], row["variant"], amount, f"{row['ratio']:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def line(row: Row) -> list[str]:
+    """Cells of a line of the table."""
+    amount = f"{row['seconds'] * 1e3:,.0f} ms" if "seconds" in row else f"{row['bytes'] / 1e6:,.1f} MB"
+    return [row["mode"], row["what"], row["shape"], row["variant"], amount, f"{row['ratio']:.3f}"]
 
 
-def modes() -> list[Mode]:
-    return [Mode("cpu")] + ([Mode("cuda"), Mode("cuda", bfloat16=True)] if torch.cuda.is_available() else [])
+def report(results: Row) -> str:
+    """Markdown: facts and flags, then a line for each row in the order in which they were measured."""
+    heads = ["mode", "what", "shape", "variant", "", "to straightforward"]
+    table = markdown_table(heads, map(line, results["rows"]))
+    return f"Made by `python -m examples.experiments.restormer.run`: {settings_text(results, 'rows')}.\n\n{table}\n"
 
 
 def main(args: RestormerArguments) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = {"hardware": hardware_name(device), "python": sys.version.split()[0], "torch": version("torch")}
-    facts |= {key: value for key, value in asdict(args).items() if key != "output_dir"}
+    """Measure and write the results."""
+    facts = machine_facts(device(), "torch") | asdict(args)
+    del facts["output_dir"]
     rows = []
     for mode in modes():
-        for shape in args.shapes:
-            for measure in (timings, memories):
-                for row in measure(args, mode, shape):
-                    rows.append(row)
-                    print(table([row]).splitlines()[-1], flush=True)
-    name = re.sub(r"[^a-z0-9.]+", "-", f"restormer {facts['hardware']} torch{facts['torch']}".lower()).strip("-")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}.json", {**facts, "rows": rows})
-    settings = ", ".join(f"{key} {value}" for key, value in facts.items())
-    write_text(
-        folder / f"{name}.md", f"Made by `python examples/benchmark_restormer.py`: {settings}.\n\n{table(rows)}\n"
-    )
+        for shape in args.shapes if not mode.compiled else ():
+            for row in (*timings(args, mode, shape), *memories(args, mode, shape)):
+                rows.append(row)
+                print(table_line(line(row)), flush=True)
+    save_results(args.output_dir, machine_name(facts), {**facts, "rows": rows}, report)
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(RestormerArguments).parse_args_into_dataclasses()[0])
-    except ValueError as error:
-        sys.exit(f"benchmark_restormer.py: {error}")
+    run_script(main, RestormerArguments)

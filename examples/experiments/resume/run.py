@@ -1,6 +1,6 @@
 """Kill a training run at random moments, resume it each time, and compare its weights with an uninterrupted run's.
 
-    python examples/kill_and_resume.py
+    python -m examples.experiments.resume.run
 
 A tiny network is pre-trained on the CPU with accumulated batches, averaged weights and workers, over several epochs,
 and killed with SIGKILL `--num_kills` times: most of them at a random moment of the steps between two checkpoints or of
@@ -16,19 +16,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import HfArgumentParser
 
 from colora_peft.models import NAFNetConfig
 from colora_peft.training import list_checkpoints, read_state
 from colora_peft.utils import check_at_least, write_json
+from examples.experiments.script import flag, run_script
 
-HERE = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[2]
 _STEPS_BETWEEN_CHECKPOINTS = 3
 _SHARE_KILLED_AT_START = 0.2
 _POLL_SECONDS = 0.002
@@ -38,28 +38,25 @@ _POLL_SECONDS = 0.002
 class KillArguments:
     """Flags of the experiment."""
 
-    output_dir: str = field(
-        default="outputs/kill_and_resume",
-        metadata={"help": "New folder for both runs, their messages and the report."},
-    )
-    num_kills: int = field(default=20, metadata={"help": "How many times the run is killed."})
-    seed: int = field(default=0, metadata={"help": "Seed of the moments of the kills, and of the runs."})
+    output_dir: str = flag("outputs/kill_and_resume", "New folder for both runs, their messages and the report.")
+    num_kills: int = flag(20, "Number of times that the run is killed.")
+    seed: int = flag(0, "Seed of the moments of the kills, and of the runs.")
 
     def __post_init__(self) -> None:
         check_at_least(self, "num_kills", 1)
 
     @property
     def max_train_steps(self) -> int:
-        """So many that the run is not over before the last kill: a kill is aimed up to three checkpoints ahead."""
+        """Enough steps for all kills: each is aimed up to three checkpoints ahead."""
         return _STEPS_BETWEEN_CHECKPOINTS * (3 * self.num_kills + 4)
 
 
 class Runs:
-    """Starts the run, in this folder or that, and kills it.
+    """Starts the run in a folder, and kills it.
 
     Args:
         args: The experiment's flags.
-        folder: Where the runs and the network's configuration go.
+        folder: Folder for the runs and the network's configuration.
     """
 
     def __init__(self, args: KillArguments, folder: Path) -> None:
@@ -71,7 +68,7 @@ class Runs:
     def start(self, output_dir: Path) -> subprocess.Popen:
         """Begin the run, or go on with it where it has a checkpoint."""
         flags = {
-            "train_dir": HERE / "data" / "underwater" / "train" / "target",
+            "train_dir": EXAMPLES / "data" / "underwater" / "train" / "target",
             "config_name": self.folder / "network",
             "output_dir": output_dir,
             "max_train_steps": self.args.max_train_steps,
@@ -83,11 +80,11 @@ class Runs:
             "lr_warmup_steps": 5,
             "seed": self.args.seed,
         }
-        command = [sys.executable, str(HERE / "pretrain.py"), "--use_ema"]
+        command = [sys.executable, str(EXAMPLES / "pretrain.py"), "--use_ema"]
         command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         command += ["--resume_from_checkpoint", "latest"]
         with (self.folder / f"{output_dir.name}.txt").open("ab") as messages:
-            # A session of its own: the kill reaches its workers, too, as when a machine goes.
+            # A session of its own: the kill reaches its workers, too, as when a machine fails.
             return subprocess.Popen(
                 command,
                 stdout=messages,
@@ -105,7 +102,9 @@ class Runs:
             time.sleep(_POLL_SECONDS)
         first_saved = time.monotonic()
         if process.wait() != 0:
-            raise RuntimeError(f"The run ended with {process.returncode}; see {self.folder / output_dir.name}.txt.")
+            raise ChildProcessError(
+                f"The run ended with {process.returncode}; see {self.folder / output_dir.name}.txt."
+            )
         intervals = (self.args.max_train_steps - first_step) / _STEPS_BETWEEN_CHECKPOINTS
         return first_saved - started, (time.monotonic() - first_saved) / intervals
 
@@ -117,7 +116,7 @@ class Runs:
             time.sleep(_POLL_SECONDS)
         time.sleep(delay_seconds)
         if process.poll() is not None:
-            raise RuntimeError(f"The run ended before it was killed; see {self.folder / output_dir.name}.txt.")
+            raise ChildProcessError(f"The run ended before it was killed; see {self.folder / output_dir.name}.txt.")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -130,7 +129,7 @@ def check_checkpoints(output_dir: Path) -> None:
     """Read every file of every checkpoint.
 
     Raises:
-        ValueError: one cannot be read; it is named.
+        ValueError: A file cannot be read; names it.
     """
     for checkpoint in list_checkpoints(output_dir):
         read_state(checkpoint)
@@ -155,6 +154,7 @@ def differing_tensors(one: Path, other: Path) -> list[str]:
 
 
 def main(args: KillArguments) -> None:
+    """Run the training uninterrupted, then with kills, and compare the two."""
     folder = Path(args.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder} is there already; choose a new folder.")
@@ -185,13 +185,9 @@ def main(args: KillArguments) -> None:
     left = sorted(path.name for path in killed.glob(".checkpoint*"))
     write_json(folder / "report.json", {"kills": kills, "different_tensors": different, "left": left})
     if any(different.values()) or left:
-        raise RuntimeError(f"The runs differ in {different}, and {left} are left over: resuming is not exact.")
+        raise ValueError(f"The runs differ in {different}, and {left} are left over: resuming is not exact.")
     print(f"{args.num_kills} kills, {args.num_kills} resumes: all weights, moments and averages are bitwise equal.")
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(KillArguments).parse_args_into_dataclasses()
-        main(parsed)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"kill_and_resume.py: {error}")
+    run_script(main, KillArguments)

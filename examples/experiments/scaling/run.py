@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -36,15 +35,16 @@ from examples.experiments.grid.cells import (
     CellFile,
     FinetuneArguments,
     NetworkArguments,
-    cell_settings,
     load_network,
     measure_contributions,
+    network_fingerprint,
     own_part,
     run_arguments,
     split_pairs,
+    task_name,
     train_and_validate,
 )
-from examples.experiments.script import run_script
+from examples.experiments.script import flag, run_script
 from examples.experiments.tables import markdown_table
 
 DENSE = 10**6
@@ -84,25 +84,19 @@ RULES = {
 class ScalingArguments(NetworkArguments):
     """Flags of the comparison."""
 
-    train_dir: str = field(metadata={"help": "Folder TASK/train with input/ and target/."})
-    rules: list[str] = field(
-        default_factory=lambda: ["linear_unit"], metadata={"help": f"Rules to compare: {', '.join(RULES)}."}
+    train_dir: str = flag(help="Folder TASK/train with input/ and target/.")
+    rules: list[str] = flag(factory=lambda: ["linear_unit"], help=f"Rules to compare: {', '.join(RULES)}.")
+    ranks: list[str] = flag(
+        factory=lambda: ["1", "2", "4", "8", "16", "dense", MIX],
+        help="The same rank in every layer; dense; or mix: ranks by contribution under the budget.",
     )
-    ranks: list[str] = field(
-        default_factory=lambda: ["1", "2", "4", "8", "16", "dense", MIX],
-        metadata={"help": "The same rank in every layer; dense; or mix: ranks by contribution under the budget."},
+    learning_rates: list[float] = flag(
+        factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], help="Learning rates to run with each rank."
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
-        metadata={"help": "Learning rates to run with each rank."},
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Seeds that draw pairs, patches and adapters."}
-    )
-    parameter_budget: float = field(default=0.07, metadata={"help": "Trained share of the weights (mix)."})
-    results: str = field(
-        default=str(Path(__file__).parent / "cells.json"),
-        metadata={"help": "JSON file of the cells; the report lies beside it."},
+    seeds: list[int] = flag(factory=lambda: [0], help="Seeds that draw pairs, patches and adapters.")
+    parameter_budget: float = flag(0.07, "Trained share of the weights (mix).")
+    results: str = flag(
+        str(Path(__file__).parent / "cells.json"), "JSON file of the cells; the report lies beside it."
     )
 
     def __post_init__(self) -> None:
@@ -125,8 +119,16 @@ def apply_rule(model: PeftModel, rule: Rule) -> None:
 
 
 def settings_of(args: ScalingArguments, rule: str, rank: str, learning_rate: float, seed: int) -> Cell:
-    """All settings that decide a cell."""
-    settings = {**cell_settings(args, args.train_dir, learning_rate, seed), "rule": rule, "rank": rank}
+    """All settings that decide a cell. Cells with equal settings are the same cell."""
+    settings = {
+        "task": task_name(args.train_dir),
+        "model_sha256": network_fingerprint(args.model_name_or_path),
+        "rule": rule,
+        "rank": rank,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        **{name: getattr(args, name) for name in SHARED},
+    }
     mix = {
         "parameter_budget": args.parameter_budget,
         "beta": CoLoRAConfig.beta,
@@ -268,11 +270,15 @@ def main(args: ScalingArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
     file = CellFile(args.results)
-    grid = [settings_of(args, rule, rank, rate, seed)
-            for seed, rule, rate, rank in product(args.seeds, args.rules, args.learning_rates, args.ranks)]  # fmt: skip
-    run = partial(run_cell, args=args, accelerator=accelerator, known=Known({}, {}))
-    file.run_missing(own_part(grid, args.part), run)
-    text = report(file.cells)
+    known = Known({}, {})
+    grid = list(product(args.seeds, args.rules, args.learning_rates, args.ranks))
+    for seed, rule, rate, rank in own_part(grid, args.part):
+        settings = settings_of(args, rule, rank, rate, seed)
+        if file.find(settings) is None:
+            cell = {**settings, **run_cell(settings, args, accelerator, known)}
+            file.add(cell)
+            print(f"{rule}, rank {rank}, {rate:g}, seed {seed}: {cell.get('psnr', math.nan):.2f} dB", flush=True)
+    text = report(CellFile(args.results).cells)  # with those of other processes
     write_text(file.path.with_name("report.md"), text)
     print(f"\n{text}")
 

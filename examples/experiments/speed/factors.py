@@ -1,46 +1,45 @@
-"""When the gradients of a delta's factors are faster than that of the whole weight: layer by layer, on the CPU.
+"""When do gradients of the factors take less time than those of the whole weight? Measured on the CPU.
 
-    python examples/measure_factors.py
+    python -m examples.experiments.speed.factors
 
 Forward and backward pass of one layer with its adapter, as in training: by `run_with_factors`, and by building the
-weight and leaving the rest to autograd. The rule of `colora_peft.tuner.factors_save_time` was read from such a
-table; the last column says what the rule does.
+weight and leaving the rest to autograd. The rule of `colora_peft.tuner.factors_save_time` was read from such a table;
+the last column shows the choice of the rule.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmark_speed import take_turns
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
 from colora_peft.hub import hardware_name
 from colora_peft.tuner import factors_save_time, run_with_factors, run_with_weight
 from colora_peft.utils import write_text
+from examples.experiments.measure import median_ratio, take_turns
+from examples.experiments.script import flag, run_script
+from examples.experiments.tables import markdown_table, table_line
 
 
 @dataclass
 class FactorArguments:
     """Flags of the measurement."""
 
-    channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512], metadata={"help": "In and out."})
-    sides: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128], metadata={"help": "Of the feature map."})
-    batch_size: int = field(default=4, metadata={"help": "Images, or sequences of side * side tokens."})
-    rank_share: float = field(default=0.07, metadata={"help": "Share of the layer's weights, at least rank 1."})
-    rounds: int = field(default=15, metadata={"help": "Turns that each way takes, after one that does not count."})
-    max_multiplications: float = field(default=4e9, metadata={"help": "Of the gradient of the whole weight."})
-    output_dir: str = field(
-        default=str(Path(__file__).parent / "benchmark_results"), metadata={"help": "Where the table goes."}
-    )
+    channels: list[int] = flag(factory=lambda: [32, 64, 128, 256, 512], help="Numbers of channels, in and out.")
+    sides: list[int] = flag(factory=lambda: [8, 16, 32, 64, 128], help="Sides of the feature map in pixels.")
+    batch_size: int = flag(4, "Number of images, or of sequences of side * side tokens.")
+    rank_share: float = flag(0.07, "Share of the layer's weights, at least rank 1.")
+    rounds: int = flag(15, "Number of turns that each way takes, after one that does not count.")
+    max_multiplications: float = flag(4e9, "Largest number of multiplications for the gradient of the whole weight.")
+    output_dir: str = flag(str(Path(__file__).parent), "Folder for the table.")
 
 
 def make_layer(kind: str, channels: int) -> nn.Module:
+    """A linear layer, or a convolution with the kernel size at the end of `kind`."""
     if kind == "Linear":
         return nn.Linear(channels, channels)
     size = int(kind[-1])
@@ -48,6 +47,7 @@ def make_layer(kind: str, channels: int) -> nn.Module:
 
 
 def make_input(layer: nn.Module, channels: int, side: int, batch_size: int) -> Tensor:
+    """Noise that requires a gradient."""
     x = torch.randn(batch_size, channels, side, side).contiguous(memory_format=torch.channels_last)
     return (x.permute(0, 2, 3, 1) if isinstance(layer, nn.Linear) else x).requires_grad_()
 
@@ -70,8 +70,8 @@ def ways(layer: nn.Module, rank: int, x: Tensor) -> dict[str, Callable[[], None]
     return {"weight": by_weight, "factors": by_factors}
 
 
-def measure(args: FactorArguments) -> Iterator[str]:
-    """One line of Markdown for each kind of layer, number of channels and side."""
+def measure(args: FactorArguments) -> Iterator[list[str]]:
+    """Cells of a line for each kind of layer, number of channels and side."""
     for kind in ("Conv2d 1", "Conv2d 3", "Linear"):
         for channels in args.channels:
             layer = make_layer(kind, channels)
@@ -82,32 +82,25 @@ def measure(args: FactorArguments) -> Iterator[str]:
                 if multiplications > args.max_multiplications:
                     continue
                 x = make_input(layer, channels, side, args.batch_size)
-                seconds = take_turns(ways(layer, rank, x), args.rounds, lambda: None)
-                ratio = statistics.median(
-                    factors / weight for factors, weight in zip(seconds["factors"], seconds["weight"], strict=True)
-                )
+                seconds = take_turns(ways(layer, rank, x), args.rounds)
+                ratio = median_ratio(seconds["factors"], seconds["weight"])
+                milliseconds = statistics.median(seconds["weight"]) * 1e3
                 rule = "factors" if factors_save_time(layer, rank, x) else "weight"
-                yield (
-                    f"| {kind} | {channels} | {rank} | {side} | {multiplications / 1e6:,.0f} "
-                    f"| {statistics.median(seconds['weight']) * 1e3:.2f} ms | {ratio:.2f} | {rule} |"
-                )
+                sizes = [kind, str(channels), str(rank), str(side), f"{multiplications / 1e6:,.0f}"]
+                yield [*sizes, f"{milliseconds:.2f} ms", f"{ratio:.2f}", rule]
 
 
 def main(args: FactorArguments) -> None:
-    lines = [
-        "| layer | channels | rank | side | million multiplications | weight | factors / weight | rule takes |",
-        "|---" * 8 + "|",
-    ]
-    for line in measure(args):
-        print(line, flush=True)
-        lines.append(line)
+    """Measure and write the table."""
+    rows = []
+    for row in measure(args):
+        rows.append(row)
+        print(table_line(row), flush=True)
+    heads = ["layer", "channels", "rank", "side", "million multiplications", "weight", "factors / weight", "rule"]
     hardware = f"{hardware_name(torch.device('cpu'))}, torch {torch.__version__}"
-    title = f"Made by `python examples/measure_factors.py` on {hardware}: forward and backward pass of one layer.\n\n"
-    write_text(Path(args.output_dir) / "factors_cpu.md", title + "\n".join(lines) + "\n")
+    title = f"Made by `python -m examples.experiments.speed.factors` on {hardware}: both passes of one layer."
+    write_text(Path(args.output_dir) / "factors.md", f"{title}\n\n{markdown_table(heads, rows)}\n")
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(FactorArguments).parse_args_into_dataclasses()[0])
-    except ValueError as error:
-        sys.exit(f"measure_factors.py: {error}")
+    run_script(main, FactorArguments)

@@ -1,4 +1,4 @@
-"""What `benchmark_speed.py` compares: two networks, the ways to adapt them, and what they then do."""
+"""Variants of the measurement of speed: two networks, the ways to adapt them, and their steps."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from colora_peft.training import reconstruct, restoration_loss
 from colora_peft.tuner import lora_obstacle
 
 TRAINED = ("full", "lora", "colora")
-"""Variants of a training step. The floor is besides them: forward pass and gradient of the input alone."""
+"""Variants of a training step. The floor comes on top: forward pass and gradient of the input alone."""
 INFERRED = ("bare", "lora", "colora", "colora trainable")
 """Variants of inference: `colora` as `PeftModel.from_pretrained` leaves it, `trainable` as `set_adapter` does.
-Compiled networks are besides `pinned`: after `prepare_model_for_compiled_hotswap`."""
+Compiled networks are also `pinned`: after `prepare_model_for_compiled_hotswap`."""
 
 
 class ResidualCNN(nn.Module):
@@ -70,7 +70,7 @@ def uniform_ranks(network: nn.Module, parameter_budget: float) -> dict[str, int]
 
 
 def make_variant(network: nn.Module, variant: str, parameter_budget: float) -> nn.Module:
-    """A copy of `network` that is adapted, or trained, as `variant` says. The adapters are not the identity."""
+    """A copy of `network`, adapted or trained as `variant` says. The adapters are not the identity."""
     network = copy.deepcopy(network)
     if variant in ("bare", "floor"):
         return network.requires_grad_(False)
@@ -104,14 +104,17 @@ class Mode:
         return f"{self.device} {'bf16' if self.bfloat16 else 'fp32'}{' compiled' if self.compiled else ''}"
 
     def autocast(self) -> AbstractContextManager:
+        """Context manager in which the forward pass runs."""
         return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     def wait(self) -> None:
+        """Wait until the device has done all its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
 
 def modes() -> list[Mode]:
+    """All modes of this machine."""
     found = [Mode("cpu")]
     if torch.cuda.is_available():
         found += [Mode("cuda", *flags) for flags in ((False, False), (True, False), (False, True), (True, True))]
@@ -119,6 +122,7 @@ def modes() -> list[Mode]:
 
 
 def images(shape: str, device: str) -> dict[str, Tensor]:
+    """A batch of noise for a shape like "2x256": images x side in pixels."""
     count, side = (int(number) for number in shape.split("x"))
     images = torch.rand(2, count, 3, side, side, device=device)
     return {
@@ -145,7 +149,15 @@ def training_step(model: nn.Module, mode: Mode, batch: dict[str, Tensor]) -> Cal
     return step
 
 
+def take_steps(model: nn.Module, mode: Mode, shape: str) -> None:
+    """Take three training steps, after which memory has reached its peak."""
+    step = training_step(model, mode, images(shape, mode.device))
+    for _ in range(3):
+        step()
+
+
 def inference(model: nn.Module, mode: Mode, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """One restoration of a batch."""
     model.eval()
 
     def run() -> None:

@@ -1,75 +1,106 @@
-"""Measure what it takes to load an adapter onto a loaded network, to switch to another, and to check the base.
+"""Time to load an adapter onto a loaded network, to switch to another, to swap one in place, and to check the base.
 
-    python examples/measure_loading.py
+    python -m examples.experiments.storage.loading
 
-prints, for the shipped network and an adapter of 1 MB, wall-clock and processor milliseconds; on a machine that does
-other work, the latter are the ones to compare.
+Prints a table for the shipped network on the CPU, with adapters of PEFT's LoRA and of CoLoRA at the same ranks, about
+1 MB each. On a machine that does other work, compare the time of the processor.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
 import colora_peft
-from colora_peft import CoLoRAConfig
+from colora_peft import hotswap_adapter, prepare_model_for_compiled_hotswap
 from colora_peft.hub import load_backbone
+from examples.experiments.measure import take_turns
+from examples.experiments.script import flag, run_script
+from examples.experiments.speed.variants import make_variant
+from examples.experiments.storage.tasks import SHIPPED
+from examples.experiments.tables import markdown_table
 
-NETWORK = Path(__file__).parent / "checkpoints" / "nafnet-small-prod"
-
-
-def milliseconds(run: Callable[[int], object], repeats: int) -> str:
-    """Median and best of `run(0)`, `run(1)`, ..."""
-    wall, processor = [], []
-    for number in range(repeats):
-        wall_start, processor_start = time.perf_counter(), time.process_time()
-        run(number)
-        processor.append(1e3 * (time.process_time() - processor_start))
-        wall.append(1e3 * (time.perf_counter() - wall_start))
-    return (
-        f"wall {statistics.median(wall):6.1f} (best {min(wall):6.1f}), "
-        f"processor {statistics.median(processor):6.1f} (best {min(processor):6.1f})"
-    )
+Runs = dict[str, Callable[[], object]]
 
 
-def main(repeats: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    image = torch.rand(1, 3, 64, 64)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        # A budget that gives this network of 2 M parameters an adapter of 1 MB.
-        get_peft_model(
-            load_backbone(str(NETWORK)), CoLoRAConfig(parameter_budget=0.12, init_weights=False)
-        ).save_pretrained(folder)
-        size = os.path.getsize(f"{folder}/adapter_model.safetensors")
-        print(f"adapter of {size / 1e6:.2f} MB, {threads} threads, torch {torch.__version__}; milliseconds, median")
-        bases = [load_backbone(str(NETWORK)) for _ in range(2 * repeats)]
+@dataclass
+class LoadingArguments:
+    """Flags of the measurement."""
 
-        def show(what: str, run: Callable[[int], object]) -> None:
-            print(f"{what:34} {milliseconds(run, repeats)}")
+    rounds: int = flag(7, "Number of times that each operation is measured, after one that does not count.")
+    threads: int = flag(2, "Number of threads of PyTorch.")
+    parameter_budget: float = flag(0.12, "Share of the weights, the same in every layer.")
 
-        show("base_fingerprint", lambda number: colora_peft.base_fingerprint(bases[number]))
-        show("PeftModel.from_pretrained", lambda number: PeftModel.from_pretrained(bases[number], folder))
-        show("colora_peft.load, base in memory", lambda number: colora_peft.load(folder, base=bases[repeats + number]))
-        model = PeftModel.from_pretrained(load_backbone(str(NETWORK)), folder).eval()
-        show("load_adapter, a further one", lambda number: model.load_adapter(folder, f"further{number}"))
-        model = colora_peft.load(folder, base=load_backbone(str(NETWORK)), adapter_name="a")
-        colora_peft.load(folder, base=model, adapter_name="b")
-        show("set_adapter, of two", lambda number: model.set_adapter("ab"[number % 2]))
-        show("run, 1 x 64 x 64", lambda number: model(image))
-        show("set_adapter and the first run", lambda number: (model.set_adapter("ab"[number % 2]), model(image)))
+
+def loads(folder: str, bases: Iterator[torch.nn.Module], is_colora: bool) -> Runs:
+    """Ways to load the adapter in a folder; each takes a base that was not used before."""
+    runs: Runs = {"PeftModel.from_pretrained": lambda: PeftModel.from_pretrained(next(bases), folder)}
+    if is_colora:
+        runs["base_fingerprint"] = lambda: colora_peft.base_fingerprint(next(bases))
+        runs["colora_peft.load"] = lambda: colora_peft.load(folder, base=next(bases))
+    return runs
+
+
+def switches(model: PeftModel, folder: str, image: torch.Tensor) -> Runs:
+    """Ways to use the adapters `one` and `two`; "run" has a network of its own, which no switch touches."""
+    untouched = copy.deepcopy(model)
+
+    def load() -> None:
+        model.delete_adapter("two")
+        model.load_adapter(folder, "two")
+
+    def switch() -> None:
+        model.set_adapter("one" if model.active_adapter == "two" else "two", inference_mode=True)
+
+    return {
+        "load_adapter": load,
+        "set_adapter": switch,
+        "run": lambda: untouched(image),
+        "set_adapter and run": lambda: (switch(), model(image)),
+    }
+
+
+def swaps(model: PeftModel, folder: str, image: torch.Tensor) -> Runs:
+    """Ways to swap an adapter in place, in a plain network and in one that is prepared to be compiled."""
+    model.set_adapter("two", inference_mode=True)
+    plain, prepared = copy.deepcopy(model), copy.deepcopy(model)
+    prepare_model_for_compiled_hotswap(prepared)
+    return {
+        "hotswap_adapter": lambda: hotswap_adapter(plain, folder, "two"),
+        "hotswap_adapter and run": lambda: (hotswap_adapter(plain, folder, "two"), plain(image)),
+        "hotswap_adapter, prepared": lambda: hotswap_adapter(prepared, folder, "two"),
+    }
+
+
+@torch.no_grad()
+def measure(args: LoadingArguments) -> Iterator[list[str]]:
+    """Cells of a line for each kind of adapter and operation."""
+    network, image = load_backbone(SHIPPED), torch.rand(1, 3, 64, 64)
+    bases = (copy.deepcopy(network) for _ in iter(int, 1))
+    for variant in ("lora", "colora"):
+        with tempfile.TemporaryDirectory() as folder:
+            make_variant(network, variant, args.parameter_budget).save_pretrained(folder)
+            model = PeftModel.from_pretrained(next(bases), folder, adapter_name="one").eval()
+            model.load_adapter(folder, "two")
+            runs = loads(folder, bases, variant == "colora") | switches(model, folder, image)
+            runs |= swaps(model, folder, image) if variant == "colora" else {}
+            seconds = [take_turns(runs, args.rounds, clock=clock) for clock in (time.perf_counter, time.process_time)]
+        for name in runs:
+            yield [variant, name, *(f"{1e3 * statistics.median(own[name]):.1f} ms" for own in seconds)]
+
+
+def main(args: LoadingArguments) -> None:
+    """Measure and print."""
+    torch.set_num_threads(args.threads)
+    print(markdown_table(["adapter", "operation", "wall clock", "processor"], measure(args)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="How often each is measured.")
-    parser.add_argument("--threads", type=int, default=2, help="Threads of PyTorch.")
-    args = parser.parse_args()
-    main(args.repeats, args.threads)
+    run_script(main, LoadingArguments)

@@ -1,12 +1,12 @@
-"""What tiles cost in dB, for the choices of `colora_peft.restore_image`, and how much memory a large image takes.
+"""Loss of quality by tiles, in dB, for the choices of `colora_peft.restore_image`; and the memory of a large image.
 
-    python examples/benchmark_tiles.py
-    python examples/benchmark_tiles.py --adapter outputs/finetune --data photos/test more/photos
-    python examples/benchmark_tiles.py --memory 7680x4320
+    python -m examples.experiments.tiles.run
+    python -m examples.experiments.tiles.run --adapter outputs/finetune --data photos/test more/photos
+    python -m examples.experiments.tiles.run --memory 7680x4320
 
 The first two compare tiled with untiled images, and both with the clean ones; each folder of --data holds input/ and
-target/. The third restores an image of noise in a fresh process and tells its peak memory; without
---model_name_or_path by a NAFNet of width 32 (17 M parameters) with a CoLoRA adapter, both untrained.
+target/. The third restores an image of noise in a fresh process and prints its peak memory. Its network is a NAFNet of
+width 32 (17 M parameters) with a CoLoRA adapter, both untrained, unless --model_name_or_path names another.
 """
 
 from __future__ import annotations
@@ -15,69 +15,61 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
 from colora_peft import CoLoRAConfig, restore_image
 from colora_peft.data import PairedImageFolder
 from colora_peft.evaluation import psnr
-from colora_peft.hub import hardware_name, load_backbone
-from colora_peft.utils import relative_path, write_json, write_text
+from colora_peft.hub import load_backbone
+from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
+from colora_peft.utils import relative_path, write_json
+from examples.experiments.measure import Row, device, in_fresh_process, machine_facts, save_results, settings_text
+from examples.experiments.script import flag, run_script
+from examples.experiments.tables import markdown_table
 
-HERE = Path(__file__).parent
-SHIPPED_NETWORK = relative_path(HERE / "checkpoints" / "nafnet-small-prod")
-Row = dict[str, object]
+EXAMPLES = Path(__file__).parents[2]
+SHIPPED_NETWORK = relative_path(EXAMPLES / "checkpoints" / "nafnet-small-prod")
 Settings = dict[str, object]
 
 
 @dataclass
 class TilesArguments:
-    """Flags of the benchmark."""
+    """Flags of the measurement."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": f"The network: a folder, an id on the Hub, module:function ({SHIPPED_NETWORK})."},
+    model_name_or_path: str | None = flag(
+        None, f"The network: a folder, an id on the Hub, module:function ({SHIPPED_NETWORK})."
     )
-    adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter for it."})
-    data: list[str] = field(
-        default_factory=lambda: [relative_path(HERE / "data" / "underwater" / "test")],
-        metadata={"help": "Folders with input/ and target/."},
+    adapter: str | None = flag(None, "Folder of an adapter for the network.")
+    data: list[str] = flag(
+        factory=lambda: [relative_path(EXAMPLES / "data" / "underwater" / "test")],
+        help="Folders with input/ and target/.",
     )
-    max_images: int | None = field(default=None, metadata={"help": "At most so many of each, evenly spread."})
-    tiles: list[str] = field(
-        default_factory=lambda: ["128/32", "256/32", "256/64", "256/128", "512/64"],
-        metadata={"help": "tile/overlap, both in pixels."},
+    max_pictures: int | None = flag(None, "Largest number of images of each folder, evenly spread. Default: all.")
+    tiles: list[str] = flag(
+        factory=lambda: ["128/32", "256/32", "256/64", "256/128", "512/64"],
+        help="Sizes as tile/overlap, both in pixels.",
     )
-    statistics_passes: list[int] = field(
-        default_factory=lambda: [1, 2], metadata={"help": 'Numbers of passes for pooling="picture".'}
+    statistics_passes: list[int] = flag(factory=lambda: [1, 2], help='Numbers of passes for pooling="picture".')
+    pooling_windows: list[int] = flag(
+        factory=lambda: [192, 384], help='Windows in pixels for pooling="local"; -1 for none.'
     )
-    pooling_windows: list[int] = field(
-        default_factory=lambda: [192, 384], metadata={"help": 'Windows in pixels for pooling="local"; -1 for none.'}
-    )
-    memory: str | None = field(
-        default=None, metadata={"help": "Instead: the peak memory of an image of this width x height in pixels."}
-    )
-    memory_pooling: str = field(
-        default="picture", metadata={"help": "pooling of that; tile takes a third of the time."}
-    )
-    name: str = field(default="tiles", metadata={"help": "Beginning of the names of the files of results."})
-    output_dir: str = field(default=str(HERE / "benchmark_results"), metadata={"help": "Where the results go."})
+    memory: str | None = flag(None, "Instead: the peak memory of an image of this width x height in pixels.")
+    memory_pooling: str = flag("picture", "Pooling for --memory; tile takes a third of the time.")
+    name: str = flag("tiles", "Beginning of the names of the files of results.")
+    output_dir: str = flag(str(Path(__file__).parent), "Folder for the results.")
 
 
 # ------------------------------------------------------------------------------------------------------------- dB
 
 
 def choices(args: TilesArguments) -> Iterator[tuple[str, Settings]]:
-    """(label, settings of `restore_image`) of all that is compared; first those without tiles."""
+    """Labels and settings of `restore_image` of all choices; first those without tiles."""
     windows = [window for window in args.pooling_windows if window > 0]
     local = [("local", {"pooling": "local", "pooling_window": window}) for window in windows]
     yield "picture", {"tile": None}
@@ -93,7 +85,7 @@ def choices(args: TilesArguments) -> Iterator[tuple[str, Settings]]:
 
 
 def sizes(text: str, separator: str, flag: str) -> tuple[int, int]:
-    """Two numbers out of "128/32" or "7680x4320"."""
+    """Two numbers from "128/32" or "7680x4320"."""
     match = re.fullmatch(rf"(\d+){separator}(\d+)", text)
     if match is None:
         raise ValueError(f"{flag} takes two numbers as in 512{separator}64, got {text!r}.")
@@ -101,13 +93,14 @@ def sizes(text: str, separator: str, flag: str) -> tuple[int, int]:
 
 
 def decibels(first: Tensor, second: Tensor) -> float:
+    """PSNR of one image compared with another."""
     return psnr(first[None], second[None]).item()
 
 
 def measure(model: nn.Module, folder: str, args: TilesArguments) -> Iterator[list[Row]]:
-    """After each image of `folder`, one row for each choice: dB over the images so far, and seconds an image."""
+    """Yields after each image of `folder` the rows of all choices: dB over the images so far, and seconds an image."""
     pairs, offered = PairedImageFolder(folder), list(choices(args))
-    count = min(len(pairs), args.max_images or len(pairs))
+    count = min(len(pairs), args.max_pictures or len(pairs))
     figures: list[list[tuple[float, ...]]] = [[] for _ in offered]
     for index in torch.linspace(0, len(pairs) - 1, count).round().int().tolist():
         degraded, target = pairs[index]
@@ -119,14 +112,8 @@ def measure(model: nn.Module, folder: str, args: TilesArguments) -> Iterator[lis
             key = settings.get("pooling_window")
             if settings["tile"] is None:
                 untiled[key] = restored
-            own.append(
-                (
-                    decibels(restored, untiled[None]),
-                    decibels(restored, untiled[key]),
-                    decibels(restored, target),
-                    seconds,
-                )
-            )
+            compared = (untiled[None], untiled[key], target)
+            own.append((*(decibels(restored, other) for other in compared), seconds))
         yield summary(offered, figures)
 
 
@@ -155,8 +142,8 @@ def summary(offered: list[tuple[str, Settings]], figures: list[list[tuple[float,
 def table(rows: list[Row]) -> str:
     """Markdown: a line for each choice."""
     heads = ["tile / overlap", "pooling", "to untiled, mean", "lowest", "to untiled of the same pooling", "to target",
-             "less untiled", "s an image"]  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+             "minus untiled", "s an image"]  # fmt: skip
+    lines = []
     for row in rows:
         tiles = "untiled" if row["tile"] is None else f"{row['tile']} / {row['overlap']}"
         pooling = str(row["pooling"])
@@ -164,17 +151,16 @@ def table(rows: list[Row]) -> str:
             pooling += f", {row['statistics_passes']} passes" if row["statistics_passes"] > 1 else ", 1 pass"
         if row["pooling_window"]:
             pooling += f" {row['pooling_window']}"
-        cells = [f"{row['psnr_to_untiled']:.1f}", f"{row['lowest_psnr_to_untiled']:.1f}",
-                 f"{row['psnr_to_untiled_of_same_pooling']:.1f}", f"{row['psnr_to_target']:.2f}",
-                 f"{row['psnr_to_target_less_untiled']:+.2f}", f"{row['seconds']:.1f}"]  # fmt: skip
-        lines.append(f"| {' | '.join([tiles, pooling, *cells])} |")
-    return "\n".join(lines)
+        names = ("psnr_to_untiled", "lowest_psnr_to_untiled", "psnr_to_untiled_of_same_pooling")
+        figures = [*(f"{row[name]:.1f}" for name in names), f"{row['psnr_to_target']:.2f}"]
+        lines.append([tiles, pooling, *figures, f"{row['psnr_to_target_less_untiled']:+.2f}", f"{row['seconds']:.1f}"])
+    return markdown_table(heads, lines)
 
 
-def load(args: TilesArguments) -> nn.Module:
-    model = load_backbone(args.model_name_or_path or SHIPPED_NETWORK)
-    model = model if args.adapter is None else PeftModel.from_pretrained(model, args.adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+def load(path: str, adapter: str | None) -> nn.Module:
+    """The network on the CPU, with the adapter if there is one."""
+    network = load_backbone(path)
+    return network if adapter is None else PeftModel.from_pretrained(network, adapter)
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -184,13 +170,10 @@ def memory_of(args: TilesArguments) -> Row:
     """Peak resident memory of this process, which must be fresh, while it restores one image on the CPU."""
     width, height = sizes(args.memory, "x", "--memory")
     if args.model_name_or_path is None:
-        from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-
         torch.manual_seed(0)
         model = get_peft_model(NAFNetForImageRestoration(NAFNetConfig()), CoLoRAConfig())
     else:
-        model = load_backbone(args.model_name_or_path)
-        model = model if args.adapter is None else PeftModel.from_pretrained(model, args.adapter)
+        model = load(args.model_name_or_path, args.adapter)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     before = peak_bytes()
     image = torch.rand(3, height, width)
@@ -207,7 +190,7 @@ def memory_of(args: TilesArguments) -> Row:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has ever had resident."""
+    """Largest resident memory that this process has ever had."""
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return info.peak_wset
@@ -218,6 +201,7 @@ def peak_bytes() -> int:
 
 
 def memory_line(row: Row) -> str:
+    """The result of --memory as one sentence."""
     gigabytes = [row[key] / 1e9 for key in ("peak_bytes", "peak_bytes_before_the_picture", "picture_and_result_bytes")]
     return (
         f'{row["picture"]} by {row["network"]}, pooling="{row["pooling"]}": at most {gigabytes[0]:.2f} GB of memory, '
@@ -225,19 +209,18 @@ def memory_line(row: Row) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ----------------------------------------------------------------------------------------------------------- report
 
 
-def report(facts: Settings, results: dict[str, list[Row]]) -> str:
-    """The Markdown file."""
-    settings = ", ".join(f"{key} {value}" for key, value in facts.items())
+def report(results: Row) -> str:
+    """Markdown: facts, then a table for each folder of images."""
     tables = "\n\n".join(
-        f"## {folder}, {rows[0]['pictures']} images\n\n{table(rows)}" for folder, rows in results.items()
+        f"## {folder}, {rows[0]['pictures']} images\n\n{table(rows)}" for folder, rows in results["results"].items()
     )
-    return f"""Made by `python examples/benchmark_tiles.py`: {settings}.
+    return f"""Made by `python -m examples.experiments.tiles.run`: {settings_text(results, "results")}.
 
 PSNR in dB after rounding to 8 bits, per image, then averaged: to the untiled image of whole-image pooling (mean
-and lowest), to the untiled image of the same pooling, to the clean image, and the last less that of the untiled
+and lowest), to the untiled image of the same pooling, to the clean image, and the last minus that of the untiled
 image. Pooling: "tile" over each tile, "picture" by statistics gathered in passes before, "local" over windows (TLC).
 Seconds are those of this machine as busy as it was.
 
@@ -246,21 +229,21 @@ Seconds are those of this machine as busy as it was.
 
 
 def main(args: TilesArguments) -> None:
+    """Measure the quality of all choices, or the memory of a large image, and write the results."""
     if args.memory is not None:
         sizes(args.memory, "x", "--memory")
-    list(choices(args))
+    list(choices(args))  # refuses wrong sizes before anything is made
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"hardware": hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
-    facts |= {name: version(name) for name in ("torch", "peft")}
+    facts = machine_facts(device(), "torch", "peft")
+    del facts["python"]
     if args.memory is not None:
-        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            row = fresh.submit(memory_of, args).result()
+        row = in_fresh_process(memory_of, args)
         write_json(folder / f"{args.name}-memory-{args.memory}.json", {**facts, **row})
         print(memory_line(row))
         return
-    model = load(args)
     facts["model_name_or_path"] = args.model_name_or_path or SHIPPED_NETWORK
+    model = load(facts["model_name_or_path"], args.adapter).to(device()).eval()
     if args.adapter is not None:
         facts["adapter"] = Path(args.adapter).name
     results: dict[str, list[Row]] = {}
@@ -269,13 +252,9 @@ def main(args: TilesArguments) -> None:
         for rows in measure(model, data, args):
             results[name] = rows
             print(f"\n{name}, {rows[0]['pictures']} images\n{table(rows)}", flush=True)
-            write_json(folder / f"{args.name}.json", {**facts, "results": results})
-            write_text(folder / f"{args.name}.md", report(facts, results))
-    print(f"wrote {folder / args.name}.md")
+            save_results(folder, args.name, {**facts, "results": results}, report)
+    print(f"Saved in {folder / args.name}.md.")
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(TilesArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        sys.exit(f"benchmark_tiles.py: {error}")
+    run_script(main, TilesArguments)
