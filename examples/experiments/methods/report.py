@@ -140,6 +140,21 @@ def peak_memory(cells: list[Cell]) -> str:
     return f"{max(found) / 1e9:.2f}" if found else ""
 
 
+def rates_table(tuning: list[Cell]) -> str:
+    """Markdown: PSNR on the held-out training pairs by learning rate; the best of each row is bold."""
+    rates, groups = sorted({cell["learning_rate"] for cell in tuning}), {}
+    for cell in tuning:
+        name = f"{cell['task']}, {cell['train_pairs']} pairs, {label_of(cell)}"
+        groups.setdefault(name, {})[cell["learning_rate"]] = cell.get("psnr", float("-inf"))
+    rows = []
+    for name, psnr in groups.items():
+        shown = {rate: f"{value:.2f}" if value > 0 else "failed" for rate, value in psnr.items()}
+        best = max(psnr, key=psnr.__getitem__)
+        shown[best] = f"**{shown[best]}**"
+        rows.append([name, *(shown.get(rate, "") for rate in rates)])
+    return markdown_table(["dB at learning rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
 def failures(cells: list[Cell]) -> str:
     """Markdown: the cells that failed, with their errors."""
     lines = [
@@ -196,6 +211,8 @@ def write_report(folder: Path) -> str:
     counts = sorted(values_in(results, "train_pairs"))
     if len(counts) > 1 and plot_over_pairs(results, rows_of(results), counts, folder / "pairs.png"):
         parts["Over the number of pairs"] = "![PSNR over the number of pairs](pairs.png)"
+    tuning = [cell for cell in cells if cell["seed"] == settings["tuning_seed"]]
+    parts["Learning rates"] = f"PSNR on the held-out training pairs, the best bold:\n\n{rates_table(tuning)}"
     parts["Cost"] = f"{cost_table(tested)}\n\nSeconds are of a machine that did other work as well."
     table = table_by_task(tested, values_in(results, "task"), "psnr_old_task", 2, "dB")
     parts["Forgetting"] = f"{OLD_TASK}\n\n{table}"

@@ -1,37 +1,33 @@
-"""examples/study_contributions.py and its report: the plan, what is read off the cells, then the script launched."""
+"""The study of contributions: its plan, its scores and its report, then the script launched."""
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from support.examples import EXAMPLES, load_example, write_pairs
+from support.examples import write_pairs
+from support.experiments import launch
 
 from colora_peft import ContributionScores
-
-grid_cells = load_example("grid_cells")
-study_report = load_example("study_report")
-study_scores = load_example("study_scores")
-study_variants = load_example("study_variants")
+from examples.experiments.contributions import plan, report, scoring
+from examples.experiments.grid.cells import PairCentres
 
 
 def arguments(**settings):
-    return study_variants.StudyArguments(["a/train", "b/train"], **settings)
+    return plan.StudyArguments(train_dirs=["a/train", "b/train"], **settings)
 
 
 def test_plan_runs_every_variant_once_and_colora_in_every_question():
-    everything = study_variants.plan(arguments())
+    everything = plan.plan(arguments())
     assert len(everything) == len(set(everything))
     for question in ("estimators", "budgets", "floor", "betas", "transfer"):
-        own = study_variants.plan(arguments(questions=[question]))
+        own = plan.plan(arguments(questions=[question]))
         assert set(own) <= set(everything)
         for task in ("a", "b"):
             assert any(v.task == task and v.method == "colora" for v in own)
-    transfers = study_variants.plan(arguments(questions=["transfer"]))
+    transfers = plan.plan(arguments(questions=["transfer"]))
     assert {(v.task, v.scores_of) for v in transfers} == {
         (x, y) for x in "ab" for y in ("a", "b", "b" if x == "a" else "a")
     }
@@ -40,10 +36,10 @@ def test_plan_runs_every_variant_once_and_colora_in_every_question():
 def test_variants_run_at_the_rate_of_their_method():
     """Of the nearest budget that is tuned, whatever the scores and the exponent."""
     args = arguments()
-    default = study_variants.colora(args, "a")
+    default = plan.colora(args, "a")
     cases = {
-        study_variants.Variant("a", "lora", 0.01): study_variants.Variant("a", "lora", 0.02),
-        study_variants.Variant("a", "full"): study_variants.Variant("a", "full"),
+        plan.Variant("a", "lora", 0.01): plan.Variant("a", "lora", 0.02),
+        plan.Variant("a", "full"): plan.Variant("a", "full"),
         default._replace(estimator="faig"): default,
         default._replace(parameter_budget=0.14, beta=1.0): default,
         default._replace(min_rank=1, beta=1.0): default._replace(min_rank=1),
@@ -58,7 +54,7 @@ class WithNames(list):
 @pytest.mark.parametrize("size", [2, 3, 50])
 def test_centres_of_pairs(size):
     pairs = WithNames([(torch.rand(3, 5, 8), torch.rand(3, 5, 8))])
-    degraded, target = grid_cells.PairCentres(pairs, size)[0]
+    degraded, target = PairCentres(pairs, size)[0]
     height, width = min(size, 5), min(size, 8)
     top, left = (5 - height) // 2, (8 - width) // 2
     assert torch.equal(degraded, pairs[0][0][:, top : top + height, left : left + width])
@@ -68,13 +64,11 @@ def test_centres_of_pairs(size):
 def test_random_scores_are_the_same_scores_elsewhere(monkeypatch, tmp_path):
     scores = {f"layer{i}": float(i) for i in range(50)}
     measured = ContributionScores(scores=scores, method="probe", num_batches=1, loss_start=1.0)
-    monkeypatch.setattr(study_scores, "measure", lambda *_: measured)
+    monkeypatch.setattr(scoring, "measure", lambda *_: measured)
     monkeypatch.setattr(ContributionScores, "save", lambda *_: None)
     monkeypatch.setattr(ContributionScores, "load", lambda *_: measured)
-    variant = study_variants.Variant("a", "colora", 0.07, study_variants.RANDOM, 0.5, "a")
-    dealt = [
-        study_scores.contributions_of(arguments(output_dir=str(tmp_path)), variant, seed, None) for seed in (0, 0, 1)
-    ]
+    variant = plan.Variant("a", "colora", 0.07, plan.RANDOM, 0.5, "a")
+    dealt = [scoring.contributions_of(arguments(output_dir=str(tmp_path)), variant, seed, None) for seed in (0, 0, 1)]
     assert dealt[0].scores == dealt[1].scores != dealt[2].scores
     assert list(dealt[0].scores) == list(scores) and sorted(dealt[0].scores.values()) == sorted(scores.values())
     assert dealt[0].scores != scores
@@ -86,10 +80,10 @@ def test_scores_of_the_others_leave_the_own_task_out(monkeypatch, tmp_path):
     def fake(args, task, *_):
         return ContributionScores(scores=tasks[task], method="gradient", num_batches=1, loss_start=1.0)
 
-    monkeypatch.setattr(study_scores, "measure", fake)
-    args = study_variants.StudyArguments(["a/train", "b/train", "c/train"], output_dir=str(tmp_path))
-    variant = study_variants.colora(args, "a")._replace(scores_of=study_report.others_of("a", ["c", "b", "a"]))
-    assert study_scores.contributions_of(args, variant, 0, None).scores == {"x": 0.375, "y": 0.625}
+    monkeypatch.setattr(scoring, "measure", fake)
+    args = plan.StudyArguments(train_dirs=["a/train", "b/train", "c/train"], output_dir=str(tmp_path))
+    variant = plan.colora(args, "a")._replace(scores_of=report.others_of("a", ["c", "b", "a"]))
+    assert scoring.contributions_of(args, variant, 0, None).scores == {"x": 0.375, "y": 0.625}
 
 
 @pytest.mark.parametrize(
@@ -103,47 +97,46 @@ def test_scores_of_the_others_leave_the_own_task_out(monkeypatch, tmp_path):
 )
 def test_bad_input_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        study_variants.plan(study_variants.StudyArguments(**{"train_dirs": ["a/train"], **settings}))
+        plan.plan(plan.StudyArguments(**{"train_dirs": ["a/train"], **settings}))
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_ranks_are_those_of_spearman(ties):
     generator = np.random.default_rng(0)
     one, other = (generator.integers(0, 6 if ties else 10**6, 30).astype(float) for _ in range(2))
-    ranks = [study_report._ranks(values) for values in (one, other)]
+    ranks = [report._ranks(values) for values in (one, other)]
     assert np.corrcoef(*ranks)[0, 1] == pytest.approx(spearmanr(one, other).statistic)
 
 
 @pytest.mark.slow
-def test_launched_study_answers_every_question_and_a_second_call_runs_nothing(tmp_path):
+def test_launched_study_answers_every_question_and_a_second_call_runs_nothing(tmp_path, tiny_nafnet):
     folders = []
     for task, count in (("swapped", 6), ("other", 7)):
         folders.append(str(write_pairs(tmp_path / task / "train", count)))
         write_pairs(tmp_path / task / "test", 2)
-    command = [sys.executable, str(EXAMPLES / "study_contributions.py"), "--train_dirs", *folders, "--output_dir",
-               str(tmp_path / "study"), "--train_pairs", "3", "--validation_pairs", "2", "--max_train_steps", "1",
-               "--resolution", "32", "--per_device_train_batch_size", "1", "--seeds", "0", "1", "--learning_rates",
-               "1e-3", "--tuned_budgets", "0.3",
-               "--budgets", "0.02", "--betas", "1", "--estimators", "random", "--default_estimator",
-               "gradient"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["contributions.run", "--train_dirs", *folders, "--output_dir", tmp_path / "study", "--train_pairs", 3,
+               "--validation_pairs", 2, "--max_train_steps", 1, "--resolution", 32, "--per_device_train_batch_size", 1,
+               "--seeds", 0, 1, "--learning_rates", "1e-3", "--tuned_budgets", 0.3, "--budgets", 0.02, "--betas", 1,
+               "--estimators", "random", "--default_estimator", "gradient",
+               "--model_name_or_path", tiny_nafnet]  # fmt: skip
+    done = launch(*command)
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "study" / "cells.json").read_text())
     assert all(math.isfinite(cell["psnr"]) for cell in cells)
-    report = (tmp_path / "study" / "report.md").read_text()
+    text = (tmp_path / "study" / "report.md").read_text()
     for title in (
         "CoLoRA, gradient",
         "CoLoRA, random",
         "CoLoRA, 0.02",
         "scores of other",
         "| 1 |",
-        "rank 1 at least, 0.3",
+        "at least rank 1, 0.3",
     ):
-        assert title in report
+        assert title in text
     for image in ("budgets.png", "betas.png"):
         assert (tmp_path / "study" / image).stat().st_size > 5000
-    other = subprocess.run([*command, "--resolution", "16"], capture_output=True, text=True)
+    other = launch(*command, "--resolution", 16)
     assert other.returncode == 1 and "cells with resolution 32, not 16" in other.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = launch(*command)
     assert again.returncode == 0 and json.loads((tmp_path / "study" / "cells.json").read_text()) == cells
-    assert (tmp_path / "study" / "report.md").read_text() == report
+    assert (tmp_path / "study" / "report.md").read_text() == text

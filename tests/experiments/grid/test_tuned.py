@@ -5,12 +5,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-from support.examples import load_example, write_pairs
+from support.examples import write_pairs
 
 from colora_peft.training.loop import TrainingDiverged
-
-grid_cells = load_example("grid_cells")
-tuned_grid = load_example("tuned_grid")
+from examples.experiments.grid import tuned as tuned_grid
+from examples.experiments.grid.cells import CellFile
 
 TUNING = 100
 
@@ -19,13 +18,10 @@ class Named(NamedTuple):
     name: str
     extra: int | None = None
 
-    def settings(self):
-        return {name: value for name, value in self._asdict().items() if value is not None}
-
 
 def grid(tmp_path, run_cell):
     args = SimpleNamespace(learning_rates=[1e-3, 3e-3, 2e-3], tuning_seed=TUNING, seeds=[5, 1])
-    file = grid_cells.CellFile(tmp_path / "cells.json")
+    file = CellFile(tmp_path / "cells.json")
     return tuned_grid.TunedGrid(args, file, lambda variant: Named(variant.name[0]), run_cell)
 
 

@@ -1,16 +1,14 @@
-"""examples/peft_lora.py: the budget, the layers, and that it begins as the network was."""
+"""PEFT's LoRA under a budget: its rank, its layers, and that it begins as the network was."""
 
 import copy
 
 import pytest
 import torch
-from support.examples import load_example
 from support.tiny_networks import tiny_nafnet
 
 from colora_peft.ranks.adaptable import adaptable_layers
 from colora_peft.training.methods import trained_parameters
-
-add_peft_lora = load_example("peft_lora").add_peft_lora
+from examples.experiments.methods.peft_lora import add_peft_lora
 
 
 @pytest.mark.parametrize("budget", [0.15, 0.3])

@@ -1,21 +1,19 @@
-"""examples/compare_scaling.py: what it reads off its curves, then the script launched on tiny pairs."""
+"""The comparison of scalings: its rules and the reading of its curves, then the script launched on tiny pairs."""
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import get_peft_model
-from support.examples import EXAMPLES, load_example, write_pairs
+from support.examples import write_pairs
+from support.experiments import launch
 from support.tiny_networks import network
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.ranks.allocation import is_dense
 from colora_peft.tuner.scaling import STD_OF_A, adapter_scaling
-
-compare_scaling = load_example("compare_scaling")
+from examples.experiments.scaling import run as scaling
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 
@@ -23,29 +21,29 @@ RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 @pytest.mark.parametrize("top", [1.7e-3, 2e-3, 3.3e-3])
 def test_optimum_of_a_parabola_is_its_top(top):
     curve = {rate: 20 - 3 * math.log(rate / top) ** 2 for rate in RATES}
-    assert compare_scaling.optimum(curve) == pytest.approx(top)
+    assert scaling.optimum(curve) == pytest.approx(top)
 
 
 def test_optimum_at_the_edge_is_outside():
-    assert math.isnan(compare_scaling.optimum(dict(zip(RATES, [1, 2, 3, 4], strict=True))))
-    assert math.isnan(compare_scaling.optimum({1e-3: 1.0}))
+    assert math.isnan(scaling.optimum(dict(zip(RATES, [1, 2, 3, 4], strict=True))))
+    assert math.isnan(scaling.optimum({1e-3: 1.0}))
 
 
 def test_kept_gain_is_that_of_the_best_range():
     curve = dict(zip(RATES, [12.0, 19.0, 20.0, 18.0], strict=True))
-    assert compare_scaling.kept_gain(curve, 10.0, factor=4) == pytest.approx(0.8)
-    assert compare_scaling.kept_gain(curve, 10.0, factor=2) == pytest.approx(0.9)
-    assert compare_scaling.kept_gain(dict.fromkeys(RATES, 20.0), 10.0) == 1
+    assert scaling.kept_gain(curve, 10.0, factor=4) == pytest.approx(0.8)
+    assert scaling.kept_gain(curve, 10.0, factor=2) == pytest.approx(0.9)
+    assert scaling.kept_gain(dict.fromkeys(RATES, 20.0), 10.0) == 1
 
 
-@pytest.mark.parametrize("rule", compare_scaling.RULES)
-@pytest.mark.parametrize("ranks", [1, 2, compare_scaling.DENSE])
+@pytest.mark.parametrize("rule", scaling.RULES)
+@pytest.mark.parametrize("ranks", [1, 2, scaling.DENSE])
 def test_rule_sets_factor_and_spread_of_every_layer(rule, ranks):
     bare, x = network()
     expected = bare(x)
     model = get_peft_model(bare, CoLoRAConfig(ranks=ranks))
-    chosen = compare_scaling.RULES[rule]
-    compare_scaling.apply_rule(model, chosen)
+    chosen = scaling.RULES[rule]
+    scaling.apply_rule(model, chosen)
     assert torch.equal(model(x), expected)
     for layer in (module for module in model.modules() if isinstance(module, CoLoRALayer)):
         k = layer.weight[0].numel()
@@ -58,31 +56,35 @@ def test_rule_sets_factor_and_spread_of_every_layer(rule, ranks):
 
 
 def test_rule_of_the_package_is_among_them():
-    rule = compare_scaling.RULES["linear_unit"]
+    rule = scaling.RULES["linear_unit"]
     for rank, d, k in ((1, 64, 144), (8, 64, 144), (16, 16, 27)):
         expected = rule.dense(k) if is_dense(rank, d, k) else rule.factors(rank, k)
         assert adapter_scaling(rank, d, k, CoLoRAConfig.colora_alpha) == pytest.approx(expected)
         assert rule.std(k) == STD_OF_A
 
 
-def test_launched_comparison_runs_its_part_and_nothing_twice(tmp_path):
+def test_launched_comparison_runs_its_part_and_nothing_twice(tmp_path, tiny_nafnet):
     folder, results = write_pairs(tmp_path / "swapped" / "train", 6), tmp_path / "scaling.json"
-    command = [sys.executable, str(EXAMPLES / "compare_scaling.py"), "--train_dir", str(folder), "--results",
-               str(results), "--train_pairs", "3", "--validation_pairs", "2", "--max_train_steps", "2", "--resolution",
-               "32", "--per_device_train_batch_size", "1", "--learning_rates", "1e-3", "2e-3", "--ranks", "1",
-               "dense", "mix"]  # fmt: skip
+    command = ["scaling.run", "--train_dir", folder, "--results", results, "--train_pairs", 3, "--validation_pairs", 2,
+               "--max_train_steps", 2, "--resolution", 32, "--per_device_train_batch_size", 1, "--learning_rates",
+               "1e-3", "2e-3", "--ranks", "1", "dense", "mix", "--model_name_or_path", tiny_nafnet]  # fmt: skip
     for part, count in (("1/2", 3), ("0/1", 6)):
-        done = subprocess.run([*command, "--part", part], capture_output=True, text=True)
+        done = launch(*command, "--part", part)
         assert done.returncode == 0, done.stderr
         cells = json.loads(results.read_text())
         assert len(cells) == count and all(math.isfinite(cell["psnr"]) for cell in cells)
     assert {(cell["rank"], cell["learning_rate"]) for cell in cells} == {
         (rank, rate) for rank in ("1", "dense", "mix") for rate in (1e-3, 2e-3)
     }
-    table = results.with_suffix(".md").read_text()
+    table = results.with_name("report.md").read_text()
     assert table in done.stdout and table.count("outside") == 3 * 2 * 2 + 2
 
 
 def test_unknown_rule_is_named():
     with pytest.raises(ValueError, match="no rule 'cubic'; choose of lora, sqrt"):
-        compare_scaling.ScalingArguments("train", rules=["cubic"])
+        scaling.ScalingArguments(train_dir="train", rules=["cubic"])
+
+
+def test_without_its_network_it_names_the_page_that_makes_it(tmp_path):
+    done = launch("scaling.run", "--train_dir", tmp_path, "--model_name_or_path", tmp_path / "nafnet-small-prod-v1")
+    assert done.returncode == 1 and "networks/nafnet-small-prod-v1/README.md" in done.stderr.splitlines()[-1]

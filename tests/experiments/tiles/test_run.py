@@ -1,37 +1,29 @@
-"""examples/benchmark_tiles.py: what it compares and writes, then launched on a tiny network."""
+"""The measurement of tiles: its choices and rows, then the script launched on a tiny network."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from support.examples import EXAMPLES, load_example
+from support.experiments import launch
 
 from colora_peft.evaluation.metrics import PSNR_CAP_DB
-
-benchmark_tiles = load_example("benchmark_tiles")
-
-
-def run(*flags):
-    command = [sys.executable, str(EXAMPLES / "benchmark_tiles.py"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True)
+from examples.experiments.tiles import run as tiles
 
 
 def test_every_choice_is_compared_with_an_untiled_one_before_it():
-    args = benchmark_tiles.TilesArguments(tiles=["64/16"], statistics_passes=[1, 2], pooling_windows=[96])
-    settings = [chosen for _, chosen in benchmark_tiles.choices(args)]
+    args = tiles.TilesArguments(tiles=["64/16"], statistics_passes=[1, 2], pooling_windows=[96])
+    settings = [chosen for _, chosen in tiles.choices(args)]
     assert [chosen["tile"] for chosen in settings] == [None, None, 64, 64, 64, 64]
     windows = [chosen.get("pooling_window") for chosen in settings]
     assert windows == [None, 96, None, None, None, 96]
     with pytest.raises(ValueError, match="--tiles takes two numbers as in 512/64, got '64'"):
-        list(benchmark_tiles.choices(benchmark_tiles.TilesArguments(tiles=["64"])))
+        list(tiles.choices(tiles.TilesArguments(tiles=["64"])))
 
 
 def test_rows_hold_the_laws_of_what_they_compare(tiny_nafnet, eval_dir):
-    args = benchmark_tiles.TilesArguments(
+    args = tiles.TilesArguments(
         model_name_or_path=str(tiny_nafnet), tiles=["32/16", "48/16"], statistics_passes=[1], pooling_windows=[16]
     )
-    first, rows = benchmark_tiles.measure(benchmark_tiles.load(args), str(eval_dir), args)
+    first, rows = tiles.measure(tiles.load(str(tiny_nafnet), None), str(eval_dir), args)
     assert (first[0]["pictures"], rows[0]["pictures"]) == (1, 2)
     by_choice = {(row["tile"], row["pooling"]): row for row in rows}
     # Untiled, or in one tile: the same image. The rest differs.
@@ -42,19 +34,30 @@ def test_rows_hold_the_laws_of_what_they_compare(tiny_nafnet, eval_dir):
     for choice in ((32, "tile"), (32, "picture"), (32, "local"), (None, "local")):
         row = by_choice[choice]
         assert row["lowest_psnr_to_untiled"] <= row["psnr_to_untiled"] < PSNR_CAP_DB
-    lines = benchmark_tiles.table(rows).splitlines()
+    lines = tiles.table(rows).splitlines()
     assert len(lines) == len(rows) + 2 and len({line.count("|") for line in lines}) == 1
 
 
 @pytest.mark.slow
 def test_launched_it_writes_tables_and_measures_memory(tiny_nafnet, eval_dir, tmp_path):
     common = ("--model_name_or_path", tiny_nafnet, "--output_dir", tmp_path)
-    done = run(*common, "--data", eval_dir, "--tiles", "32/16", "--statistics_passes", 1, "--pooling_windows", "-1")
+    done = launch(
+        "tiles.run",
+        *common,
+        "--data",
+        eval_dir,
+        "--tiles",
+        "32/16",
+        "--statistics_passes",
+        1,
+        "--pooling_windows",
+        "-1",
+    )
     assert done.returncode == 0, done.stderr
     (rows,) = json.loads((tmp_path / "tiles.json").read_text())["results"].values()
     assert [row["pooling"] for row in rows] == ["picture", "tile", "picture"]
-    assert "| 32 / 16 | image, 1 pass |" in (tmp_path / "tiles.md").read_text()
-    done = run(*common, "--memory", "1500x900", "--memory_pooling", "tile")
+    assert "| 32 / 16 | picture, 1 pass |" in (tmp_path / "tiles.md").read_text()
+    done = launch("tiles.run", *common, "--memory", "1500x900", "--memory_pooling", "tile")
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "tiles-memory-1500x900.json").read_text())
     assert row["picture_and_result_bytes"] == 2 * 3 * 4 * 1500 * 900
@@ -63,7 +66,7 @@ def test_launched_it_writes_tables_and_measures_memory(tiny_nafnet, eval_dir, tm
 
 
 def test_an_impossible_size_is_refused_before_anything_is_made(tmp_path):
-    args = benchmark_tiles.TilesArguments(memory="large", output_dir=str(tmp_path / "results"))
+    args = tiles.TilesArguments(memory="large", output_dir=str(tmp_path / "results"))
     with pytest.raises(ValueError, match="--memory takes two numbers as in 512x64, got 'large'"):
-        benchmark_tiles.main(args)
+        tiles.main(args)
     assert not (tmp_path / "results").exists()
