@@ -36,7 +36,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
 
     Of the names, shapes and float32 values of its parameters, in the order of their names; buffers are left out, since
     running statistics change while an adapter is trained. It is the same before and after adapters are put on, and
-    whatever memory format or device the weights have. (examples/measure_loading.py has what it takes.)
+    whatever memory format or device the weights have. (examples/experiments/storage/loading.py has what it takes.)
 
     Args:
         model: The network; not what `get_peft_model` returned but what that wraps.

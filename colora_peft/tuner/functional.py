@@ -105,7 +105,7 @@ _PLAIN_CONV_FORWARDS = {
 def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
     """Whether `run_with_factors` takes `layer` and `x`, and trains a delta of `rank` faster than `run_with_weight`.
 
-    The rule is our measurement on two CPU cores (examples/measure_factors.py): the small convolutions run at full
+    The rule is our measurement on two CPU cores (examples/experiments/speed/factors.py): the small convolutions run at full
     speed from about 8 channels on, so fewer are counted as 8, and multiplications in them at a quarter of the speed of
     large ones; several calls in place of one need `MINIMUM_MULTIPLICATIONS` to pay off. On a GPU, under autocast and
     inside `torch.compile` the usual backward pass is taken: there the rule has not been measured.

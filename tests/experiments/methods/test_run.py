@@ -159,7 +159,8 @@ def test_the_table_of_learning_rates_marks_the_best_and_says_what_failed():
 def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path):
     command = ["methods.run", "--data_dir", data_dir, "--tasks", "a", "b", "--networks", f"prod={tiny_nafnet}", "none",
                "--train_pairs", 3, "--tuned_at", 3, "--validation_pairs", 2, "--max_train_steps", 1,
-               "--resolution", 32, "--per_device_train_batch_size", 1, "--seeds", 0, 1, "--learning_rates", "1e-3", "--budgets", 0.3,
+               "--resolution", 32, "--per_device_train_batch_size", 1, "--seeds", 0, 1, "--learning_rates", "1e-3",
+               "--budgets", 0.3,
                "--output_dir", tmp_path]  # fmt: skip
     done = launch(*command)
     assert done.returncode == 0, done.stderr
