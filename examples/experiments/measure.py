@@ -7,7 +7,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -19,6 +19,7 @@ import torch
 
 from colora_peft.hub import hardware_name
 from colora_peft.utils import write_json, write_text
+from examples.experiments.tables import table_line
 
 Row = dict[str, Any]
 """One measured figure and what it belongs to, as JSON keeps it."""
@@ -130,3 +131,13 @@ def save_results(folder: str | Path, name: str, results: Row, report: Callable[[
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", results)
     write_text(folder / f"{name}.md", report(results))
+    print(f"Saved in {folder / name}.md.")
+
+
+def shown(rows: Iterable[Row], line: Callable[[Row], list[str]]) -> list[Row]:
+    """All rows, each printed as a line of a table as soon as it is measured."""
+    kept = []
+    for row in rows:
+        print(table_line(line(row)), flush=True)
+        kept.append(row)
+    return kept

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from colora_peft import ContributionScores
 from colora_peft.utils import write_text
 from examples.experiments.grid import results as grid_results
+from examples.experiments.grid.curves import plot_curves
 from examples.experiments.grid.results import (
     Key,
     KeyOf,
@@ -192,30 +191,6 @@ def correlation_table(scores: dict[tuple[str, str, int], ContributionScores], ro
 # ------------------------------------------------------------------------------------------------------------ plots
 
 
-def draw_curves(
-    results: Results,
-    tasks: list[str],
-    curves: dict[str, Callable[[str, float], Key]],
-    xs: list[float],
-    xlabel: str,
-) -> Figure:
-    """Mean test PSNR of each curve over `xs`, a panel for each task; bars span the standard deviation of the seeds."""
-    figure = Figure(figsize=(3.6 * len(tasks), 3.2), layout="constrained")
-    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
-        for number, (label, key_of) in enumerate(curves.items()):
-            points = [(x, list(results[key_of(task, x)].psnr.values())) for x in xs if key_of(task, x) in results]
-            if points:
-                means = [mean(values) for _, values in points]
-                errors = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-                axes.errorbar(
-                    [x for x, _ in points], means, errors, marker="o", capsize=3, label=label, color=f"C{number}"
-                )
-        axes.set(title=task, xlabel=xlabel, ylabel="test PSNR (dB)")
-        axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
-    return figure
-
-
 def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
     """Draw PSNR over the budget."""
     curves = {
@@ -226,12 +201,7 @@ def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> 
         "full tuning": keys.full,
     }
     budgets = sorted(values_in(results, name="parameter_budget"))
-    figure = draw_curves(results, tasks, curves, budgets, "trained share of the weights")
-    for axes in figure.axes:
-        axes.set_xscale("log")
-        axes.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets])
-        axes.minorticks_off()
-    figure.savefig(path, dpi=120)
+    plot_curves(path, results, tasks, curves, budgets, "trained share of the weights", log_base=10)
 
 
 def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
@@ -241,8 +211,7 @@ def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> No
         return keys.colora(task, beta=beta) if beta else keys.same_share(task)
 
     betas = sorted({0.0, *(key[4] for key in results if key[3] == keys.default)})
-    figure = draw_curves(results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0: the same share)")
-    figure.savefig(path, dpi=120)
+    plot_curves(path, results, tasks, {"CoLoRA, 7%": key_of}, betas, "beta (0: the same share)")
 
 
 # ----------------------------------------------------------------------------------------------------------- report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from colora_peft.training import METHODS
 from colora_peft.utils import check_at_least
@@ -19,13 +19,6 @@ PEFT_LORA = "peft_lora"
 BUDGETED = ("lora", PEFT_LORA, "colora")
 BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
-
-# Length and size of each run: 25 s on one core, and for one large GPU (not run there yet). With all tasks, methods and
-# rates the default plan has 360 runs: choose with --tasks, --methods and --budgets, the rest can be added later.
-PRESETS: dict[str, dict[str, object]] = {
-    "cpu": {"max_train_steps": 200, "resolution": 64, "per_device_train_batch_size": 4, "evaluated_size": 256},
-    "gpu": {"max_train_steps": 1000, "resolution": 128, "per_device_train_batch_size": 8, "evaluated_size": 2048},
-}
 
 
 @dataclass(kw_only=True)
@@ -46,9 +39,6 @@ class BenchmarkArguments(TunedArguments):
         factory=lambda: list(COMPARISONS),
         help="pretraining: each network, tuned in full; tuning: the first network in all ways.",
     )
-    preset: Literal["cpu", "gpu"] = flag(
-        "cpu", f"Length and size of the runs: {PRESETS}. Flags of your own override it."
-    )
     train_pairs: list[int] = flag(factory=lambda: [16], help="Numbers of pairs to train on.")
     methods: list[str] = flag(
         factory=lambda: ["full", "decoder", "bias", *BUDGETED], help="Methods of the comparison `tuning`."
@@ -58,20 +48,11 @@ class BenchmarkArguments(TunedArguments):
         help=f"Trained shares of the weights ({', '.join(BUDGETED)}); rates are chosen at each.",
     )
     tuned_at: int = flag(16, "Number of pairs that learning rates are chosen at, for all numbers of pairs.")
-    max_train_steps: int | None = flag(None, "Number of training steps of each cell. Default: as --preset has it.")
-    resolution: int | None = flag(None, "Side of the training patches in pixels. Default: as --preset has it.")
-    per_device_train_batch_size: int | None = flag(None, "Number of patches a step. Default: as --preset has it.")
-    evaluated_size: int | None = flag(
-        None, "Side in pixels of the centres that quality is measured on. Default: as --preset has it."
-    )
     retry_failed: bool = flag(False, "Run the cells that failed once more.")
     report_only: bool = flag(False, "Run nothing, write the report of the cells.")
     output_dir: str = flag("outputs/methods", "Folder for cells and report.")
 
     def __post_init__(self) -> None:
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
         names = ("tasks", "networks", "comparisons", "train_pairs", "budgets", "learning_rates", "seeds")
         check_lists({name: getattr(self, name) for name in names})
         for name, known in (("comparisons", COMPARISONS), ("methods", (*METHODS, PEFT_LORA))):
@@ -86,17 +67,8 @@ class BenchmarkArguments(TunedArguments):
         super().__post_init__()
         paths = self.network_paths()
         if not self.report_only:
-            self.check_folders()
             for path in paths.values():
                 check_network(path)
-
-    def check_folders(self) -> None:
-        """Refuse a task that lacks its training or its test folder."""
-        for task in self.tasks:
-            for split in ("train", "test"):
-                folder = Path(self.data_dir) / task / split
-                if not folder.is_dir():
-                    raise FileNotFoundError(f"There is no folder {folder}; add it, or leave the task out of --tasks.")
 
     def network_paths(self) -> dict[str, str]:
         """Path of each network by its name; NONE has the path of the first, whose shape it takes."""

@@ -1,11 +1,11 @@
-"""Plots of the comparison: PSNR over the number of pairs, the radar of the tasks, and images."""
+"""Plots of the comparison: the radar of the tasks, and images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from matplotlib.figure import Figure
 from torch import nn
@@ -18,46 +18,9 @@ Rows = dict[str, Callable[[str, int], Key]]
 """Compared ways by their label: each returns its key for a task and a number of pairs."""
 
 
-def plot_over_pairs(results: Results, rows: Rows, counts: list[int], path: Path) -> bool:
-    """Draw mean test PSNR over the number of pairs; returns whether there is a curve to draw.
-
-    A curve needs at least two numbers of pairs. Tasks count that every curve has at each of its points.
-    """
-    points = {name: [count for count in counts if _tasks_at(results, key_of, count)] for name, key_of in rows.items()}
-    curves = {name: own for name, own in points.items() if len(own) > 1}
-    shared = [_tasks_at(results, rows[name], count) for name, own in curves.items() for count in own]
-    tasks = sorted(set.intersection(*shared)) if shared else []
-    if not tasks:
-        return False
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, own in curves.items():
-        found = [[list(results[rows[name](task, count)].psnr.values()) for task in tasks] for count in own]
-        means = [mean(map(mean, values)) for values in found]
-        errors = [math.hypot(*map(_standard_error, values)) / len(tasks) for values in found]
-        axes.errorbar(own, means, errors, marker="o", capsize=3, label=name, **_style(name))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.set(xlabel="training pairs", ylabel="test PSNR (dB), mean over the tasks")
-    axes.set_title(", ".join(tasks), fontsize="small")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return True
-
-
-def _tasks_at(results: Results, key_of: Callable[[str, int], Key], count: int) -> set[str]:
-    return {key[0] for key in results if key == key_of(key[0], count)}
-
-
 def _style(name: str) -> dict[str, str]:
     """Adapters are solid and the others dashed, because there may be more rows than Matplotlib has colours."""
     return {"linestyle": "-" if "lora" in name else "--"}
-
-
-def _standard_error(values: list[float]) -> float:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path: Path) -> bool:

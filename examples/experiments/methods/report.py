@@ -11,10 +11,11 @@ from statistics import mean, median, stdev
 from colora_peft.utils import write_text
 from examples.experiments.grid import results as grid_results
 from examples.experiments.grid.cells import Cell
+from examples.experiments.grid.curves import plot_curves
 from examples.experiments.grid.results import Key, KeyOf, Results, Settings, differences_table, results_of, spread
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, SETTINGS_FILE
 from examples.experiments.methods.plan import NONE, PEFT_LORA
-from examples.experiments.methods.plots import plot_over_pairs, plot_radar
+from examples.experiments.methods.plots import plot_radar
 from examples.experiments.tables import markdown_table
 
 SETTINGS = Settings(
@@ -206,10 +207,12 @@ def write_report(folder: Path) -> str:
     results = results_of(cells, SETTINGS, settings["tuning_seed"])
     tested = [cell for cell in cells if cell["seed"] != settings["tuning_seed"] and "psnr" in cell]
     parts = {"": introduction(tested, settings)}
-    for pairs in sorted(values_in(results, "train_pairs")):
-        parts[f"{pairs} pairs"] = of_pairs(results, tested, pairs, folder)
     counts = sorted(values_in(results, "train_pairs"))
-    if len(counts) > 1 and plot_over_pairs(results, rows_of(results), counts, folder / "pairs.png"):
+    for pairs in counts:
+        parts[f"{pairs} pairs"] = of_pairs(results, tested, pairs, folder)
+    if len(counts) > 1:
+        tasks, curves = values_in(results, "task"), rows_of(results)
+        plot_curves(folder / "pairs.png", results, tasks, curves, counts, "training pairs", log_base=2)
         parts["Over the number of pairs"] = "![PSNR over the number of pairs](pairs.png)"
     tuning = [cell for cell in cells if cell["seed"] == settings["tuning_seed"]]
     parts["Learning rates"] = f"PSNR on the held-out training pairs, the best bold:\n\n{rates_table(tuning)}"

@@ -35,11 +35,12 @@ from examples.experiments.measure import (
     median_ratio,
     save_results,
     settings_text,
+    shown,
     take_turns,
 )
 from examples.experiments.prod_speed.library import library_transforms, to_network
 from examples.experiments.script import flag, run_script
-from examples.experiments.tables import markdown_table, table_line
+from examples.experiments.tables import markdown_table
 
 Run = Callable[[], None]
 PHOTOS = Path(__file__).parents[2] / "data" / "underwater" / "train" / "target"
@@ -185,14 +186,10 @@ def main(args: ProdSpeedArguments) -> None:
     library = [] if args.library == "none" else [args.library]
     facts = machine_facts(torch.device("cpu"), "torch", "opencv-python-headless", "numpy", *library) | asdict(args)
     facts = {key: value for key, value in facts.items() if key not in ("output_dir", "train_dir", "library")}
-    patches, rows = clean_patches(args), []
+    patches = clean_patches(args)
     memory = memory_over_time(patches, args.memory_patches)
-    for row in speeds(args, patches):
-        rows.append(row)
-        print(table_line(line(row)), flush=True)
-    name = machine_name(facts)
-    save_results(args.output_dir, name, {**facts, "rows": rows, "memory": memory}, report)
-    print(f"Saved in {Path(args.output_dir) / name}.md.")
+    results = {**facts, "rows": shown(speeds(args, patches), line), "memory": memory}
+    save_results(args.output_dir, machine_name(facts), results, report)
 
 
 if __name__ == "__main__":

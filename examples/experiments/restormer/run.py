@@ -35,11 +35,12 @@ from examples.experiments.measure import (
     peak_memories,
     save_results,
     settings_text,
+    shown,
     take_turns,
 )
 from examples.experiments.script import flag, run_script
 from examples.experiments.speed.variants import Mode, images, modes, take_steps, training_step
-from examples.experiments.tables import markdown_table, table_line
+from examples.experiments.tables import markdown_table
 
 VARIANTS = ("frugal", "straightforward", "and gate")
 
@@ -161,17 +162,19 @@ def report(results: Row) -> str:
     return f"Made by `python -m examples.experiments.restormer.run`: {settings_text(results, 'rows')}.\n\n{table}\n"
 
 
+def measure(args: RestormerArguments) -> Iterator[Row]:
+    """All rows."""
+    for mode in modes():
+        for shape in args.shapes if not mode.compiled else ():
+            yield from timings(args, mode, shape)
+            yield from memories(args, mode, shape)
+
+
 def main(args: RestormerArguments) -> None:
     """Measure and write the results."""
     facts = machine_facts(device(), "torch") | asdict(args)
     del facts["output_dir"]
-    rows = []
-    for mode in modes():
-        for shape in args.shapes if not mode.compiled else ():
-            for row in (*timings(args, mode, shape), *memories(args, mode, shape)):
-                rows.append(row)
-                print(table_line(line(row)), flush=True)
-    save_results(args.output_dir, machine_name(facts), {**facts, "rows": rows}, report)
+    save_results(args.output_dir, machine_name(facts), {**facts, "rows": shown(measure(args), line)}, report)
 
 
 if __name__ == "__main__":

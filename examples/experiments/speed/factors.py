@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from colora_peft.hub import hardware_name
 from colora_peft.tuner import factors_save_time, run_with_factors, run_with_weight
 from colora_peft.utils import write_text
-from examples.experiments.measure import median_ratio, take_turns
+from examples.experiments.measure import median_ratio, shown, take_turns
 from examples.experiments.script import flag, run_script
-from examples.experiments.tables import markdown_table, table_line
+from examples.experiments.tables import markdown_table
 
 
 @dataclass
@@ -92,10 +92,7 @@ def measure(args: FactorArguments) -> Iterator[list[str]]:
 
 def main(args: FactorArguments) -> None:
     """Measure and write the table."""
-    rows = []
-    for row in measure(args):
-        rows.append(row)
-        print(table_line(row), flush=True)
+    rows = shown(measure(args), list)
     heads = ["layer", "channels", "rank", "side", "million multiplications", "weight", "factors / weight", "rule"]
     hardware = f"{hardware_name(torch.device('cpu'))}, torch {torch.__version__}"
     title = f"Made by `python -m examples.experiments.speed.factors` on {hardware}: both passes of one layer."

@@ -26,6 +26,7 @@ from examples.experiments.measure import (
     peak_memories,
     save_results,
     settings_text,
+    shown,
     take_turns,
 )
 from examples.experiments.script import flag, run_script
@@ -41,7 +42,7 @@ from examples.experiments.speed.variants import (
     take_steps,
     training_step,
 )
-from examples.experiments.tables import markdown_table, table_line
+from examples.experiments.tables import markdown_table
 
 
 @dataclass
@@ -141,11 +142,7 @@ def main(args: SpeedArguments) -> None:
     """Measure and write the results."""
     facts = {**machine_facts(device(), "torch", "peft", "colora-peft"), **asdict(args)}
     del facts["output_dir"]
-    rows = []
-    for row in measure(args):
-        rows.append(row)
-        print(table_line(line(row)), flush=True)
-    save_results(args.output_dir, machine_name(facts), {**facts, "rows": rows}, report)
+    save_results(args.output_dir, machine_name(facts), {**facts, "rows": shown(measure(args), line)}, report)
 
 
 if __name__ == "__main__":

@@ -253,7 +253,6 @@ def main(args: TilesArguments) -> None:
             results[name] = rows
             print(f"\n{name}, {rows[0]['pictures']} images\n{table(rows)}", flush=True)
             save_results(folder, args.name, {**facts, "results": results}, report)
-    print(f"Saved in {folder / args.name}.md.")
 
 
 if __name__ == "__main__":

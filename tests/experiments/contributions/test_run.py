@@ -11,7 +11,7 @@ from support.examples import write_pairs
 from support.experiments import launch
 
 from colora_peft import ContributionScores
-from examples.experiments.contributions import plan, report, scoring
+from examples.experiments.contributions import plan, report, run
 from examples.experiments.grid.cells import PairCentres
 
 
@@ -64,11 +64,11 @@ def test_centres_of_pairs(size):
 def test_random_scores_are_the_same_scores_elsewhere(monkeypatch, tmp_path):
     scores = {f"layer{i}": float(i) for i in range(50)}
     measured = ContributionScores(scores=scores, method="probe", num_batches=1, loss_start=1.0)
-    monkeypatch.setattr(scoring, "measure", lambda *_: measured)
+    monkeypatch.setattr(run, "measure", lambda *_: measured)
     monkeypatch.setattr(ContributionScores, "save", lambda *_: None)
     monkeypatch.setattr(ContributionScores, "load", lambda *_: measured)
     variant = plan.Variant("a", "colora", 0.07, plan.RANDOM, 0.5, "a")
-    dealt = [scoring.contributions_of(arguments(output_dir=str(tmp_path)), variant, seed, None) for seed in (0, 0, 1)]
+    dealt = [run.contributions_of(arguments(output_dir=str(tmp_path)), variant, seed, None) for seed in (0, 0, 1)]
     assert dealt[0].scores == dealt[1].scores != dealt[2].scores
     assert list(dealt[0].scores) == list(scores) and sorted(dealt[0].scores.values()) == sorted(scores.values())
     assert dealt[0].scores != scores
@@ -80,10 +80,10 @@ def test_scores_of_the_others_leave_the_own_task_out(monkeypatch, tmp_path):
     def fake(args, task, *_):
         return ContributionScores(scores=tasks[task], method="gradient", num_batches=1, loss_start=1.0)
 
-    monkeypatch.setattr(scoring, "measure", fake)
+    monkeypatch.setattr(run, "measure", fake)
     args = plan.StudyArguments(train_dirs=["a/train", "b/train", "c/train"], output_dir=str(tmp_path))
     variant = plan.colora(args, "a")._replace(scores_of=report.others_of("a", ["c", "b", "a"]))
-    assert scoring.contributions_of(args, variant, 0, None).scores == {"x": 0.375, "y": 0.625}
+    assert run.contributions_of(args, variant, 0, None).scores == {"x": 0.375, "y": 0.625}
 
 
 @pytest.mark.parametrize(
