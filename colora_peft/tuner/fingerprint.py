@@ -34,7 +34,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
 
     It covers the names, shapes and float32 values of the parameters, in the order of their names. Buffers are left
     out, because running statistics change while an adapter is trained. It is the same before and after adapters are
-    put on, in any memory format and on any device. (examples/measure_loading.py measures its time.)
+    put on, in any memory format and on any device. (examples/experiments/storage/loading.py measures its time.)
 
     Args:
         model: The network itself, without what `get_peft_model` puts around it.

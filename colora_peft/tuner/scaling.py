@@ -31,6 +31,6 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
 
     In a transposed convolution k is the fan-out of one input channel instead of a fan-in.
 
-    Measured by examples/compare_scaling.py, beside the rule that it replaced: benchmark_results/scaling.md.
+    Measured beside the rule that it replaced: examples/experiments/scaling.
     """
     return colora_alpha / (k if MatrixShape(d, k).is_dense(rank) else rank * math.sqrt(k))

@@ -1,0 +1,259 @@
+"""The report of the comparison: tables and plots of its cells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from colora_peft.utils import write_text
+from examples.experiments.grid import results as grid_results
+from examples.experiments.grid.cells import Cell
+from examples.experiments.grid.curves import plot_curves
+from examples.experiments.grid.results import Key, KeyOf, Results, Settings, differences_table, results_of, spread
+from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, SETTINGS_FILE
+from examples.experiments.methods.plan import NONE, PEFT_LORA
+from examples.experiments.methods.plots import plot_radar
+from examples.experiments.tables import markdown_table
+
+SETTINGS = Settings(
+    ("task", "train_pairs", "network", "method", "parameter_budget"),
+    tuned_alike=("task", "network", "method", "parameter_budget"),
+)
+
+IMAGES_FOLDER = "pictures"
+WORDS = f"""*full* trains all weights, *decoder* and *bias* these alone. *colora* has ranks by contribution, *lora* one
+rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the
+layers that it takes. The number is the budget; one rank for all layers may leave some of it unused."""
+OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
+switched off, which leaves the network as it was before the tuning."""
+
+
+def values_in(results: Results, name: str) -> list[object]:
+    """The different values of a setting, in order of first appearance; new weights (NONE) last."""
+    return sorted(grid_results.values_in(results, SETTINGS, name), key=lambda value: value == NONE)
+
+
+def label(network: str, method: str, budget: float | None) -> str:
+    """A way to tune as the paper writes it."""
+    return f"{network} + {method}{f' {budget:.3g}' if budget is not None else ''}"
+
+
+def label_of(cell: Cell) -> str:
+    """The way to tune that a cell was run with."""
+    return label(cell["network"], cell["method"], cell.get("parameter_budget"))
+
+
+def rows_of(results: Results) -> dict[str, Callable[[str, int], Key]]:
+    """All ways to tune by their label: each returns its key for a task and a number of pairs."""
+    rows = {}
+    for _, _, network, method, budget in sorted(results, key=lambda key: key[2] == NONE):
+        rows[label(network, method, budget)] = lambda task, pairs, rest=(network, method, budget): (task, pairs, *rest)
+    return rows
+
+
+def seeds_of(results: Results, pairs: int) -> dict[str, set[int]]:
+    """By task, the seeds that any way has: a mean over fewer of them is a mean over other draws."""
+    seeds: dict[str, set[int]] = {}
+    for key, result in results.items():
+        if key[1] == pairs:
+            seeds.setdefault(key[0], set()).update(result.psnr)
+    return seeds
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], pairs: int) -> str:
+    """Markdown: test PSNR of each row and task, and the mean over the tasks where it has all tasks and seeds."""
+    rows = [["input", *(f"{inputs[task]:.2f}" for task in tasks), f"{mean(inputs[task] for task in tasks):.2f}"]]
+    seeds = seeds_of(results, pairs)
+    for name, key_of in rows_of(results).items():
+        found = [results.get(key_of(task, pairs)) for task in tasks]
+        if any(found):
+            whole = all(r and set(r.psnr) == seeds[task] for r, task in zip(found, tasks, strict=True))
+            average = f"{mean(mean(result.psnr.values()) for result in found):.2f}" if whole else ""
+            rows.append([name, *(spread(result) if result else "" for result in found), average])
+    return markdown_table([f"{pairs} pairs", *tasks, "mean"], rows)
+
+
+def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, heading: str) -> str:
+    """Markdown: a value of the cells for each row and task, mean ± standard deviation over the seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["network"] == NONE):
+        if value in cell:
+            found.setdefault(label_of(cell), {}).setdefault(cell["task"], []).append(cell[value])
+    rows = [
+        [name, *(_with_spread(own[task], digits) if task in own else "" for task in tasks)]
+        for name, own in found.items()
+    ]
+    return markdown_table([heading, *tasks], rows)
+
+
+def _with_spread(values: list[float], digits: int) -> str:
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and stdev(values) > 0 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
+    """The paper's claims: each compares one way to tune with another."""
+    networks, keys = values_in(results, "network"), {key[2:] for key in results}
+    claims = {
+        f"{one} minus {two}, both tuned in full": ((one, "full", None), (two, "full", None))
+        for one, two in combinations(networks, 2)
+    }
+    # The one that is tuned in all ways.
+    first = max(networks, key=lambda network: len({key for key in keys if key[0] == network}))
+    for budget in sorted(values_in(results, "parameter_budget"), reverse=True):
+        colora = (first, "colora", budget)
+        claims[f"CoLoRA minus one rank for all, both with a budget of {budget:g}"] = colora, (first, "lora", budget)
+        claims[f"CoLoRA minus PEFT's LoRA, both with a budget of {budget:g}"] = colora, (first, PEFT_LORA, budget)
+        claims[f"CoLoRA {budget:g} minus full tuning"] = colora, (first, "full", None)
+
+    def key_of(way: tuple) -> KeyOf:
+        return lambda task: (task, pairs, *way)
+
+    return {name: (key_of(one), key_of(other)) for name, (one, other) in claims.items()}
+
+
+def cost_table(cells: list[Cell]) -> str:
+    """Markdown: trained parameters, time and memory of each way to tune; means over its cells, medians of seconds."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(label_of(cell), []).append(cell)
+    columns = {
+        "trained parameters": lambda own: f"{mean(cell['trainable_parameters'] for cell in own):,.0f}",
+        "share of the adaptable weights": lambda own: f"{mean(cell['trainable_ratio'] for cell in own):.2%}",
+        "training (s)": lambda own: f"{median(cell['seconds'] for cell in own):.0f}",
+        "contributions (s)": lambda own: f"{median(cell.get('seconds_contributions', 0.0) for cell in own):.1f}",
+    }
+    if any("training_memory_bytes" in cell for cell in cells):
+        columns["peak memory (GB)"] = peak_memory
+    rows = ([name, *(column(own) for column in columns.values())] for name, own in groups.items())
+    return markdown_table(["", *columns], rows)
+
+
+def peak_memory(cells: list[Cell]) -> str:
+    """Peak memory of the training alone, on a GPU."""
+    found = [cell["training_memory_bytes"] for cell in cells if "training_memory_bytes" in cell]
+    return f"{max(found) / 1e9:.2f}" if found else ""
+
+
+def rates_table(tuning: list[Cell]) -> str:
+    """Markdown: PSNR on the held-out training pairs by learning rate; the best of each row is bold."""
+    rates, groups = sorted({cell["learning_rate"] for cell in tuning}), {}
+    for cell in tuning:
+        name = f"{cell['task']}, {cell['train_pairs']} pairs, {label_of(cell)}"
+        groups.setdefault(name, {})[cell["learning_rate"]] = cell.get("psnr", float("-inf"))
+    rows = []
+    for name, psnr in groups.items():
+        shown = {rate: f"{value:.2f}" if value > 0 else "failed" for rate, value in psnr.items()}
+        best = max(psnr, key=psnr.__getitem__)
+        shown[best] = f"**{shown[best]}**"
+        rows.append([name, *(shown.get(rate, "") for rate in rates)])
+    return markdown_table(["dB at learning rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def failures(cells: list[Cell]) -> str:
+    """Markdown: the cells that failed, with their errors."""
+    lines = [
+        f"- {cell['task']}, {cell['train_pairs']} pairs, {label_of(cell)}, {cell['learning_rate']:g}, seed "
+        f"{cell['seed']}: {cell[fault]}"
+        for cell in cells
+        for fault in ("failed", "also_failed")
+        if fault in cell
+    ]
+    return "\n".join(lines) or "None."
+
+
+def images(folder: Path) -> str:
+    """Markdown: the images that lie in the folder."""
+    found = sorted((folder / IMAGES_FOLDER).glob("*.jpg"))
+    return "\n\n".join(f"{path.stem}:\n\n![{path.stem}]({IMAGES_FOLDER}/{path.name})" for path in found) or "None."
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def check_names(cells: list[Cell]) -> None:
+    """Refuse cells in which one name means two networks or two tasks.
+
+    Raises:
+        ValueError: Names the network or the task.
+    """
+    for name, what in (("network", "weights"), ("task", "data")):
+        found: dict[object, object] = {}
+        for cell in cells:
+            if found.setdefault(cell[name], cell.get(what)) != cell.get(what):
+                raise ValueError(
+                    f"The {name} {cell[name]!r} was run with other {what} before: choose another --output_dir, or "
+                    f"delete the cells of one from {CELLS_FILE}."
+                )
+
+
+def write_report(folder: Path) -> str:
+    """Write the report and its plots into `folder`; returns the text.
+
+    Raises:
+        FileNotFoundError: The folder has no cells.
+        ValueError: One name means two networks or tasks in it.
+    """
+    if not (folder / CELLS_FILE).is_file():
+        raise FileNotFoundError(f"There are no cells in {folder} to report; run some first.")
+    cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
+    check_names(cells)
+    results = results_of(cells, SETTINGS, settings["tuning_seed"])
+    tested = [cell for cell in cells if cell["seed"] != settings["tuning_seed"] and "psnr" in cell]
+    parts = {"": introduction(tested, settings)}
+    counts = sorted(values_in(results, "train_pairs"))
+    for pairs in counts:
+        parts[f"{pairs} pairs"] = of_pairs(results, tested, pairs, folder)
+    if len(counts) > 1:
+        tasks, curves = values_in(results, "task"), rows_of(results)
+        plot_curves(folder / "pairs.png", results, tasks, curves, counts, "training pairs", log_base=2)
+        parts["Over the number of pairs"] = "![PSNR over the number of pairs](pairs.png)"
+    tuning = [cell for cell in cells if cell["seed"] == settings["tuning_seed"]]
+    parts["Learning rates"] = f"PSNR on the held-out training pairs, the best bold:\n\n{rates_table(tuning)}"
+    parts["Cost"] = f"{cost_table(tested)}\n\nSeconds are of a machine that did other work as well."
+    table = table_by_task(tested, values_in(results, "task"), "psnr_old_task", 2, "dB")
+    parts["Forgetting"] = f"{OLD_TASK}\n\n{table}"
+    parts["Images"] = (
+        "Input, restored image and target of the test images that a network restored best, middling and worst, of the "
+        f"first seed; those alone are kept here whose licence allows it.\n\n{images(folder)}"
+    )
+    parts["Cells that failed"] = failures(cells)
+    text = "\n\n".join(f"## {title}\n\n{body}" if title else body for title, body in parts.items()) + "\n"
+    write_text(folder / REPORT_FILE, text)
+    return text
+
+
+def introduction(tested: list[Cell], settings: Cell) -> str:
+    """Markdown: how the figures were made, and the words of the tables."""
+    hardware = sorted({cell["hardware"] for cell in tested if "hardware" in cell})
+    return (
+        "Made by `python -m examples.experiments.methods.run`. Test PSNR in dB, in RGB on [0, 1] after rounding to 8 "
+        "bits, per image, then averaged: mean ± standard deviation over the seeds (their number). The learning rate "
+        f"is the best on held-out training pairs with another seed, of {settings['tuned_at']} pairs (edge: the lowest "
+        f"or highest tried). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
+        f"{settings['resolution']}, measured on the centres of the test images ({settings['evaluated_size']} px). Run "
+        f"on {' and '.join(hardware)}.\n\n{WORDS}"
+    )
+
+
+def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> str:
+    """Markdown: all results of one number of pairs."""
+    own = [cell for cell in tested if cell["train_pairs"] == pairs]
+    tasks = [task for task in values_in(results, "task") if any(cell["task"] == task for cell in own)]
+    inputs, ssim = ({cell["task"]: cell[name] for cell in own} for name in ("psnr_input", "ssim_input"))
+    parts = [quality_table(results, inputs, tasks, pairs)]
+    differences = differences_table(results, tasks, claims_of(results, pairs), f"dB, {pairs} pairs")
+    if differences:
+        parts += ["Differences, paired by seed, with their standard error (tasks taken as independent of each other):"]
+        parts += [differences]
+    shown = ", ".join(f"{task} {ssim[task]:.3f}" for task in tasks)
+    parts += [f"SSIM (input: {shown}):", table_by_task(own, tasks, "ssim", 3, f"{pairs} pairs")]
+    if plot_radar(results, rows_of(results), tasks, pairs, folder / f"radar-{pairs}.png"):
+        parts += [f"Each spoke has its own scale:\n\n![each task from the worst to the best](radar-{pairs}.png)"]
+    return "\n\n".join(parts)

@@ -1,0 +1,43 @@
+"""Every committed report is what its program makes of the committed cells."""
+
+import json
+import shutil
+
+import pytest
+from support.examples import EXAMPLES
+
+from examples.experiments.contributions import report as contributions
+from examples.experiments.methods import report as methods
+from examples.experiments.prod_speed import run as prod_speed
+from examples.experiments.restormer import run as restormer
+from examples.experiments.scaling import run as scaling
+from examples.experiments.speed import run as speed
+from examples.experiments.tiles import run as tiles
+
+EXPERIMENTS = EXAMPLES / "experiments"
+PROGRAMS = {"speed": speed, "prod_speed": prod_speed, "restormer": restormer, "tiles": tiles}
+MEASURED = [
+    path for folder in PROGRAMS for path in sorted((EXPERIMENTS / folder).glob("*.json")) if "memory" not in path.name
+]
+GRIDS = [
+    *sorted(path.parent for path in (EXPERIMENTS / "methods").glob("*/cells.json")),
+    EXPERIMENTS / "contributions",
+]
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_measurement_gives_its_report(path):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == PROGRAMS[path.parent.name].report(results)
+
+
+@pytest.mark.parametrize("folder", GRIDS, ids=lambda folder: folder.name)
+def test_the_cells_of_a_tuned_grid_give_its_report(folder, tmp_path):
+    again = shutil.copytree(folder, tmp_path / "again")
+    (contributions if folder.name == "contributions" else methods).write_report(again)
+    assert (again / "report.md").read_text(encoding="utf-8") == (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_cells_of_the_scaling_give_its_report():
+    cells = json.loads((EXPERIMENTS / "scaling" / "cells.json").read_text(encoding="utf-8"))
+    assert (EXPERIMENTS / "scaling" / "report.md").read_text(encoding="utf-8") == scaling.report(cells)
