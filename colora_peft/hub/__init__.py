@@ -4,7 +4,15 @@
 shares a result, and `cards` writes its model card.
 """
 
-from .cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, hardware_name, loading_code
+from .cards import (
+    AdaptedNetwork,
+    RunFacts,
+    TuningMetrics,
+    adapted_card,
+    backbone_card,
+    hardware_name,
+    loading_code,
+)
 from .loading import create_hub_repo, load, load_base, peft_type_of, push_folder
 from .networks import load_backbone, register_backbones
 from .source import ADAPTER_FILES, Source, fetch
@@ -14,6 +22,7 @@ __all__ = [
     "AdaptedNetwork",
     "RunFacts",
     "Source",
+    "TuningMetrics",
     "adapted_card",
     "backbone_card",
     "create_hub_repo",

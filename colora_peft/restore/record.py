@@ -26,7 +26,7 @@ def digest_of_file(path: str | os.PathLike[str]) -> str:
 
 
 class RestoreRecord:
-    """File in the output folder with one line of JSON for each result: the settings that these very bytes were made with.
+    """File in the output folder with a line of JSON for each result: the settings that its bytes were made with.
 
     The line is written before the file. It holds for its bytes alone: if the file could not be written, the line says
     nothing about the older file that is still there.

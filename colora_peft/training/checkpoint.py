@@ -113,7 +113,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | Path, model: nn.Module, averages: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Any], OptimizerState]:
-    """Load a checkpoint into `model` and, where given, `averages`; return its JSON state and Adam's state by parameter.
+    """Load a checkpoint into `model` and, where given, `averages`; return its JSON state and Adam's.
 
     Raises:
         ValueError: if the folder is no readable checkpoint, or one of another model; nothing was changed then.

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from .arguments import TrainArguments
 from .engine import Engine, OptimizerState
 
-_OLDEST = "0.19.8"  # those before may give a norm of 1 where the gradient is not finite
-_BUCKET = 2**24  # numbers that processes add up at a time; for those of its own DeepSpeed would set aside 2 GB
+_OLDEST = "0.19.8"  # earlier ones may give a norm of 1 where the gradient is not finite
+_BUCKET = 2**24  # numbers that processes add up at a time; DeepSpeed's own choice would set aside 2 GB
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -47,7 +47,7 @@ def check_zero(accelerator: Accelerator) -> None:
     if Version(version("deepspeed")) < Version(_OLDEST):
         raise ValueError(
             f"DeepSpeed {version('deepspeed')} is too old, at least {_OLDEST} is needed: "
-            'pip install "colora-peft[deepspeed]".'
+            'pip install -e ".[deepspeed]" in the clone.'
         )
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise ValueError(

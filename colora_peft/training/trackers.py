@@ -29,23 +29,22 @@ _STATE_FILE = "trackers.json"
 def create_accelerator(args: TrainArguments) -> Accelerator:
     """The accelerator of a run that reports to `--report_to`; precision and processes are the launcher's.
 
+    Launches that training does not support are refused, before anything is loaded or deleted.
+
     Raises:
         ValueError: if the tracker's package is not installed (Accelerate would leave the tracker out without a word),
             or if networks cannot be trained under such a launch.
     """
-    if args.report_to == "none":
-        return _checked(Accelerator())
-    if importlib.util.find_spec(args.report_to) is None:
-        raise ValueError(
-            f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed: "
-            f"pip install {args.report_to}, or leave the flag out."
-        )
-    folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs"))
-    return _checked(Accelerator(log_with=args.report_to, project_config=folders))
-
-
-def _checked(accelerator: Accelerator) -> Accelerator:
-    """Refuse launches that training does not support, before anything is loaded or deleted."""
+    settings: dict[str, Any] = {}
+    if args.report_to != "none":
+        if importlib.util.find_spec(args.report_to) is None:
+            raise ValueError(
+                f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed: "
+                f"pip install {args.report_to}, or leave the flag out."
+            )
+        folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs"))
+        settings = {"log_with": args.report_to, "project_config": folders}
+    accelerator = Accelerator(**settings)
     check_distributed_type(accelerator)
     check_zero(accelerator)
     return accelerator

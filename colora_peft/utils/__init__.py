@@ -6,7 +6,7 @@ one; it imports none of them.
 
 from .cli import check_at_least, check_seed, flag, run_script
 from .digest import digest_of_bytes, digest_of_state, digest_of_weights
-from .distributed import Processes, fill, whole
+from .distributed import Processes, default_device, fill, whole
 from .files import (
     PARTIAL,
     relative_path,
@@ -24,6 +24,7 @@ __all__ = [
     "Processes",
     "check_at_least",
     "check_seed",
+    "default_device",
     "digest_of_bytes",
     "digest_of_state",
     "digest_of_weights",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.adapter_switch import adapters as adapters  # a fixture
+from support.adapters import adapter_set
+from support.adapters import adapters as adapters  # a fixture
 from support.browser import CHROMIUM, Browser
 from support.examples import EXAMPLES, load_example
 
@@ -20,7 +21,7 @@ app = load_example("app")
 
 @pytest.fixture(scope="module")
 def restorer(tiny_nafnet, adapters):
-    return app.PhotoRestorer(app.AdapterSwitch(tiny_nafnet, adapters), max_pixels=10_000)
+    return app.PhotoRestorer(adapter_set(tiny_nafnet, adapters), max_pixels=10_000)
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ from colora_peft.training.checkpoint import (
 
 
 def save_checkpoint(folder, model, optimizer, state, limit, averages=None):
-    return checkpoint_module.save_checkpoint(folder, checkpoint_tensors(model, optimizer.state, averages), state, limit)
+    return checkpoint_module.save_checkpoint(
+        folder, checkpoint_tensors(model, optimizer.state, averages), state, limit
+    )
 
 
 def load_checkpoint(path, model, optimizer, averages=None):
