@@ -73,7 +73,7 @@ class PageArguments:
 
     @property
     def is_public(self) -> bool:
-        """Whether others than who started it can use the page; gradio's variable counts as it does on a Space."""
+        """Whether others can use the page; gradio's variable counts, as it does on a Space."""
         return (self.server_name or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK[0]) not in LOOPBACK
 
 

@@ -106,7 +106,7 @@ class FinetuneArguments(TaskArguments, TrainArguments):
 def given_contributions(
     model: torch.nn.Module, args: FinetuneArguments, checkpoint: Path | None
 ) -> ContributionScores | None:
-    """Those of --contributions, or of the run that goes on; None if they have to be measured, or are not used.
+    """Contributions of --contributions, or of the run that goes on; None if they are to be measured or not used.
 
     The names of the layers must be those of the network. Nothing else is compared, but a network of another name is
     pointed out: to transfer scores to it may be intended.
@@ -123,13 +123,13 @@ def given_contributions(
     except ValueError as error:
         raise ValueError(
             f"The contributions in '{file}' are of another network than {args.model_name_or_path}. {error} "
-            "Measure them anew with contribution.py."
+            "Measure them again with contribution.py."
         ) from error
     return contributions
 
 
 def note_on_source(contributions: ContributionScores, args: FinetuneArguments) -> str | None:
-    """A line on contributions that were measured on another network; None where they were not, or nobody noted it."""
+    """A note that the contributions were measured on another network; None if they were not, or nobody noted it."""
     measured_on = contributions.source.get("model_name_or_path", args.model_name_or_path)
     if measured_on == args.model_name_or_path:
         return None

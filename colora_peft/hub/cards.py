@@ -78,9 +78,9 @@ def loading_code(name_or_path: str, base: str | None = None) -> str:
     """Python that loads the result of a run and restores an image with it.
 
     Args:
-        name_or_path: What to load it from: a folder or an id on the Hub.
-        base: Where that is to be given: the network under the adapter, which its own configuration does not name in a
-            way that means anything on another machine.
+        name_or_path: Folder or id on the Hub to load it from.
+        base: Network under the adapter, if its configuration does not name it in a way that other machines
+            understand.
     """
     given = "" if base is None else f", base={json.dumps(base)}"
     return f"""import colora_peft
@@ -171,7 +171,7 @@ class AdaptedNetwork:
         base: Folder or Hub id of the pre-trained network.
         base_revision: Its commit on the Hub, where it is from there.
         is_adapter: Whether the result is an adapter for `base`, or a network of its own.
-        images: File name beside the card to what it shows.
+        images: Captions of the images beside the card, by file name.
     """
 
     title: str
@@ -237,7 +237,7 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 
 
 def _metadata(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -> ModelCardData:
-    """The head of the card, by which the Hub finds and shows it; the figures as a model-index."""
+    """The card's metadata, by which the Hub finds it, with the figures as a model-index."""
     dataset = facts.dataset or "custom"
     results = [
         EvalResult(
@@ -262,7 +262,7 @@ def _metadata(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -
 
 
 def _cell(text: str) -> str:
-    """Text of the user's that stays inside one cell of a table."""
+    """A user's text, made to fit into one cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -45,8 +45,8 @@ def load(
         token: For private repositories: True or None takes the one that `hf auth login` has stored.
         base: The network that the adapter was trained on, where it is not found by the name that the adapter has for
             it: a folder, an id on the Hub, `module:function`, or the network itself, which then carries the adapter.
-            A network that carries adapters by now (what this function returned) gets a further one, which is active.
-        adapter_name: What the adapter is called inside the network.
+            A network that carries adapters (a result of this function) gets a further one, which is active.
+        adapter_name: Name of the adapter inside the network.
 
     Returns:
         The `PeftModel` of an adapter, the bare network of a network.
@@ -143,7 +143,7 @@ def _check_readable(file: Path, source: Source) -> None:
 
 
 def _remedy(file: Path) -> str:
-    return f"take it anew from where it came from (here it is {file})"
+    return f"fetch it again from its origin (here it is {file})"
 
 
 # ------------------------------------------------------------------------------------------------------------- base

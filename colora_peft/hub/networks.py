@@ -94,7 +94,7 @@ def load_from_folder(folder: Path, source: Source) -> nn.Module:
     if loaded["missing_keys"]:  # transformers would leave them random, and say so in a table
         raise ValueError(
             f"The network {source} lacks weights of {some(sorted(loaded['missing_keys']), limit=3)}: its file is of "
-            "another network, or of a wrapped one; save it anew."
+            "another network, or of a wrapped one; save it again."
         )
     if source.is_hub_id and not source.subfolder:
         # Not the folder in this machine's cache: adapters that are trained on it write down where it is from.

@@ -60,7 +60,7 @@ class Source:
 
     @property
     def is_hub_id(self) -> bool:
-        """Whether it could be an id on the Hub, and is no folder."""
+        """Whether it can be an id on the Hub and is not a folder."""
         try:
             validate_repo_id(self.name_or_path)
         except HFValidationError:
@@ -160,8 +160,8 @@ def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...])
         pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
         if pickles:
             raise ValueError(
-                f"{source} has its weights in {some(pickles, 3)} only, a pickle, which can run code when it is opened "
-                f"and is not: ask for {weights}."
+                f"{source} has its weights in {some(pickles, 3)} only, a pickle, which can run code when it is "
+                f"opened. It is not opened: ask for {weights}."
             )
         raise ValueError(f"{source} has {config} but no {weights}: it is incomplete, ask who made it.")
     wanted = " or ".join(config for config, _ in kinds)
@@ -169,13 +169,13 @@ def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...])
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether the Hub gave no answer, or one that says that it is ill."""
+    """Whether the Hub gave no answer, or reported an error of its own."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status is None or status >= 500
 
 
 def in_words(error: Exception, source: Source) -> str:
-    """One sentence on what the Hub, or the way to it, has against `source`, and what to do."""
+    """One sentence on why the Hub did not give `source`, and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):
         return f"{source} is gated: ask for access on its page, then log in (`hf auth login`) or pass token=."

@@ -36,7 +36,7 @@ class RestoreArguments:
     compare: bool = flag(
         False, "Also write input | restored (| target) side by side, in comparisons/ below --output_dir."
     )
-    overwrite: bool = flag(False, "Make results anew that are there already. Default: keep them.")
+    overwrite: bool = flag(False, "Make results again that are there already. Default: keep them.")
     tile: int = flag(512, "Side in pixels of the tiles that bound the memory. 0: the whole image at once.")
     overlap: int = flag(64, "Smallest number of pixels that neighbouring tiles share.")
     batch_size: int = flag(1, "Number of tiles that go through the network together.")

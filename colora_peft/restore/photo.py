@@ -57,7 +57,7 @@ class RestoredPhoto:
 
 
 class PhotoRestorer:
-    """Restores files one at a time, whatever number of threads asks, and keeps the latest results alone.
+    """Restores files one at a time, whatever number of threads asks, and keeps only the latest results.
 
     Args:
         adapters: The network and its adapters.

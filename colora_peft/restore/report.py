@@ -85,7 +85,7 @@ class Table:
         if kept:
             lines.append(
                 "Kept results were there, made of the same inputs with the same weights and settings; --overwrite "
-                "makes them anew."
+                "makes them again."
             )
         if len(rows) < total:
             lines.append(f"Interrupted: {total - len(rows)} are left; the same command goes on with them.")

@@ -59,8 +59,8 @@ def train(
         dataset: Samples `{"pixel_values", "labels"}` by sample number, e.g. `PairedPatches`, or a `StreamPatches`.
         args: The run's settings; its output folder was opened by `open_output_dir`.
         accelerator: That of `create_accelerator`, which refuses launches under which a run would be wrong.
-        checkpoint: Where to go on from; None starts anew.
-        eval_pairs: What is restored every `validation_steps`, if that is set.
+        checkpoint: Checkpoint to go on from; None starts a new run.
+        eval_pairs: Pairs to evaluate every `validation_steps`, if that is set.
 
     Returns:
         The model, on the accelerator's device, and the seconds of training, those before a restart included. Under
@@ -124,13 +124,13 @@ def _after_step(run: TrainingRun, done: int, figures: StepFigures, eval_pairs: P
 
 
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Take back what the batches of a step that failed left in the running statistics."""
+    """Put back the running statistics, which the batches of a failed step have changed."""
     for buffer, before in buffers:
         buffer.copy_(before)
 
 
 def _stop_without_data(run: TrainingRun, step: int, first_step: int, error: DataFailed) -> None:
-    """Save what the steps so far have made, unless it is saved or other processes, which wait, would have to help."""
+    """Save the state after the steps so far, unless waiting processes would have to help, and raise."""
     if step == first_step:
         raise error
     if run.accelerator.num_processes > 1:
@@ -170,8 +170,10 @@ def _backward(
     accelerator: Accelerator,
     signals: StopSignals,
 ) -> StepFigures:
-    """Forward and backward of the batches of one step; leaves gradients that are clipped by then or in the step.
-    The figures are of all processes."""
+    """Run the batches of one step forward and backward, and return the figures of all processes.
+
+    The gradients are clipped now or in the step to come.
+    """
     count = args.gradient_accumulation_steps
     totals = torch.zeros(2, device=accelerator.device)
     skipped: list[str] = []

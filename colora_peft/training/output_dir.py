@@ -31,7 +31,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def check_output_dir(args: TrainArguments) -> Path | None:
-    """Whether the run may write into its output folder; the checkpoint to resume from, if any. Writes nothing.
+    """Refuse an output folder that the run may not write into; return the checkpoint to resume from, if any.
 
     `--resume_from_checkpoint latest` begins a run that has not begun, so that one command starts it and restarts it.
 
@@ -51,15 +51,15 @@ def check_output_dir(args: TrainArguments) -> Path | None:
 
 @contextmanager
 def open_output_dir(args: TrainArguments, accelerator: Accelerator, checkpoint: Path | None) -> Iterator[None]:
-    """The output folder, for this run alone: an earlier run in it is deleted, or left as it is where it goes on.
+    """Context manager that keeps the output folder for this run and deletes an earlier one, unless it goes on.
 
-    Enter it once all else is known to work, right before training: until then an earlier run is worth keeping. Leave
-    it when the result is written.
+    Enter it right before training: until all else is known to work, an earlier run is worth keeping. Leave it when the
+    result is written.
 
     Args:
-        args: The run's.
-        accelerator: The run's; every process enters.
-        checkpoint: What `check_output_dir` found before.
+        args: The run's settings.
+        accelerator: That of the run; every process enters.
+        checkpoint: Result of `check_output_dir` before.
 
     Raises:
         ValueError: as `check_output_dir`, or if another run is writing into the folder or did so a moment ago; every
@@ -153,12 +153,12 @@ def _is_worthless(path: Path) -> bool:
 
 
 def _has_only_notes(output_dir: Path) -> bool:
-    """Whether a run ended there before its first checkpoint, so that nothing is lost with it."""
+    """Whether a run ended there before its first checkpoint: nothing is lost with it."""
     return all(path.name in _NOTES or path.name.endswith(PARTIAL) for path in output_dir.iterdir())
 
 
 def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path | None:
-    """None: the latest is asked for, and the run has none yet."""
+    """The checkpoint that the flags name; None if the latest is asked for and the run has none yet."""
     if args.overwrite_output_dir:
         raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other; give one.")
     if args.resume_from_checkpoint == "latest":
@@ -200,6 +200,5 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
 
 
 def _knows_its_data(state: dict[str, Any]) -> bool:
-    """Whether the images themselves are compared when training begins, wherever they lie by now. Of a stream too
-    little is known."""
+    """Whether the images themselves are compared when training begins, which cannot be done for a stream."""
     return state.get("dataset") is not None and not state.get("positions")

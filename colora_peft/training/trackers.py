@@ -108,7 +108,7 @@ def log_image(accelerator: Accelerator, name: str, file: Path, step: int) -> Non
 
 
 def _is_new(accelerator: Accelerator, kind: str, step: int) -> bool:
-    """Whether the trackers do not have this step yet, which is noted: from now on they do."""
+    """Whether this step is new to the trackers; it is noted as sent."""
     if not accelerator.trackers:
         return False
     state = _read_state(accelerator)
@@ -122,12 +122,12 @@ def _is_new(accelerator: Accelerator, kind: str, step: int) -> bool:
 
 
 def _read_state(accelerator: Accelerator) -> dict[str, Any]:
-    """What was noted of this kind of tracker; empty where nothing was."""
+    """The notes on this kind of tracker; empty where there are none."""
     return _read_states(accelerator).get(_kind(accelerator), {})
 
 
 def _write_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
-    if accelerator.project_dir is not None:  # of an accelerator that was not made here nothing is noted
+    if accelerator.project_dir is not None:  # other accelerators have no folder for notes
         file = Path(accelerator.project_dir) / _STATE_FILE
         write_json(file, {**_read_states(accelerator), _kind(accelerator): state})
 

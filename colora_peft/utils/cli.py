@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: flags, their checks, and the way from a command to an exit code."""
+"""Command lines of the scripts: flags, their checks, and the way from a command to an exit code."""
 
 from __future__ import annotations
 

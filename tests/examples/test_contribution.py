@@ -104,7 +104,7 @@ def test_layers_that_training_does_not_know_are_refused_before_it(task, flags, t
     content["scores"][f"{first}x"] = content["scores"].pop(first)
     file.write_text(json.dumps(content))
     output = ["--output_dir", tmp_path / "out"]
-    with pytest.raises(ValueError, match=f"of another network than .*'{first}x'.*did you mean '{first}'.*anew"):
+    with pytest.raises(ValueError, match=f"of another network than .*'{first}x'.*did you mean '{first}'.*again"):
         tune(*task, *output, "--contributions", file)
     content["scores"].pop(f"{first}x")
     file.write_text(json.dumps(content))
