@@ -4,9 +4,9 @@
 
 and open the address that it prints. Nothing leaves the machine, and nothing is fetched but adapters that you name.
 
-As a Hugging Face Space (kind Gradio): its root gets this file, `adapter_switch.py`, `photo_restorer.py` and
-`example_photos.py` beside it, the folders `adapters`, `checkpoints` and `data`, and a `requirements.txt` of one line,
-`colora-peft @ git+` with the address of this repository after it. Two processors are enough.
+As a Hugging Face Space (kind Gradio): its root gets this file, the folders `adapters`, `checkpoints` and `data` beside
+it, and a `requirements.txt` of one line, `colora-peft @ git+` with the address of this repository after it. Two
+processors are enough.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,18 +26,20 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 try:
     import gradio as gr
 except ImportError:
-    sys.exit('app.py: The page needs gradio: pip install "colora-peft[demo]".')
+    sys.exit('app.py: The page needs gradio: pip install -e ".[demo]" in the clone.')
 
-from adapter_switch import MAX_STRENGTH, NO_ADAPTER, AdapterSwitch, adapters_in
-from example_photos import example_photos, write_examples
-from photo_restorer import PhotoRestorer
+import torch
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from colora_peft.utils import check_at_least, relative_path
+from colora_peft.hub import load_backbone
+from colora_peft.restore import MAX_STRENGTH, NO_ADAPTER, AdapterSet, PhotoRestorer, adapters_in
+from colora_peft.utils import check_at_least, default_device, flag, relative_path, run_script
 
 HERE = Path(__file__).parent
+# Photos to try, by the adapter that is for them; none was trained on. There is none of noise: the noise adapter knows
+# real cameras, whose noise we could but imitate.
+EXAMPLES = (("underwater", "76.jpg"), ("underwater", "66.jpg"), ("underwater", "89.jpg"), ("rain", "rocket.jpg"))
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPLOADS_KEPT_SECONDS = 3600
 
@@ -52,21 +54,18 @@ CSS = """
 class PageArguments:
     """Flags of the page."""
 
-    model_name_or_path: str = field(
-        default=relative_path(HERE / "checkpoints" / "nafnet-small-prod"),
-        metadata={"help": "The network: a folder or an id on the Hub."},
+    model_name_or_path: str = flag(
+        relative_path(HERE / "checkpoints" / "nafnet-small-prod"), "The network: a folder or an id on the Hub."
     )
-    adapters_dir: str = field(
-        default=relative_path(HERE / "adapters"),
-        metadata={"help": "Folder of adapters for it, one folder each; their names are what is chosen from."},
+    adapters_dir: str = flag(
+        relative_path(HERE / "adapters"),
+        "Path to a folder of adapters for it, one folder each; users choose from their names.",
     )
-    server_name: str | None = field(
-        default=None, metadata={"help": "Address to listen on; 0.0.0.0 lets others in. Default: this machine alone."}
-    )
-    server_port: int | None = field(default=None, metadata={"help": "Default: the first free one from 7860."})
-    max_megapixels: int = field(default=16, metadata={"help": "Larger photos are refused."})
-    max_upload_mb: int = field(default=50, metadata={"help": "Larger files are refused."})
-    max_waiting: int = field(default=8, metadata={"help": "Jobs that wait while one runs; more are refused."})
+    server_name: str | None = flag(None, "Address to listen on; 0.0.0.0 lets others in. Default: this machine alone.")
+    server_port: int | None = flag(None, "Number of the port. Default: the first free one from 7860.")
+    max_megapixels: int = flag(16, "Size in million pixels above which photos are refused.")
+    max_upload_mb: int = flag(50, "Size in MB above which files are refused.")
+    max_waiting: int = flag(8, "Number of jobs that may wait while one runs; more are refused.")
 
     def __post_init__(self) -> None:
         for name in ("max_megapixels", "max_upload_mb", "max_waiting"):
@@ -74,7 +73,7 @@ class PageArguments:
 
     @property
     def is_public(self) -> bool:
-        """Whether others than who started it can use the page; gradio's variable counts as it does on a Space."""
+        """Whether others can use the page; gradio's variable counts, as it does on a Space."""
         return (self.server_name or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK[0]) not in LOOPBACK
 
 
@@ -88,7 +87,7 @@ def restore(
     strength: float,
     progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008 - gradio looks for it here
 ) -> tuple[tuple[str, str] | None, str, dict[str, object]]:
-    """What a change of photo, adapter or strength shows: before and after, a line below them, the file to download."""
+    """Outputs after a change of photo, adapter or strength: before and after, a line, the file to download."""
     if photo is None:
         return nothing_restored()
     with shown_as_message():
@@ -99,7 +98,7 @@ def restore(
 
 
 def nothing_restored() -> tuple[None, str, dict[str, object]]:
-    """What is shown without a photo, or after a message."""
+    """Outputs without a photo, or after a message."""
     return None, "", gr.DownloadButton(value=None, interactive=False)
 
 
@@ -120,7 +119,7 @@ def add_adapter(
 
 @contextmanager
 def shown_as_message() -> Iterator[None]:
-    """Errors of the library, which are one sentence each, become a message on the page; others are ours to mend."""
+    """Context manager that shows the library's errors, one sentence each, as a message; others are bugs of ours."""
     try:
         yield
     except (ValueError, TypeError, OSError, SafetensorError) as error:
@@ -137,7 +136,7 @@ def choices(restorer: PhotoRestorer) -> list[tuple[str, str]]:
 
 
 def photo_input() -> gr.Image:
-    """An image to drop, whose file we read ourselves: gradio answers what is no image with a stack trace."""
+    """An image to drop. We read its file ourselves, because gradio answers other files with a stack trace."""
     photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=240, elem_id="photo", buttons=[])
     # Not in a class of our own, for which gradio would write a file beside this one. Holds as long as no event changes
     # other properties of the component than its value: gradio would make a new one.
@@ -149,7 +148,7 @@ def build_page(restorer: PhotoRestorer, examples: list[tuple[Path, str]], folder
     """The page; nothing listens yet.
 
     Args:
-        restorer: What it is for.
+        restorer: Restores what the page is given.
         examples: Photos to try, each with the adapter that is for it.
         folders_allowed: Whether users may name adapters in folders of this machine.
     """
@@ -207,7 +206,7 @@ def build_page(restorer: PhotoRestorer, examples: list[tuple[Path, str]], folder
 
 
 def theme() -> gr.themes.Base:
-    """With the fonts of the reader's system: none is fetched."""
+    """Theme of the page, with the fonts of the reader's system: none is fetched."""
     return gr.themes.Soft(
         primary_hue="teal",
         neutral_hue="slate",
@@ -216,20 +215,30 @@ def theme() -> gr.themes.Base:
     )
 
 
-def launch(args: PageArguments, wait: bool = True) -> gr.Blocks:
-    """Load everything, and serve the page; `wait` until it is stopped."""
+def launch(args: PageArguments) -> None:
+    """Load everything, and serve the page until it is stopped."""
+    serve(args).block_thread()
+
+
+def serve(args: PageArguments) -> gr.Blocks:
+    """Load everything, and serve the page from a thread."""
     transformers_logging.disable_progress_bar()
     adapters = adapters_in(args.adapters_dir)
-    restorer = PhotoRestorer(AdapterSwitch(args.model_name_or_path, adapters), args.max_megapixels * 1_000_000)
-    photos = [photo for photo in example_photos(HERE / "data") if photo.adapter in adapters]
-    examples = write_examples(photos, restorer.folder)
+    network = load_backbone(args.model_name_or_path).to(default_device(), memory_format=torch.channels_last)
+    restorer = PhotoRestorer(AdapterSet(network, adapters), args.max_megapixels * 1_000_000)
+    examples = [
+        (HERE / "data" / adapter / "test" / "input" / name, adapter)
+        for adapter, name in EXAMPLES
+        if adapter in adapters
+    ]
     page = build_page(restorer, examples, folders_allowed=not args.is_public)
     page.queue(max_size=args.max_waiting)
     page.launch(
         server_name=args.server_name,
         server_port=args.server_port,
         max_file_size=args.max_upload_mb * 2**20,
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
+        allowed_paths=[str(path) for path, _ in examples],
         show_error=False,
         ssr_mode=False,
         footer_links=[],
@@ -240,8 +249,4 @@ def launch(args: PageArguments, wait: bool = True) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(PageArguments).parse_args_into_dataclasses()
-        launch(parsed)
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
-        sys.exit(f"app.py: {error}")
+    run_script(launch, PageArguments)

@@ -3,46 +3,52 @@
     accelerate launch examples/contribution.py
 
 scores the shipped underwater photos; `--train_dir my/train --eval_dir my/test` your own.
-The result, in `outputs/contribution`: a table, the image of it, and `contributions.json`, which `finetune.py
+The result, in `outputs/contribution`: a table, a figure of it, and `contributions.json`, which `finetune.py
 --contributions` takes instead of measuring by itself. Given the same flags, the two measure the same.
 
 The paper's own estimate needs a network that was tuned in full first:
 
     accelerate launch examples/finetune.py --method full --output_dir outputs/full
     accelerate launch examples/contribution.py --estimator faig --end_model_name_or_path outputs/full
+
+A network can carry contributions that serve any task, so that `CoLoRAConfig()` on it needs no data:
+
+    accelerate launch examples/contribution.py --prior_dirs underwater/train noise/train rain/train --probe_batches 16
+
+writes the mean over these tasks into the config.json of --model_name_or_path, as `colora_contributions`.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from restoration_task import (
+
+from colora_peft import ContributionScores, FaigSettings, ProbeSettings
+from colora_peft.data import PairedImageFolder, PairedPatches
+from colora_peft.hub import load_backbone
+from colora_peft.ranks import check_figures_can_be_drawn, mean_scores
+from colora_peft.training import (
     CONTRIBUTIONS_FILE,
     FIGURE_FILE,
-    HERE,
     TaskArguments,
-    check_figures_can_be_drawn,
     load_network,
     load_pairs,
     measure_contributions,
     report_allocation,
+    use_all_cores,
 )
-from transformers import HfArgumentParser
+from colora_peft.tuner import PRIOR_CONTRIBUTIONS, resolve_ranks
+from colora_peft.utils import check_at_least, flag, relative_path, run_script, write_json
 
-from colora_peft import ContributionScores, FaigSettings, ProbeSettings
-from colora_peft.data import PairedPatches
-from colora_peft.hub import load_backbone
-from colora_peft.training import use_all_cores
-from colora_peft.tuner import resolve_ranks
-from colora_peft.utils import check_at_least, relative_path
+HERE = Path(__file__).parent
 
-# Above it, the scores of a path say less than they could.
+# Largest completeness error of a path whose scores need no more steps.
 COMPLETENESS_WANTED = 0.05
 
 
@@ -50,25 +56,38 @@ COMPLETENESS_WANTED = 0.05
 class ContributionArguments(TaskArguments):
     """Flags of the measurement."""
 
-    output_dir: str = field(
-        default="outputs/contribution", metadata={"help": "Folder for contributions.json and the image."}
+    model_name_or_path: str = flag(
+        relative_path(HERE / "checkpoints" / "nafnet-small-prod"),
+        "The pre-trained network: a folder, an id on the Hub, or module:function.",
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace an earlier measurement in --output_dir."}
+    output_dir: str = flag("outputs/contribution", "Path to the folder for contributions.json and the figure.")
+    overwrite_output_dir: bool = flag(False, "Replace an earlier measurement in --output_dir.")
+    end_model_name_or_path: str | None = flag(
+        None,
+        "The same network after full tuning on the task, e.g. by finetune.py --method full "
+        "(--estimator faig): a folder or an id on the Hub.",
     )
-    end_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The same network after full tuning on the task, e.g. by finetune.py --method full "
-                  "(--estimator faig): a folder or an id on the Hub."},
-    )  # fmt: skip
-    num_path_steps: int | None = field(
-        default=None,
-        metadata={"help": "Points on the path of faig and probe; more are slower and lower the completeness error. "
-                  f"Default: {FaigSettings.num_path_steps} and {ProbeSettings.num_path_steps}."},
-    )  # fmt: skip
+    num_path_steps: int | None = flag(
+        None,
+        "Number of points on the path of faig and probe; more are slower and lower the completeness error. "
+        f"Default: {FaigSettings.num_path_steps} and {ProbeSettings.num_path_steps}.",
+    )
+
+    prior_dirs: list[str] | None = flag(
+        None,
+        "Folders with input/ and target/, one for each task: instead of a measurement in --output_dir, the mean of "
+        "their contributions goes into the config.json of --model_name_or_path, which must be a folder.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prior_dirs is not None:
+            if self.train_dir or self.dataset_name or self.estimator == "faig":
+                raise ValueError(
+                    "--prior_dirs excludes --train_dir, --dataset_name and --estimator faig; leave them out."
+                )
+            if not (Path(self.model_name_or_path) / "config.json").is_file():
+                raise ValueError(f"--model_name_or_path {self.model_name_or_path} is no folder with a config.json.")
         if self.num_path_steps is not None:
             check_at_least(self, "num_path_steps", 1)
             if self.estimator not in ("faig", "probe"):
@@ -92,9 +111,12 @@ def main(args: ContributionArguments) -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator)
     set_seed(args.seed)
+    if args.prior_dirs is not None:
+        write_prior(args, accelerator)
+        return
     check_figures_can_be_drawn()
     check_output_dir(args)
-    train_pairs, _ = load_pairs(args, accelerator)
+    train_pairs, _ = load_pairs(args, accelerator, HERE / "data" / "underwater")
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     model = load_network(args, accelerator)
     accelerator.print(f"{len(train_pairs)} pairs, estimator {args.estimator}.")
@@ -110,6 +132,24 @@ def main(args: ContributionArguments) -> None:
         print(how_it_went(contributions))
         print(f"Saved in {output_dir}: {CONTRIBUTIONS_FILE} and {FIGURE_FILE}. Go on with:\n\n{next_command(args)}")
     accelerator.wait_for_everyone()
+
+
+def write_prior(args: ContributionArguments, accelerator: Accelerator) -> None:
+    """Write the mean of the tasks' contributions, each counting alike, into the network's configuration."""
+    measured = []
+    for folder in args.prior_dirs:
+        set_seed(args.seed)
+        patches = PairedPatches(PairedImageFolder(folder), args.resolution, args.seed)
+        task = replace(args, prior_dirs=None, train_dir=folder)
+        measured.append(measure_contributions(load_network(args, accelerator), patches, task, accelerator))
+    scores = mean_scores(measured)
+    if accelerator.is_main_process:
+        path = Path(args.model_name_or_path) / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Four digits: the ranks that follow do not see more, and the file stays readable.
+        config[PRIOR_CONTRIBUTIONS] = {layer: float(f"{score:.4g}") for layer, score in scores.items()}
+        write_json(path, config)
+        print(f"The contributions of {len(scores)} layers are in {path}.")
 
 
 def check_output_dir(args: ContributionArguments) -> None:
@@ -144,7 +184,7 @@ def save_and_allocate(
 
 
 def how_it_went(contributions: ContributionScores) -> str:
-    """What was measured, how long it took, and how complete the path's integral is."""
+    """The measurement in one sentence: batches, time, loss and how complete the path's integral is."""
     by = f" by {contributions.num_processes} processes" if contributions.num_processes > 1 else ""
     text = (
         f"{contributions.method}: {contributions.num_batches} batches, {contributions.seconds:.1f} seconds{by}, "
@@ -165,16 +205,12 @@ def next_command(args: ContributionArguments) -> str:
     own = {field.name for field in fields(ContributionArguments)} - {field.name for field in fields(TaskArguments)}
     unused = own | {"estimator", "probe_steps", "probe_batches"}
     words = ["--contributions", str(Path(args.output_dir) / CONTRIBUTIONS_FILE)]
-    for flag in fields(args):
-        value = getattr(args, flag.name)
-        if flag.name not in unused and value != flag.default:
-            words += [f"--{flag.name}", str(value)]
+    for setting in fields(args):
+        value = getattr(args, setting.name)
+        if setting.name not in unused and value != setting.default:
+            words += [f"--{setting.name}", str(value)]
     return f"accelerate launch {shlex.quote(relative_path(HERE / 'finetune.py'))} {shlex.join(words)}"
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(ContributionArguments).parse_args_into_dataclasses()
-        main(parsed)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        sys.exit(f"contribution.py: {error}")
+    run_script(main, ContributionArguments)

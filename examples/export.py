@@ -9,53 +9,45 @@ writes `outputs/finetune.onnx`, which takes images of any size; `--format torch_
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import PeftModel
-from transformers import HfArgumentParser
 
 from colora_peft import load
 from colora_peft.export import EXPORT_SUFFIXES, ExportSettings, export_network
 from colora_peft.hub import load_backbone
+from colora_peft.utils import flag, run_script
 
 
 @dataclass
 class ExportArguments:
     """Flags of the export."""
 
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the adapter. Without it the bare network is exported."}
+    adapter: str | None = flag(None, "Folder or Hub id of the adapter. Without it the bare network is exported.")
+    model_name_or_path: str | None = flag(
+        None,
+        "The network: a folder, an id on the Hub, or module:function. Default: the one that the "
+        "adapter says it was trained on, unless that is a function.",
     )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The network: a folder, an id on the Hub, or module:function. Default: the one that the "
-                  "adapter says it was trained on, unless that is a function."},
-    )  # fmt: skip
-    output_file: str | None = field(
-        default=None, metadata={"help": "Default: outputs/<name of the adapter, or of the network>.onnx or .pt2."}
+    output_file: str | None = flag(
+        None, "Path of the file. Default: outputs/<name of the adapter, or of the network>.onnx or .pt2."
     )
-    format: Literal["onnx", "torch_export"] = field(
-        default="onnx", metadata={"help": "onnx: for ONNX Runtime and others; torch_export: a .pt2 file."}
+    format: Literal["onnx", "torch_export"] = flag(
+        "onnx", "onnx: for ONNX Runtime and others; torch_export: a .pt2 file."
     )
-    height: int | None = field(
-        default=None, metadata={"help": "With --width: one image of this size only. Default: any size and number."}
+    height: int | None = flag(
+        None, "Height in pixels of the one image that the file takes, with --width. Default: any size and number."
     )
-    width: int | None = field(default=None, metadata={"help": "See --height."})
-    half_precision: bool = field(
-        default=False, metadata={"help": "Weights and arithmetic in float16, half the file; images stay float32."}
+    width: int | None = flag(None, "Width in pixels, with --height.")
+    half_precision: bool = flag(False, "Weights and arithmetic in float16, half the file; images stay float32.")
+    tolerance: float | None = flag(
+        None, "Largest difference from PyTorch of a pixel in [0, 1]. Default: 1e-4, half precision 2e-2."
     )
-    tolerance: float | None = field(
-        default=None,
-        metadata={"help": "Greatest difference to PyTorch of a pixel in [0, 1]. Default: 1e-4, half precision 2e-2."},
-    )
-    task: str | None = field(
-        default=None, metadata={"help": "What the file is for, for its metadata. Default: the name of the adapter."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace --output_file if it is there."})
+    task: str | None = flag(None, "Purpose of the file, for its metadata. Default: the name of the adapter.")
+    overwrite: bool = flag(False, "Replace --output_file if it is there.")
 
     def __post_init__(self) -> None:
         if self.adapter is None and self.model_name_or_path is None:
@@ -116,8 +108,4 @@ def main(args: ExportArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
-        main(parsed)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        sys.exit(f"export.py: {error}")
+    run_script(main, ExportArguments)

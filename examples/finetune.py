@@ -1,8 +1,8 @@
-"""Adapt a pre-trained restoration network to pairs of real photos.
+"""Adapt a pre-trained restoration network to pairs of images.
 
     accelerate launch examples/finetune.py
 
-adapts the shipped network to the shipped underwater photos. For your own photos:
+adapts the shipped network to the shipped underwater photos. For your own:
 
     accelerate launch examples/finetune.py --train_dir my/train --eval_dir my/test --output_dir outputs/mine
 
@@ -12,73 +12,83 @@ where each folder holds `input/` and `target/` with the same file names. The con
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
-from restoration_task import (
-    CONTRIBUTIONS_FILE,
-    FIGURE_FILE,
-    TaskArguments,
-    load_network,
-    load_pairs,
-    measure_contributions,
-    report_allocation,
-)
-from safetensors import SafetensorError
-from transformers import HfArgumentParser
 
 from colora_peft import ContributionScores, adaptable_layers
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate, restore_some, save_before_after
-from colora_peft.hub import AdaptedNetwork, RunFacts, adapted_card, create_hub_repo, hardware_name, push_folder
+from colora_peft.hub import (
+    AdaptedNetwork,
+    RunFacts,
+    TuningMetrics,
+    adapted_card,
+    create_hub_repo,
+    hardware_name,
+    push_folder,
+)
 from colora_peft.ranks import check_figures_can_be_drawn, check_same_names
 from colora_peft.training import (
+    CONTRIBUTIONS_FILE,
+    FIGURE_FILE,
     LEARNING_RATES,
     DataFailed,
     Method,
+    OnResume,
+    TaskArguments,
     TrainArguments,
     TrainingDiverged,
     check_output_dir,
     create_accelerator,
+    load_network,
+    load_pairs,
+    measure_contributions,
     open_output_dir,
     prepare_for_tuning,
+    report_allocation,
     train,
     trained_parameters,
     use_all_cores,
 )
-from colora_peft.utils import write_json, write_text, writing_result
+from colora_peft.utils import flag, relative_path, run_script, write_json, write_text, writing_result
+
+HERE = Path(__file__).parent
+SHIPPED_NETWORK = relative_path(HERE / "checkpoints" / "nafnet-small-prod")
+SHIPPED_PAIRS = HERE / "data" / "underwater"
 
 
 @dataclass
 class FinetuneArguments(TaskArguments, TrainArguments):
     """Flags of the fine-tuning."""
 
-    output_dir: str = field(default="outputs/finetune", metadata={"help": "Folder for checkpoints and the result."})
-    max_train_steps: int = field(default=500, metadata={"help": "Optimiser steps of the whole run."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": f"Peak learning rate of AdamW. Default by method: {dict(LEARNING_RATES)}."}
+    model_name_or_path: str = flag(
+        SHIPPED_NETWORK, "The pre-trained network: a folder, an id on the Hub, or module:function."
     )
-    method: Method = field(
-        default="colora",
-        metadata={"help": "colora: ranks by contribution; lora: the same budget, one rank for all; full, decoder, "
-                  "bias: train these parameters of the network itself."},
-    )  # fmt: skip
-    estimator: Literal["probe", "gradient", "fisher", "taylor"] = field(
-        default=TaskArguments.estimator,
-        metadata={"help": "How contributions are measured (colora). gradient, fisher, taylor: one pass, no tuning; "
-                  "probe: tune for --probe_steps and walk there. (contribution.py also knows faig.)"},
-    )  # fmt: skip
-    contributions: str | None = field(
-        default=None,
-        metadata={"help": "File of contributions that contribution.py measured; none are measured then (colora)."},
+    output_dir: str = flag("outputs/finetune", "Path to the folder for checkpoints and the result.")
+    max_train_steps: int = flag(500, "Number of optimiser steps of the whole run.")
+    learning_rate: float | None = flag(
+        None, f"Peak learning rate of AdamW. Default by method: {dict(LEARNING_RATES)}."
     )
-    data_card: str | None = field(
-        default=None, metadata={"help": "What the photos are and their licence, for the model card."}
+    method: Method = flag(
+        "colora",
+        "colora: ranks by contribution; lora: the same budget, one rank for all; full, decoder, bias: train these "
+        "parameters of the network itself.",
+    )
+    estimator: Literal["probe", "gradient", "fisher", "taylor"] = flag(
+        TaskArguments.estimator,
+        "How contributions are measured (colora). gradient, fisher, taylor: one pass, no tuning; probe: tune for "
+        "--probe_steps and walk there. (contribution.py also knows faig.)",
+    )
+    contributions: Annotated[str | None, OnResume.INPUT] = flag(
+        None, "Path to the contributions that contribution.py measured; none are measured then (colora)."
+    )
+    data_card: Annotated[str | None, OnResume.FREE] = flag(
+        None, "Description of the images and their licence, for the model card."
     )
 
     def __post_init__(self) -> None:
@@ -96,7 +106,7 @@ class FinetuneArguments(TaskArguments, TrainArguments):
 def given_contributions(
     model: torch.nn.Module, args: FinetuneArguments, checkpoint: Path | None
 ) -> ContributionScores | None:
-    """Those of --contributions, or of the run that goes on; None if they have to be measured, or are not used.
+    """Contributions of --contributions, or of the run that goes on; None if they are to be measured or not used.
 
     The names of the layers must be those of the network. Nothing else is compared, but a network of another name is
     pointed out: to transfer scores to it may be intended.
@@ -113,13 +123,13 @@ def given_contributions(
     except ValueError as error:
         raise ValueError(
             f"The contributions in '{file}' are of another network than {args.model_name_or_path}. {error} "
-            "Measure them anew with contribution.py."
+            "Measure them again with contribution.py."
         ) from error
     return contributions
 
 
 def note_on_source(contributions: ContributionScores, args: FinetuneArguments) -> str | None:
-    """A line on contributions that were measured on another network; None where they were not, or nobody noted it."""
+    """A note that the contributions were measured on another network; None if they were not, or nobody noted it."""
     measured_on = contributions.source.get("model_name_or_path", args.model_name_or_path)
     if measured_on == args.model_name_or_path:
         return None
@@ -135,7 +145,7 @@ def main(args: FinetuneArguments) -> None:
     set_seed(args.seed)
     check_figures_can_be_drawn()
     checkpoint = check_output_dir(args)
-    train_pairs, eval_pairs = load_pairs(args, accelerator)
+    train_pairs, eval_pairs = load_pairs(args, accelerator, SHIPPED_PAIRS)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     model = load_network(args, accelerator)
     check_can_be_saved(model, args)
@@ -177,14 +187,28 @@ def main(args: FinetuneArguments) -> None:
                 args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None,
                 accelerator.mixed_precision,
             )
-            metrics = {
-                **quality_metrics(before, after),
+            metrics = TuningMetrics(
+                method=args.method,
+                seed=args.seed,
+                psnr_input=before["psnr_input"],
+                psnr_before=before["psnr"],
+                psnr_after=after["psnr"],
+                ssim_input=before["ssim_input"],
+                ssim_before=before["ssim"],
+                ssim_after=after["ssim"],
                 **sizes,
-                "estimator": contributions.method if contributions else None,
-                "seconds_contributions": contributions.seconds if contributions else 0.0,
-                "train_pairs": len(train_pairs),
-                "eval_pairs": len(eval_pairs),
-            }
+                estimator=contributions.method if contributions else None,
+                seconds_contributions=contributions.seconds if contributions else 0.0,
+                train_pairs=len(train_pairs),
+                eval_pairs=len(eval_pairs),
+                seconds=seconds,
+                learning_rate=args.learning_rate,
+                max_train_steps=args.max_train_steps,
+                parameter_budget=args.parameter_budget if isinstance(model, PeftModel) else None,
+                hardware=facts.hardware,
+                processes=facts.processes,
+                torch=torch.__version__,
+            )
             save(model, eval_pairs, metrics, facts, args)
 
 
@@ -197,28 +221,12 @@ def check_can_be_saved(model: torch.nn.Module, args: FinetuneArguments) -> None:
         )
 
 
-def quality_metrics(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    return {
-        f"{figure}_{name}": values[key]
-        for figure in ("psnr", "ssim")
-        for name, values, key in (
-            ("input", before, f"{figure}_input"),
-            ("before", before, figure),
-            ("after", after, figure),
-        )
-    }
-
-
 def quality_line(name: str, psnr_db: float, ssim: float) -> str:
     return f"{name:>8}: PSNR {psnr_db:.2f} dB, SSIM {ssim:.3f}"
 
 
 def save(
-    model: torch.nn.Module,
-    eval_pairs: PairSource,
-    metrics: dict[str, object],
-    facts: RunFacts,
-    args: FinetuneArguments,
+    model: torch.nn.Module, eval_pairs: PairSource, metrics: TuningMetrics, facts: RunFacts, args: FinetuneArguments
 ) -> None:
     """Write the result, its images, its card and last the metrics, say how to load it, and push it if asked to."""
     output_dir = Path(args.output_dir)
@@ -235,24 +243,12 @@ def save(
         is_adapter=is_adapter,
         images=images,
     )
-    metrics = {
-        "method": args.method,
-        "seed": args.seed,
-        **metrics,
-        "seconds": facts.seconds,
-        "learning_rate": args.learning_rate,
-        "max_train_steps": args.max_train_steps,
-        "parameter_budget": args.parameter_budget if is_adapter else None,
-        "hardware": facts.hardware,
-        "processes": facts.processes,
-        "torch": torch.__version__,
-    }
     before_after = restore_some(model, eval_pairs, count=4)
     with writing_result(output_dir):
         model.save_pretrained(output_dir)
         save_before_after(before_after, output_dir / "before_after.png")
         write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
-        write_json(output_dir / "metrics.json", metrics)
+        write_json(output_dir / "metrics.json", asdict(metrics))
     print(f"Saved in {output_dir}: the result, its card, metrics.json and images.")
     if args.push_to_hub:
         commit = push_folder(output_dir, args.hub_model_id)
@@ -263,6 +259,7 @@ def save(
 
 
 def data_description(args: FinetuneArguments) -> str:
+    """The training data in words, for the card."""
     if args.data_card is not None:
         return args.data_card
     if args.dataset_name is not None:
@@ -273,8 +270,4 @@ def data_description(args: FinetuneArguments) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses()
-        main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged, DataFailed) as error:
-        sys.exit(f"finetune.py: {error}")
+    run_script(main, FinetuneArguments, TrainingDiverged, DataFailed)

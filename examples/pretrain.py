@@ -8,16 +8,14 @@ The output folder then is what `AutoModelForImageToImage.from_pretrained` takes 
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageToImage, HfArgumentParser
+from transformers import AutoConfig, AutoModelForImageToImage
 
 import colora_peft.models  # noqa: F401 - registers the backbones
 from colora_peft.data import (
@@ -45,6 +43,7 @@ from colora_peft.prod import RandomOrderDegradation
 from colora_peft.ranks import check_figures_can_be_drawn
 from colora_peft.training import (
     DataFailed,
+    OnResume,
     TrainArguments,
     TrainingDiverged,
     check_output_dir,
@@ -54,9 +53,9 @@ from colora_peft.training import (
     use_all_cores,
 )
 from colora_peft.tuner import PRIOR_CONTRIBUTIONS
-from colora_peft.utils import Processes, check_at_least, relative_path, write_text, writing_result
+from colora_peft.utils import Processes, check_at_least, flag, relative_path, run_script, write_text, writing_result
 
-MOST_CHECKED = 5_000  # images; to decode so many photos takes a minute or two
+MOST_CHECKED = 5_000  # images; decoding so many takes a minute or two
 SMALL_NAFNET = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-small-prod")
 
 
@@ -64,56 +63,52 @@ SMALL_NAFNET = relative_path(Path(__file__).parent / "checkpoints" / "nafnet-sma
 class PretrainArguments(TrainArguments):
     """Flags of the pre-training."""
 
-    output_dir: str = field(default="outputs/pretrain", metadata={"help": "Folder for checkpoints and the result."})
-    max_train_steps: int = field(default=36_000, metadata={"help": "Optimiser steps of the whole run."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches a step on each process."})
-    resolution: int = field(default=64, metadata={"help": "Side of the square training patches in pixels."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; decays to zero."})
-    lr_warmup_steps: int = field(default=500, metadata={"help": "Steps over which the learning rate rises."})
-    checkpointing_steps: int = field(default=2_000, metadata={"help": "Steps between checkpoints."})
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of clean images, those in folders below it included."}
+    output_dir: str = flag("outputs/pretrain", "Path to the folder for checkpoints and the result.")
+    max_train_steps: int = flag(36_000, "Number of optimiser steps of the whole run.")
+    per_device_train_batch_size: int = flag(8, "Number of patches in a batch of each process.")
+    resolution: int = flag(64, "Side of the square training patches in pixels.")
+    learning_rate: float = flag(1e-3, "Peak learning rate of AdamW; it decays to zero along a cosine.")
+    lr_warmup_steps: int = flag(500, "Number of steps over which the learning rate rises from zero.")
+    checkpointing_steps: int = flag(2_000, "Number of steps between checkpoints.")
+    train_dir: Annotated[str | None, OnResume.DATA, OnResume.INPUT] = flag(
+        None, "Path to a folder of clean images; those in folders below it count, too."
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Instead of --train_dir a Hugging Face dataset: on the Hub, a local folder of parquet files "
-                  "or the like, or one .parquet file. Its train split is used."},
-    )  # fmt: skip
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    image_column: str = field(default="image", metadata={"help": "Its column of clean images."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read that dataset as it comes, without a copy on the disk or in memory."}
+    dataset_name: Annotated[str | None, OnResume.DATA, OnResume.INPUT] = flag(
+        None,
+        "Instead of --train_dir a Hugging Face dataset: on the Hub, a local folder of parquet files or the like, or "
+        "one .parquet file. Its train split is used.",
     )
-    shuffle_block_size: int = field(
-        default=1_000, metadata={"help": "Images of a stream that each process holds and shuffles at a time."}
+    dataset_config_name: Annotated[str | None, OnResume.DATA] = flag(None, "Name of that dataset's configuration.")
+    image_column: Annotated[str, OnResume.DATA] = flag("image", "Name of that dataset's column of clean images.")
+    streaming: bool = flag(False, "Read that dataset as it comes, without a copy on the disk or in memory.")
+    shuffle_block_size: int = flag(
+        1_000, "Number of images of a stream that each process holds and shuffles at a time."
     )
-    check_pictures: Literal["auto", "always", "never"] = field(
-        default="auto",
-        metadata={"help": "Decode every image before the run and refuse bad ones; auto: up to "
-                  f"{MOST_CHECKED:,} images. Bad ones met later are replaced and listed in skipped_pictures.jsonl."},
-    )  # fmt: skip
-    max_skipped_share: float = field(
-        default=0.01,
-        metadata={"help": "Stop where more than this share of the samples met a bad image (skipped_pictures.jsonl)."},
+    check_pictures: Annotated[Literal["auto", "always", "never"], OnResume.FREE] = flag(
+        "auto",
+        f"Decode every image before the run and refuse bad ones; auto: up to {MOST_CHECKED:,} images. Bad ones met "
+        "later are replaced and listed in skipped_pictures.jsonl.",
     )
-    eval_dir: str | None = field(
-        default=None, metadata={"help": "Folder of other clean images, for --validation_steps."}
+    max_skipped_share: Annotated[float, OnResume.FREE] = flag(
+        0.01, "Largest share of samples that may meet a bad image (skipped_pictures.jsonl); the run stops above it."
     )
-    mode: Literal["prod", "single", "fixed"] = field(
-        default="prod",
-        metadata={"help": "prod: random subsets in random order; single: one at a time; fixed: all, in one order."},
+    eval_dir: Annotated[str | None, OnResume.FREE, OnResume.INPUT] = flag(
+        None, "Path to a folder of other clean images, for --validation_steps."
     )
-    config_name: str = field(
-        default=SMALL_NAFNET, metadata={"help": "Folder or Hub id with the network's config.json; new weights."}
+    mode: Literal["prod", "single", "fixed"] = flag(
+        "prod", "prod: random subsets in random order; single: one at a time; fixed: all, in one order."
     )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Go on from these weights instead of new ones (then --config_name is unused)."}
+    config_name: Annotated[str, OnResume.INPUT] = flag(
+        SMALL_NAFNET, "Folder or Hub id with the network's config.json; its weights are new."
     )
-    half_precision_weights: bool = field(
-        default=False, metadata={"help": "Store the result's weights as float16, half the size; it loads as float32."}
+    model_name_or_path: Annotated[str | None, OnResume.INPUT] = flag(
+        None, "Network to start from instead of new weights: a folder, an id on the Hub, or module:function."
     )
-    data_card: str = field(
-        default="unknown", metadata={"help": "What the images are and their licence, for the model card."}
+    half_precision_weights: Annotated[bool, OnResume.FREE] = flag(
+        False, "Store the result's weights as float16, half the size; it loads as float32."
+    )
+    data_card: Annotated[str, OnResume.FREE] = flag(
+        "unknown", "Description of the images and their licence, for the model card."
     )
 
     def __post_init__(self) -> None:
@@ -134,7 +129,7 @@ class PretrainArguments(TrainArguments):
 
 
 def build_model(args: PretrainArguments) -> torch.nn.Module:
-    """The network to train: of other weights, or new.
+    """The network to train, new or with the weights of --model_name_or_path.
 
     Raises:
         ValueError: it cannot be saved, or cannot be loaded.
@@ -177,7 +172,7 @@ def open_split(args: PretrainArguments) -> Any:
 
 
 def open_patches(args: PretrainArguments, accelerator: Accelerator) -> DegradedPatches | StreamPatches:
-    """The training samples, and what was found wrong before any is made."""
+    """The training samples; their images are checked where that does not take long."""
     degradation = RandomOrderDegradation(mode=args.mode)
     if not args.streaming:
         images = open_images(args)
@@ -243,8 +238,4 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, image
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
-        main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged, DataFailed) as error:
-        sys.exit(f"pretrain.py: {error}")
+    run_script(main, PretrainArguments, TrainingDiverged, DataFailed)

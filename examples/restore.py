@@ -15,130 +15,47 @@ The exit code is 1 if an image failed; the others are written all the same.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-from restore_report import Row, Table, report_of
-from restore_run import RestoreRun
-from safetensors import SafetensorError
 from torch import nn
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from colora_peft.hub import load_backbone, load_base
-from colora_peft.images import DEFAULT_MAX_PIXELS
-from colora_peft.inference import Pooling, check_tile, tile_multiple
-from colora_peft.restore import NO_ADAPTER, AdapterSet, RestoreRecord, adapter_labels, plan_jobs
-from colora_peft.utils import check_at_least, write_json
+from colora_peft.inference import check_tile, tile_multiple
+from colora_peft.restore import (
+    NO_ADAPTER,
+    AdapterSet,
+    RestoreArguments,
+    RestoreRecord,
+    RestoreRun,
+    Row,
+    Table,
+    adapter_labels,
+    plan_jobs,
+    report_of,
+)
+from colora_peft.utils import default_device, run_script, write_json
 
 SUMMARY_FILE = "summary.json"
 SHIPPED_NETWORK = str(Path(__file__).resolve().parent / "checkpoints" / "nafnet-small-prod")
 
 
-@dataclass
-class RestoreArguments:
-    """Flags of the restoration."""
-
-    input: list[str] = field(
-        metadata={"help": "Images, folders (with all below them) and patterns such as 'photos/**/*.png'."}
-    )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The network: a folder, an id on the Hub, or module:function that returns it. Default: the "
-                  "base that the (first) adapter names; without adapter the network that comes with the examples."},
-    )  # fmt: skip
-    adapter: list[str] | None = field(
-        default=None,
-        metadata={"help": "Adapters, folders or ids on the Hub; 'none' is the network without one. With several, each "
-                  "has a folder below --output_dir. Default: none."},
-    )  # fmt: skip
-    output_dir: str = field(default="outputs/restored", metadata={"help": "Folder for the results."})
-    targets: str | None = field(
-        default=None,
-        metadata={"help": "Folder of clean images of the same names (any suffix): PSNR and SSIM, in RGB after "
-                  "rounding to 8 bits, of the files as they are written, so with JPEG's losses. Borders are extended "
-                  "and tiles laid as restore_image does, so that on images that the network must pad the figures "
-                  "may differ a little from those of finetune.py."},
-    )  # fmt: skip
-    compare: bool = field(
-        default=False,
-        metadata={"help": "Also write input | restored (| target) side by side, in comparisons/ below --output_dir."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Make results anew that are there. Default: keep them."})
-    tile: int = field(
-        default=512,
-        metadata={"help": "Side in pixels of the tiles that bound the memory. 0: the whole image at once."},
-    )
-    overlap: int = field(default=64, metadata={"help": "Pixels that neighbouring tiles share, at least."})
-    batch_size: int = field(default=1, metadata={"help": "Tiles that go through the network together."})
-    pooling: Pooling = field(
-        default="picture",
-        metadata={"help": "What layers that average over all they see are given where there are several tiles: the "
-                  "mean over the image, over their tile, or (local) over windows of --pooling_window."},
-    )  # fmt: skip
-    pooling_window: int | None = field(
-        default=None, metadata={"help": "Side in pixels of the windows of --pooling local."}
-    )
-    statistics_passes: int = field(
-        default=2,
-        metadata={"help": "Passes over the tiles that gather the means of --pooling image, each as long as the one "
-                  "that restores."},
-    )  # fmt: skip
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision of the computation; half is faster on GPUs."}
-    )
-    self_ensemble: bool = field(
-        default=False,
-        metadata={"help": "Mean over the eight flips and rotations: a little better, eight times slower."},
-    )
-    format: Literal["same", "png", "tiff", "jpeg", "webp"] = field(
-        default="same", metadata={"help": "Kind of the result files. same: each as its input."}
-    )
-    quality: int = field(
-        default=95, metadata={"help": "Of JPEG (4:4:4) and WebP, 1 to 100. An exact WebP stays exact."}
-    )
-    grey_as_rgb: bool = field(
-        default=False, metadata={"help": "Write grey images in colour, for networks that colour them."}
-    )
-    max_pixels: int = field(
-        default=DEFAULT_MAX_PIXELS, metadata={"help": "Larger images are refused: a guard against bombs."}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Such as cpu, cuda, cuda:1 or mps. Default: the accelerator if there is one."}
-    )
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "tile", 0)
-        check_at_least(self, "overlap", 0)
-        for name in ("max_pixels", "batch_size", "statistics_passes"):
-            check_at_least(self, name, 1)
-        if (self.pooling == "local") != (self.pooling_window is not None):
-            raise ValueError("--pooling local and --pooling_window go together: give both or neither.")
-        if self.pooling_window is not None:
-            check_at_least(self, "pooling_window", 1)
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality must be between 1 and 100, got {self.quality}.")
-
-    def settings(self) -> dict[str, object]:
-        """What decides the pixels of a result, besides the input and the weights."""
-        names = ("tile", "overlap", "batch_size", "pooling", "pooling_window", "statistics_passes", "dtype")
-        names += ("self_ensemble", "quality", "grey_as_rgb")
-        return {name: getattr(self, name) for name in names}
-
-
 def device_of(args: RestoreArguments) -> torch.device:
-    if args.device is not None:
-        try:
-            return torch.empty(0, device=args.device).device
-        # PyTorch has many errors for a device that is not there.
-        except Exception as error:
-            raise ValueError(f"--device {args.device} cannot be used: {error}") from error
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    """The device of --device, which is tried.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if args.device is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=args.device).device
+    # PyTorch has many errors for a device that is not there.
+    except Exception as error:
+        raise ValueError(f"--device {args.device} cannot be used: {error}") from error
 
 
 def network_of(args: RestoreArguments, adapters: Sequence[str]) -> nn.Module:
@@ -157,7 +74,7 @@ def network_of(args: RestoreArguments, adapters: Sequence[str]) -> nn.Module:
 
 
 def main(args: RestoreArguments) -> int:
-    """Restore, and return the exit code."""
+    """Restore all images and return the exit code."""
     adapters = args.adapter or [NO_ADAPTER]
     labels = adapter_labels(adapters)
     output_dir, file_format = Path(args.output_dir), None if args.format == "same" else args.format
@@ -194,9 +111,4 @@ def main(args: RestoreArguments) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(RestoreArguments).parse_args_into_dataclasses()
-        code = main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
-        sys.exit(f"restore.py: {error}")
-    sys.exit(code)
+    run_script(main, RestoreArguments)

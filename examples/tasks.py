@@ -14,28 +14,25 @@ again, it goes on.
 from __future__ import annotations
 
 import json
-import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
-from adapter_switch import NO_ADAPTER, AdapterSwitch, adapters_in
-from example_photos import example_photos
 from finetune import FinetuneArguments
 from finetune import main as finetune
-from restoration_task import HERE, TaskArguments
-from safetensors import SafetensorError
-from torch import nn
-from transformers import HfArgumentParser
 
-from colora_peft.data import PairedImageFolder, PairSource, draw_pairs
-from colora_peft.evaluation import evaluate, save_before_after
+from colora_peft.data import PairedImageFolder, PairSource, PairSubset, draw_pairs
+from colora_peft.evaluation import evaluate, restore_some, save_before_after
+from colora_peft.hub import load_backbone
 from colora_peft.inference import reconstruct
+from colora_peft.restore import NO_ADAPTER, AdapterSet, adapters_in
 from colora_peft.training import DataFailed, TrainingDiverged, list_checkpoints
-from colora_peft.utils import check_at_least, relative_path, write_text
+from colora_peft.utils import check_at_least, default_device, flag, relative_path, run_script, write_text
 
+HERE = Path(__file__).parent
 SHIPPED = HERE / "adapters"
 METRICS_FILE = "metrics.json"
 RUN_FILE = "run.json"
@@ -43,6 +40,8 @@ REPORT_FILE = "tasks.md"
 BLEND = "blend"
 SWITCHES = 30
 IMAGE_PX = 256
+# Photos of `--image`, by their adapter.
+EXAMPLES = {"underwater": ("76.jpg", "66.jpg", "89.jpg"), "rain": ("rocket.jpg",)}
 CHOSEN = ("model_name_or_path", "train_dir", "max_train_samples", "max_train_steps", "resolution", "seed")
 
 
@@ -50,40 +49,30 @@ CHOSEN = ("model_name_or_path", "train_dir", "max_train_samples", "max_train_ste
 class TasksArguments:
     """Flags of the script; what is not among them is as in finetune.py."""
 
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with TASK/train and TASK/test. Default: nothing is trained."}
+    data_dir: str | None = flag(None, "Path to a folder with TASK/train and TASK/test. Default: nothing is trained.")
+    tasks: list[str] | None = flag(
+        None, "Names of the tasks. Default: all in --data_dir, or all adapters that are there."
     )
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the tasks. Default: all in --data_dir, or all adapters that are there."},
+    model_name_or_path: str = flag(FinetuneArguments.model_name_or_path, "The network that all tasks share.")
+    output_dir: str | None = flag(
+        None,
+        "Path to a folder with an adapter for each task. Default: outputs/tasks, or without --data_dir the "
+        "shipped ones.",
     )
-    model_name_or_path: str = field(
-        default=TaskArguments.model_name_or_path, metadata={"help": "The network that all tasks share."}
+    blend: list[str] | None = flag(None, "The two tasks that one adapter is to do at once. Default: the first two.")
+    blend_weights: list[float] = flag(help="Weight of each of the two.", factory=lambda: [0.5, 0.5])
+    blend_samples: int | None = flag(
+        None, "Number of test pairs of each to measure on, drawn by the seed. Default: all."
     )
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder with an adapter for each task. Default: outputs/tasks, or without --data_dir the "
-                  "shipped ones."},
-    )  # fmt: skip
-    blend: list[str] | None = field(
-        default=None, metadata={"help": "The two tasks that one adapter is to do at once. Default: the first two."}
+    image: str | None = flag(
+        None, "Path of an image to draw of the shipped example photos, each restored by its adapter."
     )
-    blend_weights: list[float] = field(
-        default_factory=lambda: [0.5, 0.5], metadata={"help": "How much of each of the two."}
+    max_train_samples: int | None = flag(
+        None, "Number of pairs of each task to train on, drawn by the seed. Default: all."
     )
-    blend_samples: int | None = field(
-        default=None, metadata={"help": "Measure on this many test pairs of each, drawn by the seed. Default: all."}
-    )
-    image: str | None = field(
-        default=None,
-        metadata={"help": "File for an image of the shipped example photos, each restored by its adapter."},
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many pairs of each task, drawn by the seed. Default: all."}
-    )
-    max_train_steps: int = field(default=FinetuneArguments.max_train_steps, metadata={"help": "Steps of each task."})
-    resolution: int = field(default=TaskArguments.resolution, metadata={"help": "Side of the training patches."})
-    seed: int = field(default=TaskArguments.seed, metadata={"help": "Seed of everything random."})
+    max_train_steps: int = flag(FinetuneArguments.max_train_steps, "Number of optimiser steps of each task.")
+    resolution: int = flag(FinetuneArguments.resolution, "Side of the square training patches in pixels.")
+    seed: int = flag(FinetuneArguments.seed, "Seed of everything random.")
 
     def __post_init__(self) -> None:
         check_at_least(self, "max_train_steps", 1)
@@ -105,7 +94,7 @@ class TasksArguments:
         return Path(self.output_dir) / task
 
     def finetune_arguments(self, task: str) -> FinetuneArguments:
-        """What finetune.py would be called with; with the newest checkpoint if it was stopped."""
+        """The flags of finetune.py for a task; with the newest checkpoint if it was stopped."""
         data, output_dir = Path(self.data_dir) / task, self.adapter_dir(task)
         return FinetuneArguments(
             model_name_or_path=self.model_name_or_path,
@@ -150,7 +139,7 @@ def train_missing(args: TasksArguments) -> None:
 
 
 def note_on_settings(args: TasksArguments, task: str) -> str:
-    """Which settings an adapter was trained with that are not those of now; empty where none, or nobody noted them."""
+    """A note on settings of the adapter's training that differ from those of now; empty where none does."""
     file = args.adapter_dir(task) / RUN_FILE
     if not file.is_file():
         return ""
@@ -172,13 +161,13 @@ def size_kb(folder: Path) -> float:
     return sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")) / 1e3
 
 
-def overview(args: TasksArguments, switch: AdapterSwitch) -> str:
-    """Load the adapter of each task, with what it gained in its training run."""
+def overview(args: TasksArguments, adapters: AdapterSet) -> str:
+    """Load the adapter of each task, and report what it gained in its training run."""
     rows = []
     for task in args.tasks:
         folder = args.adapter_dir(task)
         start = time.perf_counter()
-        switch.add(task, folder)
+        adapters.add(task, folder)
         milliseconds = 1e3 * (time.perf_counter() - start)
         metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         psnr = [f"{metrics[f'psnr_{when}']:.2f}" for when in ("input", "before", "after")]
@@ -188,12 +177,13 @@ def overview(args: TasksArguments, switch: AdapterSwitch) -> str:
     return table(head, rows)
 
 
-def switching(switch: AdapterSwitch) -> str:
-    """How long it takes to go from one adapter to the next, and the first run after it, which builds the weights."""
-    image = torch.rand(1, 3, IMAGE_PX, IMAGE_PX, device=switch.device)
+def switching(adapters: AdapterSet, device: torch.device) -> str:
+    """Time from one adapter to the next, and of the first run after it, which builds the weights."""
+    image = torch.rand(1, 3, IMAGE_PX, IMAGE_PX, device=device)
+    labels = adapters.labels
     with torch.inference_mode():
-        times = [switch_once(switch, switch.names[turn % len(switch.names)], image) for turn in range(SWITCHES)]
-    times = times[len(switch.names) :]  # what is done for the first time takes longer
+        times = [switch_once(adapters, labels[turn % len(labels)], image) for turn in range(SWITCHES)]
+    times = times[len(labels) :]  # the first time takes longer
     (change, first, following), (busy, *_) = (
         [1e3 * median(column) for column in zip(*rows, strict=True)] for rows in zip(*times, strict=True)
     )
@@ -204,73 +194,65 @@ def switching(switch: AdapterSwitch) -> str:
     )
 
 
-Times = tuple[list[float], list[float]]
-
-
-def switch_once(switch: AdapterSwitch, name: str, image: torch.Tensor) -> Times:
+def switch_once(adapters: AdapterSet, label: str, image: torch.Tensor) -> list[list[float]]:
     """Seconds of the switch, of the first run and of the next: on the clock, and of the processors."""
-    steps = [lambda: switch.activate(name), *[lambda: reconstruct(switch.model, image).sum().item()] * 2]
-    clock, processors = [], []
-    for step in steps:  # .item() waits for a GPU
-        start = time.perf_counter(), time.process_time()
-        step()
-        clock.append(time.perf_counter() - start[0])
-        processors.append(time.process_time() - start[1])
-    return clock, processors
+    stamps = [(time.perf_counter(), time.process_time())]
+    model = adapters.activate(label)
+    for _ in range(2):
+        stamps.append((time.perf_counter(), time.process_time()))
+        reconstruct(model, image).sum().item()  # waits for a GPU
+    stamps.append((time.perf_counter(), time.process_time()))
+    return [[end - start for start, end in pairwise(times)] for times in zip(*stamps, strict=True)]
 
 
-def blending(args: TasksArguments, switch: AdapterSwitch) -> str:
+def blending(args: TasksArguments, adapters: AdapterSet, device: torch.device) -> str:
     """PSNR of both tasks under the bare network, each adapter, and their weighted sum."""
     tests = {task: test_pairs(args, task) for task in args.blend}
-    switch.blend(args.blend, args.blend_weights, BLEND)
+    adapters.blend(args.blend, args.blend_weights, BLEND)
     rows = []
-    for name in (NO_ADAPTER, *args.blend, BLEND):
-        with switch.at_work(name) as model:
-            rows.append([name, *(f"{psnr_of(model, pairs, switch):.2f}" for pairs in tests.values())])
+    for label in (NO_ADAPTER, *args.blend, BLEND):
+        model = adapters.activate(label)
+        psnr = [evaluate(model, pairs, device, "measuring")["psnr"] for pairs in tests.values()]
+        rows.append([label, *(f"{value:.2f}" for value in psnr)])
     sum_of = " + ".join(f"{weight:g} {task}" for weight, task in zip(args.blend_weights, args.blend, strict=True))
     counts = " and ".join(str(len(pairs)) for pairs in tests.values())
     return f"PSNR (dB) on {counts} test pairs; {BLEND} is {sum_of}.\n\n{table(['adapter', *tests], rows)}"
 
 
 def test_pairs(args: TasksArguments, task: str) -> PairSource:
+    """The pairs of a task's test folder that are measured."""
     pairs = PairedImageFolder(Path(args.data_dir) / task / "test")
     if args.blend_samples is None or args.blend_samples >= len(pairs):
         return pairs
     return draw_pairs(pairs, args.blend_samples, args.seed)[0]
 
 
-def psnr_of(model: nn.Module, pairs: PairSource, switch: AdapterSwitch) -> float:
-    return evaluate(model, pairs, switch.device, "measuring")["psnr"]
-
-
-def draw_examples(switch: AdapterSwitch, path: str) -> None:
-    """Draw the shipped example photos with an adapter among those loaded: input, restored, target."""
+def draw_examples(adapters: AdapterSet, path: str) -> None:
+    """Draw the example photos of the adapters that are loaded: input, restored, target."""
     rows = []
-    for photo in example_photos(HERE / "data"):
-        if photo.adapter in switch.names:
-            with switch.at_work(photo.adapter) as model, torch.inference_mode():
-                restored = reconstruct(model, photo.degraded[None].to(switch.device))[0].float().clamp(0, 1).cpu()
-            rows.append((photo.degraded, restored, photo.clean))
+    for label, names in EXAMPLES.items():
+        if label in adapters.labels:
+            pairs = PairedImageFolder(HERE / "data" / label / "test")
+            chosen = PairSubset(pairs, [pairs.names.index(name) for name in names])
+            rows += restore_some(adapters.activate(label), chosen, count=len(names))
     save_before_after(rows, path)
 
 
 def main(args: TasksArguments) -> None:
     if args.data_dir is not None:
         train_missing(args)
-    switch = AdapterSwitch(args.model_name_or_path, {})
-    parts = [overview(args, switch), switching(switch)]
+    device = default_device()
+    network = load_backbone(args.model_name_or_path).to(device, memory_format=torch.channels_last)
+    adapters = AdapterSet(network, {})
+    parts = [overview(args, adapters), switching(adapters, device)]
     print("\n" + "\n\n".join(parts))
     if args.image is not None:
-        draw_examples(switch, args.image)
+        draw_examples(adapters, args.image)
     if args.data_dir is not None and len(args.tasks) > 1:
-        parts.append(blending(args, switch))
+        parts.append(blending(args, adapters, device))
         print(f"\n{parts[-1]}")
         write_text(Path(args.output_dir) / REPORT_FILE, "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        (parsed,) = HfArgumentParser(TasksArguments).parse_args_into_dataclasses()
-        main(parsed)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError, TrainingDiverged, DataFailed) as error:
-        sys.exit(f"tasks.py: {error}")
+    run_script(main, TasksArguments, TrainingDiverged, DataFailed)

@@ -1,12 +1,21 @@
-"""The trust boundary: adapters and networks from folders and the Hub, and back.
+"""The trust boundary: adapters and networks come from folders and the Hub, and go there.
 
-`load` gives a network that restores from a name; only JSON and safetensors are read, and never code. `push_folder`
+`load` turns a name into a network that restores; only JSON and safetensors are read, and never code. `push_folder`
 shares a result, and `cards` writes its model card.
 """
 
-from .cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, hardware_name, loading_code
-from .loading import create_hub_repo, load, load_base, peft_type_of, push_folder
+from .cards import (
+    AdaptedNetwork,
+    RunFacts,
+    TuningMetrics,
+    adapted_card,
+    backbone_card,
+    hardware_name,
+    loading_code,
+)
+from .loading import load, load_base, peft_type_of
 from .networks import load_backbone, register_backbones
+from .pushing import create_hub_repo, push_folder
 from .source import ADAPTER_FILES, Source, fetch
 
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "AdaptedNetwork",
     "RunFacts",
     "Source",
+    "TuningMetrics",
     "adapted_card",
     "backbone_card",
     "create_hub_repo",

@@ -1,4 +1,4 @@
-"""Model cards, written by the run that made the weights: what it was trained on, with which command, on what."""
+"""Model cards, written by the run that made the weights: its data, its command, its hardware and its figures."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PIPELINE_TAG = "image-to-image"
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a card says about the run: the data with its licence, the hardware, seconds of training, and the id of the
-    data set where that is on the Hub, and Accelerate's mixed precision."""
+    """Facts about a run, for its card: the data with its licence, the hardware, seconds of training, the id of the
+    data set if that is on the Hub, and Accelerate's mixed precision."""
 
     data: str
     hardware: str
@@ -62,7 +62,7 @@ def command_line() -> str:
 
 
 def _beginning(arguments: list[str]) -> list[str]:
-    """Without what makes a run go on, or delete an earlier one: elsewhere there is none."""
+    """The arguments without those that make a run go on, or delete an earlier one."""
     kept: list[str] = []
     dropping = False
     for part in arguments:
@@ -78,9 +78,9 @@ def loading_code(name_or_path: str, base: str | None = None) -> str:
     """Python that loads the result of a run and restores an image with it.
 
     Args:
-        name_or_path: What to load it from: a folder or an id on the Hub.
-        base: Where that is to be given: the network under the adapter, which its own configuration does not name in a
-            way that means anything on another machine.
+        name_or_path: Folder or id on the Hub to load it from.
+        base: Network under the adapter, if its configuration does not name it in a way that other machines
+            understand.
     """
     given = "" if base is None else f", base={json.dumps(base)}"
     return f"""import colora_peft
@@ -130,8 +130,40 @@ def backbone_card(model: nn.Module, name: str, loads_from: str, method: str, fac
 
 
 @dataclass(frozen=True)
+class TuningMetrics:
+    """Figures of a fine-tuning, as metrics.json holds them.
+
+    PSNR in dB and SSIM are means over the held-out pairs: of the inputs, and of what the network makes of them before
+    and after. `trainable_ratio` is the trained share of the weights of all layers that can be adapted.
+    """
+
+    method: str
+    seed: int
+    psnr_input: float
+    psnr_before: float
+    psnr_after: float
+    ssim_input: float
+    ssim_before: float
+    ssim_after: float
+    trainable_parameters: int
+    trainable_ratio: float
+    trainable_ratio_of_model: float
+    estimator: str | None
+    seconds_contributions: float
+    train_pairs: int
+    eval_pairs: int
+    seconds: float
+    learning_rate: float
+    max_train_steps: int
+    parameter_budget: float | None
+    hardware: str
+    processes: int
+    torch: str
+
+
+@dataclass(frozen=True)
 class AdaptedNetwork:
-    """What a card says about the result of a fine-tuning.
+    """The result of a fine-tuning, for its card.
 
     Args:
         title: Heading.
@@ -139,7 +171,7 @@ class AdaptedNetwork:
         base: Folder or Hub id of the pre-trained network.
         base_revision: Its commit on the Hub, where it is from there.
         is_adapter: Whether the result is an adapter for `base`, or a network of its own.
-        images: File name beside the card to what it shows.
+        images: Captions of the images beside the card, by file name.
     """
 
     title: str
@@ -161,18 +193,12 @@ class AdaptedNetwork:
         return loading_code(self.loads_from, self.base if is_asked_for else None)
 
 
-def adapted_card(result: AdaptedNetwork, metrics: Mapping[str, object], facts: RunFacts) -> str:
-    """Markdown card of a fine-tuned network or adapter: what came out, how, and the code that loads it.
-
-    Args:
-        result: What the run made, of what.
-        metrics: What `examples/finetune.py` writes as metrics.json.
-        facts: Data, hardware, seconds.
-    """
-    share = "trainable_ratio" if result.is_adapter else "trainable_ratio_of_model"
+def adapted_card(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -> str:
+    """Markdown card of a fine-tuned network or adapter: its quality, how it was made, and the code that loads it."""
+    share = metrics.trainable_ratio if result.is_adapter else metrics.trainable_ratio_of_model
     of_what = "of the weights of its layers" if result.is_adapter else "of its parameters"
     revision = f" at `{result.base_revision}`" if result.base_revision else ""
-    budget = f", budget {metrics['parameter_budget']:.2%}" if result.is_adapter else ""
+    budget = f", budget {metrics.parameter_budget:.2%}" if result.is_adapter else ""
     images = "\n\n".join(f"![{shows}]({name})" for name, shows in result.images.items())
     return f"""---
 {_metadata(result, metrics, facts).to_yaml()}
@@ -180,18 +206,18 @@ def adapted_card(result: AdaptedNetwork, metrics: Mapping[str, object], facts: R
 
 # {result.title}
 
-`{result.base}`{revision} adapted with the method `{metrics["method"]}`: {metrics["trainable_parameters"]:,} parameters
-trained, {metrics[share]:.2%} {of_what}{budget}.
+`{result.base}`{revision} adapted with the method `{metrics.method}`: {metrics.trainable_parameters:,} parameters
+trained, {share:.2%} {of_what}{budget}.
 
 ```python
 {result.code()}
 ```
 
-| {metrics["eval_pairs"]} held-out pairs | PSNR (dB) | SSIM |
+| {metrics.eval_pairs} held-out pairs | PSNR (dB) | SSIM |
 |---|---|---|
-| input | {metrics["psnr_input"]:.2f} | {metrics["ssim_input"]:.3f} |
-| before | {metrics["psnr_before"]:.2f} | {metrics["ssim_before"]:.3f} |
-| **after** | **{metrics["psnr_after"]:.2f}** | **{metrics["ssim_after"]:.3f}** |
+| input | {metrics.psnr_input:.2f} | {metrics.ssim_input:.3f} |
+| before | {metrics.psnr_before:.2f} | {metrics.ssim_before:.3f} |
+| **after** | **{metrics.psnr_after:.2f}** | **{metrics.ssim_after:.3f}** |
 
 In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 
@@ -199,8 +225,8 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 
 | | |
 |---|---|
-| Data | {_cell(facts.data)}; {metrics["train_pairs"]} pairs to train on, {metrics["eval_pairs"]} held out |
-| Training | {metrics["max_train_steps"]} steps, {facts.seconds:.0f} seconds, seed {metrics["seed"]} |
+| Data | {_cell(facts.data)}; {metrics.train_pairs} pairs to train on, {metrics.eval_pairs} held out |
+| Training | {metrics.max_train_steps} steps, {facts.seconds:.0f} seconds, seed {metrics.seed} |
 | Hardware | {facts.machine} |
 | Software | {_software()} |
 
@@ -210,8 +236,8 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 """
 
 
-def _metadata(result: AdaptedNetwork, metrics: Mapping[str, object], facts: RunFacts) -> ModelCardData:
-    """The head of the card, by which the Hub finds and shows it; the figures as a model-index."""
+def _metadata(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -> ModelCardData:
+    """The card's metadata, by which the Hub finds it, with the figures as a model-index."""
     dataset = facts.dataset or "custom"
     results = [
         EvalResult(
@@ -219,10 +245,10 @@ def _metadata(result: AdaptedNetwork, metrics: Mapping[str, object], facts: RunF
             dataset_type=dataset,
             dataset_name=facts.data,
             metric_type=figure,
-            metric_name=f"{figure.upper()} on {metrics['eval_pairs']} held-out pairs",
-            metric_value=round(float(metrics[f"{figure}_after"]), 4),
+            metric_name=f"{figure.upper()} on {metrics.eval_pairs} held-out pairs",
+            metric_value=round(value, 4),
         )
-        for figure in ("psnr", "ssim")
+        for figure, value in (("psnr", metrics.psnr_after), ("ssim", metrics.ssim_after))
     ]
     return ModelCardData(
         model_name=result.title,
@@ -236,7 +262,7 @@ def _metadata(result: AdaptedNetwork, metrics: Mapping[str, object], facts: RunF
 
 
 def _cell(text: str) -> str:
-    """Text of the user's that stays inside one cell of a table."""
+    """A user's text, made to fit into one cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

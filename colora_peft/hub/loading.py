@@ -1,8 +1,7 @@
-"""Use somebody else's adapter, or share one's own: from an id on the Hub, or a folder, to a network that restores.
+"""From an id on the Hub, or a folder, to a network that restores.
 
-What comes from elsewhere is not trusted: `colora_peft.hub.source` fetches JSON and safetensors alone, a base that
-would have to be built by a function is not built, and a base with other weights than the adapter was trained on is
-refused.
+Files from elsewhere are not trusted: `colora_peft.hub.source` fetches JSON and safetensors alone, a base that a
+function would have to build is not built, and a base with other weights than the adapter was trained on is refused.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -21,16 +18,10 @@ from torch import nn
 from colora_peft.tuner import CoLoRAConfig, CoLoRAModel, base_fingerprint, is_other_base
 
 from .networks import load_backbone, load_from_folder
-from .source import ADAPTER_FILES, CLIENT_ERRORS, NETWORK_FILES, Source, fetch, in_words
-
-__all__ = ["create_hub_repo", "load", "load_base", "peft_type_of", "push_folder"]
+from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
-RESULT_FILES = (*ADAPTER_FILES, *NETWORK_FILES, "README.md", "metrics.json", "contributions.json")
-"""What a training run leaves for others; besides, the images that its card shows."""
-
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 
 
 # ------------------------------------------------------------------------------------------------------------- load
@@ -54,8 +45,8 @@ def load(
         token: For private repositories: True or None takes the one that `hf auth login` has stored.
         base: The network that the adapter was trained on, where it is not found by the name that the adapter has for
             it: a folder, an id on the Hub, `module:function`, or the network itself, which then carries the adapter.
-            A network that carries adapters by now (what this function returned) gets a further one, which is active.
-        adapter_name: What the adapter is called inside the network.
+            A network that carries adapters (a result of this function) gets a further one, which is active.
+        adapter_name: Name of the adapter inside the network.
 
     Returns:
         The `PeftModel` of an adapter, the bare network of a network.
@@ -126,16 +117,15 @@ def peft_type_of(folder: Path, source: Source) -> str:
 
 
 def _read_config(folder: Path, source: Source) -> CoLoRAConfig:
-    """The configuration of the adapter, which nothing outside of its file has a part in."""
+    """The configuration of the adapter, from its file alone."""
     file, peft_type = folder / ADAPTER_CONFIG, peft_type_of(folder, source)
     if peft_type != "COLORA":
         raise ValueError(
             f"{source} is an adapter of the PEFT method {peft_type!r}, not COLORA: load it with "
             "peft.PeftModel.from_pretrained."
         )
-    if isinstance(
-        json.loads(file.read_text(encoding="utf-8")).get("contributions"), str
-    ):  # would be read as the path of a file
+    # A string would be read as the path of a file.
+    if isinstance(json.loads(file.read_text(encoding="utf-8")).get("contributions"), str):
         raise ValueError(f"The contributions of {source} are a path instead of scores: {_remedy(file)}.")
     try:
         return CoLoRAConfig.from_pretrained(str(folder))
@@ -144,7 +134,7 @@ def _read_config(folder: Path, source: Source) -> CoLoRAConfig:
 
 
 def _check_readable(file: Path, source: Source) -> None:
-    """Before anything is changed: whether the file is whole, as far as its header tells."""
+    """Refuse a damaged file before anything is changed, as far as its header tells."""
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -153,7 +143,7 @@ def _check_readable(file: Path, source: Source) -> None:
 
 
 def _remedy(file: Path) -> str:
-    return f"take it anew from where it came from (here it is {file})"
+    return f"fetch it again from its origin (here it is {file})"
 
 
 # ------------------------------------------------------------------------------------------------------------- base
@@ -213,74 +203,3 @@ def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name
         return model.eval()
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"The adapter {source} cannot be put on a {type(network).__name__}. {error}") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- push
-
-
-def create_hub_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Make the repository to push to, unless it is there; its full id. Shows before a training that pushing may work.
-
-    Raises:
-        OSError: The Hub refuses, or does not answer.
-        ValueError: It is to be private but is there and public; or the id is none.
-    """
-    api, source = HfApi(token=token), Source(repo_id)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        is_private = api.model_info(repo_id).private if private else None
-    except CLIENT_ERRORS as error:
-        raise OSError(f"Cannot push to {repo_id}. {in_words(error, source)}") from error
-    if private and not is_private:
-        raise ValueError(
-            f"The repository {repo_id} is there and public: make it private on its page, or name another."
-        )
-    return repo_id
-
-
-def push_folder(
-    folder: str | Path, repo_id: str, *, token: str | bool | None = None, message: str = "Upload with colora_peft"
-) -> str:
-    """Push the result of a run in one commit: `RESULT_FILES`, and the images that its card shows.
-
-    Args:
-        folder: What `finetune.py` or `pretrain.py` wrote; checkpoints and logs in it stay here.
-        repo_id: A repository that is there (`create_hub_repo`).
-        token: Default: the one that `hf auth login` has stored.
-        message: Of the commit.
-
-    Returns:
-        The hash of the commit.
-
-    Raises:
-        OSError: The Hub refuses, or does not answer; nothing was pushed.
-        ValueError: There is no result in the folder, or an image of the card is missing.
-    """
-    files = files_to_push(Path(folder))
-    try:
-        commit = HfApi(token=token).upload_folder(
-            folder_path=folder, repo_id=repo_id, allow_patterns=list(files), commit_message=message
-        )
-    except CLIENT_ERRORS as error:
-        raise OSError(f"The result in {folder} was not pushed. {in_words(error, Source(repo_id))}") from error
-    return commit.oid
-
-
-def files_to_push(folder: Path) -> Sequence[str]:
-    """Names of what `push_folder` pushes.
-
-    Raises:
-        ValueError: There is no result in the folder, or an image of the card is missing.
-    """
-    names = [name for name in RESULT_FILES if (folder / name).is_file()]
-    if not any(weights in names for weights in (ADAPTER_WEIGHTS, NETWORK_FILES[1])):
-        raise ValueError(f"There is no adapter and no network in {folder}: push the output folder of a finished run.")
-    card = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in names else ""
-    for image in dict.fromkeys(_IMAGE.findall(card)):
-        if "://" in image:
-            continue
-        path = (folder / image).resolve()
-        if not path.is_relative_to(folder.resolve()) or not path.is_file():
-            raise ValueError(f"The card in {folder} shows {image}, which is not in there: remove it from README.md.")
-        names.append(image)
-    return names

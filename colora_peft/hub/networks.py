@@ -21,13 +21,13 @@ from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 __all__ = ["load_backbone", "load_from_folder", "register_backbones"]
 
-_ENTRY_POINTS = "colora_peft.hub.networks"
+_ENTRY_POINTS = "colora_peft.backbones"
 _MODULE_AND_FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
 
 
 @cache
 def register_backbones() -> None:
-    """Import every module that installed packages name under the entry point group `colora_peft.hub.networks`.
+    """Import every module that installed packages name under the entry point group `colora_peft.backbones`.
 
     Such a module registers its networks with transformers' Auto classes when it is imported; `colora_peft.models` is
     one of them. By entry point, because the method itself does not depend on any backbone.
@@ -94,7 +94,7 @@ def load_from_folder(folder: Path, source: Source) -> nn.Module:
     if loaded["missing_keys"]:  # transformers would leave them random, and say so in a table
         raise ValueError(
             f"The network {source} lacks weights of {some(sorted(loaded['missing_keys']), limit=3)}: its file is of "
-            "another network, or of a wrapped one; save it anew."
+            "another network, or of a wrapped one; save it again."
         )
     if source.is_hub_id and not source.subfolder:
         # Not the folder in this machine's cache: adapters that are trained on it write down where it is from.

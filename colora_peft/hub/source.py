@@ -1,4 +1,4 @@
-"""The files of an adapter or a network, from a folder or from the Hub: which are read, and what is said on failure.
+"""The files of an adapter or a network, from a folder or from the Hub, and the words for failures.
 
 Only JSON and safetensors are asked for, by fixed names: no pickle is fetched, no code, and no name that a repository
 chose becomes a path here.
@@ -6,15 +6,17 @@ chose becomes a path here.
 
 from __future__ import annotations
 
+import glob
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -32,7 +34,7 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSErr
 
 @dataclass(frozen=True)
 class Source:
-    """Where something is loaded from: a folder, or a repository on the Hub at a revision; and the folder inside."""
+    """Origin of an adapter or a network: a folder, or a repository on the Hub at a revision; and the folder inside."""
 
     name_or_path: str
     revision: str | None = None
@@ -48,12 +50,17 @@ class Source:
         return self.name_or_path + (f"/{self.subfolder}" if self.subfolder else "")
 
     @property
+    def prefix(self) -> str:
+        """Beginning of the names of its files in a repository."""
+        return f"{PurePosixPath(self.subfolder)}/" if self.subfolder else ""
+
+    @property
     def is_folder(self) -> bool:
         return Path(self.name_or_path).is_dir()
 
     @property
     def is_hub_id(self) -> bool:
-        """Whether it could be an id on the Hub, and is no folder."""
+        """Whether it can be an id on the Hub and is not a folder."""
         try:
             validate_repo_id(self.name_or_path)
         except HFValidationError:
@@ -107,28 +114,35 @@ def fetch(source: Source, kinds: tuple[tuple[str, str], ...] = (ADAPTER_FILES, N
 
 
 def _download(source: Source, kinds: tuple[tuple[str, str], ...]) -> Path:
-    """Both files of one commit, even where somebody pushes another meanwhile."""
+    """The snapshot's folder with both files of one commit, even where somebody pushes another meanwhile."""
     info = HfApi().model_info(
         source.name_or_path, revision=source.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT, token=source.token
     )
-    prefix = f"{PurePosixPath(source.subfolder)}/" if source.subfolder else ""
-    inside = [sibling.rfilename for sibling in info.siblings or [] if sibling.rfilename.startswith(prefix)]
-    names = _choose(source, {name.removeprefix(prefix) for name in inside}, kinds)
-    # By the revision first, so that the client notes in its cache where a branch is at; then of that very commit.
-    config, weights = (prefix + name for name in names)
-    path = Path(hf_hub_download(source.name_or_path, config, revision=source.revision, token=source.token))
-    commit = path.parents[len(PurePosixPath(config).parts) - 1].name
-    hf_hub_download(source.name_or_path, weights, revision=commit, token=source.token)
-    return path.parent
+    siblings = [sibling.rfilename for sibling in info.siblings or []]
+    inside = {name.removeprefix(source.prefix) for name in siblings if name.startswith(source.prefix)}
+    return _snapshot(source, _choose(source, inside, kinds))
+
+
+def _snapshot(source: Source, names: tuple[str, str], is_offline: bool = False) -> Path:
+    snapshot = snapshot_download(
+        source.name_or_path,
+        revision=source.revision,
+        allow_patterns=[glob.escape(source.prefix + name) for name in names],
+        local_files_only=is_offline,
+        token=source.token,
+    )
+    return Path(snapshot) / source.subfolder
 
 
 def _cached(source: Source, kinds: tuple[tuple[str, str], ...]) -> Path | None:
     """The folder of the newest snapshot known of that revision, if it holds all that is needed."""
-    prefix = f"{PurePosixPath(source.subfolder)}/" if source.subfolder else ""
     for names in kinds:
-        found = [try_to_load_from_cache(source.name_or_path, prefix + n, revision=source.revision) for n in names]
-        if all(isinstance(path, str) for path in found):
-            return Path(found[0]).parent
+        try:
+            folder = _snapshot(source, names, is_offline=True)
+        except LocalEntryNotFoundError:
+            return None
+        if all((folder / name).is_file() for name in names):
+            return folder
     return None
 
 
@@ -146,8 +160,8 @@ def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...])
         pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
         if pickles:
             raise ValueError(
-                f"{source} has its weights in {some(pickles, 3)} only, a pickle, which can run code when it is opened "
-                f"and is not: ask for {weights}."
+                f"{source} has its weights in {some(pickles, 3)} only, a pickle, which can run code when it is "
+                f"opened. It is not opened: ask for {weights}."
             )
         raise ValueError(f"{source} has {config} but no {weights}: it is incomplete, ask who made it.")
     wanted = " or ".join(config for config, _ in kinds)
@@ -155,13 +169,13 @@ def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...])
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether the Hub gave no answer, or one that says that it is ill."""
+    """Whether the Hub gave no answer, or reported an error of its own."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status is None or status >= 500
 
 
 def in_words(error: Exception, source: Source) -> str:
-    """One sentence on what the Hub, or the way to it, has against `source`, and what to do."""
+    """One sentence on why the Hub did not give `source`, and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):
         return f"{source} is gated: ask for access on its page, then log in (`hf auth login`) or pass token=."

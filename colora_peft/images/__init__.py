@@ -7,12 +7,23 @@ A tensor is float32 RGB (3, H, W) in [0, 1]. `read_image` and `to_pil` convert v
 from .formats import FORMATS, format_of
 from .icc import fitting_profile
 from .image_file import DEFAULT_MAX_PIXELS, ImageFile, encode_image_file, read_image_file, write_image_file
-from .reading import IMAGE_SUFFIXES, as_float, decode_stored, list_images, read_bytes, read_image, read_stored, to_pil
+from .reading import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    as_float,
+    decode_stored,
+    list_images,
+    read_bytes,
+    read_image,
+    read_stored,
+    to_pil,
+)
 from .sheets import encode_sheet, paint_sheet, save_comparison, save_sheet
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
     "FORMATS",
+    "IMAGE_FORMATS",
     "IMAGE_SUFFIXES",
     "ImageFile",
     "as_float",

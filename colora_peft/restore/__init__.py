@@ -1,11 +1,29 @@
-"""What stands behind examples/restore.py and the demo page.
+"""The machinery behind examples/restore.py and the demo page, app.py.
 
-Which files are restored and where results go (`plan`), with which adapters (`adapters`), and what they were made with
-(`record`). Nothing in the library imports this package.
+Files and results (`plan`), adapters (`adapters`), the way from one to the other (`run`, `photo`), and what results
+were made with (`record`, `report`). Nothing in the library imports this package.
 """
 
-from .adapters import NO_ADAPTER, AdapterSet, adapter_labels
-from .plan import Job, plan_jobs
-from .record import RestoreRecord, file_digest
+from .adapters import MAX_STRENGTH, NO_ADAPTER, AdapterSet, adapter_labels, adapters_in
+from .arguments import RestoreArguments
+from .photo import PhotoRestorer
+from .plan import plan_jobs
+from .record import RestoreRecord
+from .report import Row, Table, report_of
+from .run import RestoreRun
 
-__all__ = ["AdapterSet", "Job", "NO_ADAPTER", "RestoreRecord", "adapter_labels", "file_digest", "plan_jobs"]
+__all__ = [
+    "AdapterSet",
+    "MAX_STRENGTH",
+    "NO_ADAPTER",
+    "PhotoRestorer",
+    "RestoreArguments",
+    "RestoreRecord",
+    "RestoreRun",
+    "Row",
+    "Table",
+    "adapter_labels",
+    "adapters_in",
+    "plan_jobs",
+    "report_of",
+]

@@ -1,8 +1,9 @@
-"""A network with several adapters, each used in turn, and the bare network among them."""
+"""A network and its adapters, of which one at a time, or none, is at work."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections import Counter
@@ -14,17 +15,33 @@ from safetensors import SafetensorError
 from torch import nn
 
 from colora_peft.hub import ADAPTER_FILES, Source, fetch, load, peft_type_of
-
-from .record import fingerprint
-
-__all__ = ["NO_ADAPTER", "AdapterSet", "adapter_labels"]
+from colora_peft.tuner import CoLoRALayer
+from colora_peft.utils import digest_of_state
 
 NO_ADAPTER = "none"
+MAX_STRENGTH = 1.5
 
+_COLORA = "COLORA"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-# Of an adapter's settings: where it came from and how it is loaded, which change nothing of what it does.
+# Settings of an adapter that change nothing of what it does: where it came from, and how it is loaded.
 _ORIGIN = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+
+
+def adapters_in(folder: str | Path) -> dict[str, Path]:
+    """The adapters right below `folder`, by the names of their folders, sorted.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds none.
+    """
+    folder, config = Path(folder), ADAPTER_FILES[0]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}; check the path.")
+    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{config}"))}
+    if not found:
+        raise ValueError(f"The folder {folder} holds no adapters, which are folders with an {config}: name another.")
+    return found
 
 
 def adapter_labels(adapters: Sequence[str]) -> list[str]:
@@ -55,57 +72,125 @@ class AdapterSet:
         adapters: By label, a folder or an id on the Hub; "none" for the bare network.
 
     Attributes:
-        labels: In the order given.
-        fingerprints: By label, of the network's and the adapter's weights and settings.
+        labels: Labels in the order in which the adapters came.
 
     Raises:
-        ValueError: there is no adapter, its weights are not in safetensors, it does not fit the network, or (CoLoRA,
-            whose adapters know it) was trained on another one; it names the adapter.
+        ValueError: as `add`.
     """
 
-    def __init__(self, network: nn.Module, adapters: Mapping[str, str]) -> None:
-        self.labels = list(adapters)
-        # With the kind: one without weights, or with the same, may do something else.
-        base = fingerprint(network.state_dict(), f"{type(network).__module__}.{type(network).__qualname__}")
-        self.fingerprints = {label: base for label, path in adapters.items() if path == NO_ADAPTER}
+    def __init__(self, network: nn.Module, adapters: Mapping[str, str | Path]) -> None:
+        self.labels: list[str] = []
         self._bare = network.eval()
-        self._device = str(next((parameter.device for parameter in network.parameters()), "cpu"))
+        self._by_method: dict[str, PeftModel] = {}
         self._adapted: dict[str, tuple[PeftModel, str]] = {}  # by label, with PEFT's name of the adapter
-        by_method: dict[str, PeftModel] = {}
-        for number, (label, path) in enumerate(adapters.items()):
+        self._names = (f"adapter_{number}" for number in itertools.count())  # a label may hold dots, PEFT's may not
+        self._strengths: dict[str, float] = {}
+        self._digests: dict[str, str] = {}
+        for label, path in adapters.items():
             if path == NO_ADAPTER:
-                continue
-            name = f"adapter_{number}"  # a label may hold dots, which PEFT does not allow
-            model = self._load(path, name, by_method).eval()
-            self._adapted[label] = model, name
-            config = {key: value for key, value in model.peft_config[name].to_dict().items() if key not in _ORIGIN}
-            weights = get_peft_model_state_dict(model, adapter_name=name)
-            self.fingerprints[label] = fingerprint(weights, base, json.dumps(config, sort_keys=True, default=str))
+                self.labels.append(label)
+            else:
+                self.add(label, path)
 
-    def _load(self, path: str, name: str, by_method: dict[str, PeftModel]) -> PeftModel:
+    def add(self, label: str, path: str | Path) -> None:
+        """Load one more adapter, from a folder or the Hub.
+
+        Raises:
+            ValueError: there is no adapter, its weights are not in safetensors, it does not fit the network, or
+                (CoLoRA, whose adapters know it) was trained on another one. It names the adapter, and all is as it
+                was.
+        """
+        path = str(path)
         if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
             raise ValueError(f"There is no folder {path} with an adapter; check the path.")
-        source = Source(path)
+        source, name = Source(path), next(self._names)
+        device = str(next((parameter.device for parameter in self._bare.parameters()), "cpu"))
         try:
             folder = fetch(source, (ADAPTER_FILES,))  # never a pickle
             method = peft_type_of(folder, source)
-            network = by_method[method] if method in by_method else copy.deepcopy(self._bare)
-            if method == "COLORA":
-                by_method[method] = load(path, base=network, adapter_name=name)  # refuses another base
-            elif method in by_method:
-                network.load_adapter(str(folder), adapter_name=name, torch_device=self._device)
+            model = self._by_method.get(method) or copy.deepcopy(self._bare)
+            if method == _COLORA:
+                model = load(path, base=model, adapter_name=name)  # refuses another base
+            elif method in self._by_method:
+                model.load_adapter(str(folder), adapter_name=name, torch_device=device)
             else:
-                by_method[method] = PeftModel.from_pretrained(
-                    network, str(folder), adapter_name=name, torch_device=self._device
-                )
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
         except (ValueError, TypeError, OSError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"The adapter {path} cannot be loaded: {error}") from error
-        return by_method[method]
+        self._by_method[method] = model.eval()
+        self._keep(label, model, name)
 
-    def activate(self, label: str) -> nn.Module:
-        """The network with that adapter alone, until another is activated."""
-        if label not in self._adapted:
+    def remove(self, label: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ValueError: There is none of that label.
+        """
+        model, name = self._find(label)
+        model.delete_adapter(name)
+        self.labels.remove(label)
+        for known in (self._adapted, self._strengths, self._digests):
+            known.pop(label, None)
+
+    def blend(self, labels: Sequence[str], weights: Sequence[float], label: str) -> None:
+        """Add the exact weighted sum of CoLoRA adapters, as an adapter of its own.
+
+        Raises:
+            ValueError: as `add_weighted_adapter` of CoLoRA, or if there is no adapter of one of the labels.
+        """
+        (model, *_), names = zip(*(self._find(one) for one in labels), strict=True)
+        name = next(self._names)
+        model.add_weighted_adapter(list(names), list(weights), name, combination_type="cat")
+        self._keep(label, model, name)
+
+    def activate(self, label: str, strength: float = 1.0) -> nn.Module:
+        """The network with that adapter alone, until another is activated; "none" is the bare network.
+
+        Args:
+            label: One of `labels`, or "none".
+            strength: Factor on what a CoLoRA adapter was trained to do, between 0 (the bare network) and 1.5.
+
+        Raises:
+            ValueError: There is no such adapter, or its strength cannot be that.
+        """
+        if label == NO_ADAPTER and label not in self._adapted:
             return self._bare
-        model, name = self._adapted[label]
-        model.set_adapter(name)
+        model, name = self._find(label)
+        if not 0 <= strength <= MAX_STRENGTH:
+            raise ValueError(f"The strength is {strength}; it must be between 0 and {MAX_STRENGTH}.")
+        if model.active_adapters != [name]:
+            model.set_adapter(name, inference_mode=True)
+        if self._strengths.get(label, 1.0) != strength:  # walking over all layers takes as long as the switch
+            if model is not self._by_method.get(_COLORA):
+                raise ValueError(f"The strength of {label} is fixed, because it is no CoLoRA adapter: leave it at 1.")
+            for layer in model.modules():
+                if isinstance(layer, CoLoRALayer):
+                    layer.set_scale(name, strength)
+            self._strengths[label] = strength
         return model
+
+    def digest_of(self, label: str) -> str:
+        """Digest of the network's and the adapter's weights and settings, wherever they came from."""
+        if label not in self._digests:
+            # With the class: another one that has the same weights, or none, may do something else.
+            kind = f"{type(self._bare).__module__}.{type(self._bare).__qualname__}"
+            digest = digest_of_state(self._bare.state_dict(), kind)
+            if label in self._adapted:
+                model, name = self._adapted[label]
+                settings = {key: value for key, value in model.peft_config[name].to_dict().items()
+                            if key not in _ORIGIN}  # fmt: skip
+                weights = get_peft_model_state_dict(model, adapter_name=name)
+                digest = digest_of_state(weights, digest, json.dumps(settings, sort_keys=True, default=str))
+            self._digests[label] = digest
+        return self._digests[label]
+
+    def _keep(self, label: str, model: PeftModel, name: str) -> None:
+        self._adapted[label] = model, name
+        self.labels.append(label)
+
+    def _find(self, label: str) -> tuple[PeftModel, str]:
+        if label not in self._adapted:
+            raise ValueError(
+                f"There is no adapter {label!r}; choose one of {', '.join(dict.fromkeys([*self.labels, NO_ADAPTER]))}."
+            )
+        return self._adapted[label]

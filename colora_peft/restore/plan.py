@@ -1,4 +1,4 @@
-"""Which image files are restored, and where the results go: settled, and checked, before anything runs."""
+"""Plan of a restoration: image files and their results, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Job:
 
     Attributes:
         source: The file.
-        name: How it is called in tables: its path below the folder that was given.
+        name: Name in tables: the path below the folder that was given.
         results: One file for each adapter.
-        comparison: The image of input and results side by side.
-        target: What the results are compared with, or None.
+        comparison: File of the image of input and results side by side.
+        target: Clean image to compare the results with, or None.
     """
 
     source: Path
@@ -128,7 +128,7 @@ def _is(path: Path, other: Path) -> bool:
 
 
 def _is_below(match: Path, output_dir: Path, fixed: Path) -> bool:
-    """Whether a match lies in the output folder, and that below where the pattern began."""
+    """Whether a match lies in the output folder, and the output folder below the beginning of the pattern."""
     results, root = output_dir.resolve(), fixed.resolve()
     return results != root and results.is_relative_to(root) and match.resolve().is_relative_to(results)
 
@@ -172,8 +172,8 @@ class _Targets:
     """The images below a folder, by their path without suffix, and by their stem.
 
     Args:
-        folder: That of the targets.
-        names: Of all inputs. By its stem a target is found only where one input alone has that stem, and none has its
+        folder: Folder of the targets.
+        names: Names of all inputs. By its stem a target is found only where one input has that stem, and none has its
             path: the target of day/1.png is not that of night/1.png.
     """
 

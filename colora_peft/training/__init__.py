@@ -1,30 +1,51 @@
-"""What stands behind examples/finetune.py and examples/pretrain.py.
+"""The machinery behind examples/finetune.py, pretrain.py and contribution.py.
 
 `train` is the loop: exact to resume, on one process or many. Nothing in the library imports this package; it is
 installed so that a job on a cluster needs no clone.
 """
 
-from .arguments import TrainArguments
+from colora_peft.inference import reconstruct, restoration_loss
+
+from .arguments import OnResume, TrainArguments
 from .checkpoint import list_checkpoints, read_state
-from .loop import DataFailed, TrainingDiverged, reconstruct, restoration_loss, train, use_all_cores
+from .loop import DataFailed, TrainingDiverged, train, use_all_cores
 from .methods import LEARNING_RATES, METHODS, Method, prepare_for_tuning, trained_parameters
 from .output_dir import check_output_dir, open_output_dir
+from .signals import TrainingStopped
+from .task import (
+    CONTRIBUTIONS_FILE,
+    FIGURE_FILE,
+    TaskArguments,
+    load_network,
+    load_pairs,
+    measure_contributions,
+    report_allocation,
+)
 from .trackers import create_accelerator
 
 __all__ = [
+    "CONTRIBUTIONS_FILE",
     "DataFailed",
+    "FIGURE_FILE",
     "LEARNING_RATES",
     "METHODS",
     "Method",
+    "OnResume",
+    "TaskArguments",
     "TrainArguments",
     "TrainingDiverged",
+    "TrainingStopped",
     "check_output_dir",
     "create_accelerator",
     "list_checkpoints",
+    "load_network",
+    "load_pairs",
+    "measure_contributions",
     "open_output_dir",
     "prepare_for_tuning",
     "read_state",
     "reconstruct",
+    "report_allocation",
     "restoration_loss",
     "train",
     "trained_parameters",

@@ -4,69 +4,82 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Literal, get_type_hints
 
-from colora_peft.utils import check_at_least, check_seed
+from colora_peft.utils import check_at_least, check_seed, flag
+
+
+class OnResume(Enum):
+    """Rules of a flag for a run that goes on, and for its folder; without one it must keep its value.
+
+    A flag has them in its type: `Annotated[int, OnResume.FREE]`.
+    """
+
+    FREE = "may change, because the weights do not depend on it"
+    DATA = "may change where the images themselves are compared, or --allow_changed_dataset is given"
+    INPUT = "is read by the run, so that it must not lie in the folder that the run empties"
+
+
+def flags_with(rule: OnResume, args: object) -> list[str]:
+    """The names of the flags with that rule; subclasses that declare a flag anew keep the rules of their bases."""
+    hints = [get_type_hints(kind, include_extras=True) for kind in type(args).__mro__[:-1]]
+    names = [name for of_a_class in hints for name, hint in of_a_class.items()
+             if rule in getattr(hint, "__metadata__", ())]  # fmt: skip
+    return list(dict.fromkeys(names))
 
 
 @dataclass
 class TrainArguments:
     """Flags that every training script has. Names follow the scripts of diffusers."""
 
-    output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the result."})
-    max_train_steps: int = field(metadata={"help": "Optimiser steps of the whole run."})
-    per_device_train_batch_size: int = field(metadata={"help": "Patches a step on each process."})
-    resolution: int = field(metadata={"help": "Side of the square training patches in pixels."})
-    learning_rate: float = field(metadata={"help": "Peak learning rate of AdamW; it decays to zero along a cosine."})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from zero."})
-    gradient_accumulation_steps: int = field(
-        default=1,
-        metadata={"help": "Batches whose gradients each process adds up for a step: like a batch this many times "
-                  "larger, in the memory of one."},
-    )  # fmt: skip
-    use_ema: bool = field(
-        default=False, metadata={"help": "The result is the exponential moving average of the trained weights."}
+    output_dir: Annotated[str, OnResume.FREE] = flag(help="Path to the folder for checkpoints, logs and the result.")
+    max_train_steps: int = flag(help="Number of optimiser steps of the whole run.")
+    # Batch size and accumulation may change because processes may. Training checks their product when it starts.
+    per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
+        help="Number of patches in a batch of each process."
     )
-    ema_decay: float = field(
-        default=0.9999,
-        metadata={"help": "Weight of the past in that average at each step; it rises to this value."},
+    resolution: int = flag(help="Side of the square training patches in pixels.")
+    learning_rate: float = flag(help="Peak learning rate of AdamW; it decays to zero along a cosine.")
+    lr_warmup_steps: int = flag(0, "Number of steps over which the learning rate rises from zero.")
+    gradient_accumulation_steps: Annotated[int, OnResume.FREE] = flag(
+        1,
+        "Number of batches whose gradients each process adds up for a step: like a batch this many times larger, in "
+        "the memory of one.",
     )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    seed: int = field(
-        default=0, metadata={"help": "Seed of everything random; on one CPU set-up it fixes the result bitwise."}
+    use_ema: bool = flag(False, "The result is the exponential moving average of the trained weights.")
+    ema_decay: float = flag(0.9999, "Weight of the past in that average at each step; it rises to this value.")
+    max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped.")
+    seed: int = flag(0, "Seed of everything random; on one CPU set-up it fixes the result bitwise.")
+    checkpointing_steps: Annotated[int, OnResume.FREE] = flag(500, "Number of steps between checkpoints.")
+    checkpoints_total_limit: Annotated[int, OnResume.FREE] = flag(
+        2, "Number of checkpoints to keep; older ones go. 0 keeps all of them."
     )
-    checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
-    checkpoints_total_limit: int = field(
-        default=2, metadata={"help": "Checkpoints kept; older ones go. 0 keeps all of them."}
+    validation_steps: Annotated[int, OnResume.FREE] = flag(
+        0, "Number of steps between evaluations during training, with sample images in --output_dir. 0: none."
     )
-    validation_steps: int = field(
-        default=0,
-        metadata={"help": "Steps between evaluations during training, with sample images in --output_dir. 0: none."},
+    report_to: Annotated[Literal["tensorboard", "wandb", "trackio", "none"], OnResume.FREE] = flag(
+        "none", "Tracker that gets figures and sample images, besides train_log.jsonl in --output_dir."
     )
-    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = field(
-        default="none",
-        metadata={"help": "Send figures and sample images there, besides train_log.jsonl in --output_dir."},
+    resume_from_checkpoint: Annotated[str | None, OnResume.FREE] = flag(
+        None, "'latest' or the name of a checkpoint in --output_dir: go on from there."
     )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest' or a checkpoint in --output_dir: go on from there."}
+    allow_changed_dataset: Annotated[bool, OnResume.FREE] = flag(
+        False, "Resume although files of the dataset were added, removed or changed."
     )
-    allow_changed_dataset: bool = field(
-        default=False, metadata={"help": "Resume although files of the dataset were added, removed or changed."}
+    overwrite_output_dir: Annotated[bool, OnResume.FREE] = flag(False, "Delete an earlier run in --output_dir.")
+    dataloader_num_workers: Annotated[int, OnResume.FREE] = flag(
+        0, "Number of processes that prepare patches; 0 prepares them in the training process."
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in --output_dir."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that prepare patches; 0 prepares them in the training process."}
+    push_to_hub: Annotated[bool, OnResume.FREE] = flag(
+        False, "Push the result to the Hub at the end, as who `hf auth login` has logged in."
     )
-    push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Push the result to the Hub at the end, as who `hf auth login` has logged in."},
+    hub_model_id: Annotated[str | None, OnResume.FREE] = flag(
+        None, "Repository to push to. Default: the name of --output_dir, under your name."
     )
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository to push to. Default: the name of --output_dir, under your name."}
-    )
-    hub_private_repo: bool = field(
-        default=False, metadata={"help": "Make that repository private; one that is there and public is refused."}
+    hub_private_repo: Annotated[bool, OnResume.FREE] = flag(
+        False, "Make that repository private; one that is there and public is refused."
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
-    """Averages of the parameters of `model` that require gradients; the network itself is left alone until asked.
+    """Averages of the parameters of `model` that require gradients; the network itself stays as it is until asked.
 
     Args:
         model: The network that is trained; its parameters stay the same objects.
@@ -34,7 +34,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` optimiser steps."""
+        """Update the averages with the weights after `step` optimiser steps."""
         weight = 1 - self.decay_at(step)
         for name, parameter in self._parameters.items():
             self.averages[name].lerp_(parameter, weight)
@@ -47,7 +47,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network with the averages inside; afterwards bitwise as before."""
+        """Context manager in which the network has the averages; afterwards it is bitwise as before."""
         weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self.copy_to_model()
         try:

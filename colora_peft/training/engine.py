@@ -1,4 +1,4 @@
-"""What steps a network over all processes of a run: Accelerate here, DeepSpeed in engine_deepspeed.py."""
+"""Engines, which step a network over all processes of a run: Accelerate here, DeepSpeed in engine_deepspeed.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from colora_peft.utils import whole
 
 from .arguments import TrainArguments
 
-# Adam's state by parameter, as an optimizer of PyTorch has it.
+# Adam's state by parameter, as an optimiser of PyTorch has it.
 OptimizerState = dict[nn.Parameter, dict[str, Tensor]]
 
 
@@ -22,7 +22,8 @@ class Engine(ABC):
     """A network and the AdamW of its trained parameters.
 
     Attributes:
-        network: What is called in place of the model: around it may be several processes, autocast or torch.compile.
+        network: Module to call in place of the model: it may be wrapped for several processes, autocast or
+            torch.compile.
         state: Adam's state by parameter: sharded as the parameters are, else whole. Every process must ask for it.
     """
 
@@ -34,7 +35,7 @@ class Engine(ABC):
 
     @abstractmethod
     def batch(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of each batch of a step."""
+        """Context manager for the forward and backward pass of each batch of a step."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -42,7 +43,7 @@ class Engine(ABC):
 
     @abstractmethod
     def clip(self) -> Tensor:
-        """Clip the gradients, at the latest in the step to come; their norm before, over all processes."""
+        """Clip the gradients, at the latest in the step to come; return their norm before, over all processes."""
 
     @abstractmethod
     def step(self) -> None:
@@ -50,7 +51,7 @@ class Engine(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Take off the model what was put on it."""
+        """Unwrap the model."""
 
 
 class AccelerateEngine(Engine):
@@ -58,7 +59,7 @@ class AccelerateEngine(Engine):
 
     Args:
         model: The network, on its device.
-        optimizer: Of the parameters that require gradients.
+        optimizer: AdamW of the parameters that require gradients.
         args: The run's settings.
         accelerator: The run's.
     """

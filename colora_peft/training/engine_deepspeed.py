@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO, stages 1 and 2: every process has the whole weights and steps a share of them.
 
 Only that share's moments of Adam are on a process, under stage 2 only its gradients, too. The weights stay float32 and
-bf16 is autocast, as without DeepSpeed, so that it trains alike and either goes on with a checkpoint of the other. Two
+bf16 is autocast, as without DeepSpeed, so that both train equally and go on with each other's checkpoints. Two
 things differ: evaluations in a bf16 run compute in float32, and dropout on a CPU draws other masks, since its pattern
 follows the layout in memory.
 
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from .arguments import TrainArguments
 from .engine import Engine, OptimizerState
 
-_OLDEST = "0.19.8"  # those before may give a norm of 1 where the gradient is not finite
-_BUCKET = 2**24  # numbers that processes add up at a time; for those of its own DeepSpeed would set aside 2 GB
+_OLDEST = "0.19.8"  # earlier ones may give a norm of 1 where the gradient is not finite
+_BUCKET = 2**24  # numbers that processes add up at a time; DeepSpeed's own choice would set aside 2 GB
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -35,7 +35,7 @@ def is_zero(accelerator: Accelerator) -> bool:
 
 
 def check_zero(accelerator: Accelerator) -> None:
-    """Refuse what DeepSpeed would do otherwise than a run without it.
+    """Refuse settings under which DeepSpeed would train otherwise than a run without it.
 
     Raises:
         ValueError: for old versions of it, settings in a file of DeepSpeed's, stages but 1 and 2 (3 shards the
@@ -47,7 +47,7 @@ def check_zero(accelerator: Accelerator) -> None:
     if Version(version("deepspeed")) < Version(_OLDEST):
         raise ValueError(
             f"DeepSpeed {version('deepspeed')} is too old, at least {_OLDEST} is needed: "
-            'pip install "colora-peft[deepspeed]".'
+            'pip install -e ".[deepspeed]" in the clone.'
         )
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise ValueError(
@@ -80,7 +80,7 @@ class ZeroEngine(Engine):
 
     Args:
         model: The network, on its device, its tensors contiguous.
-        optimizer: Of the parameters that require gradients, which must be float32.
+        optimizer: AdamW of the parameters that require gradients, which must be float32.
         args: The run's settings.
         accelerator: The run's.
 
@@ -116,14 +116,14 @@ class ZeroEngine(Engine):
         for key in _MOMENTS:
             self._share.data.copy_(own[key])
             for parameter in self._parameters:
-                # Not to stay on a device, which may have room for its share alone.
+                # Off the device, which may have room for its own share only.
                 state[parameter][key] = safe_get_full_fp32_param(parameter).cpu()
         self._share.data.copy_(weights)
         return state
 
     @state.setter
     def state(self, state: OptimizerState) -> None:
-        """Also goes on from the weights that the network has now."""
+        """Sets the moments, and takes over the weights that the network has now."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         self._adam.state.clear()
@@ -174,7 +174,7 @@ def _check_float32(model: nn.Module) -> None:
 
 
 def _configuration(args: TrainArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """DeepSpeed's, which would round the weights to bf16 by its section of that name."""
+    """DeepSpeed's settings, without the section bf16, which would round the weights."""
     return {
         "zero_optimization": {"stage": accelerator.deepspeed_plugin.zero_stage, "reduce_bucket_size": _BUCKET},
         "zero_allow_untested_optimizer": True,  # AdamW of PyTorch

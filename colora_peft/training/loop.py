@@ -24,26 +24,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from colora_peft.data import Batch, PairSource, Position, StepSampler, collate, sample_generator
-from colora_peft.inference import reconstruct, restoration_loss
+from colora_peft.inference import reconstruct
 from colora_peft.utils import Processes
 
 from .arguments import TrainArguments
 from .engine import AccelerateEngine, Engine
-from .engine_deepspeed import ZeroEngine, check_zero, is_zero
-from .fsdp import WholeNetwork, check_distributed_type, is_sharding
+from .engine_deepspeed import ZeroEngine, is_zero
+from .fsdp import WholeNetwork, is_sharding
 from .run import StepFigures, TrainingRun
-from .signals import STOP_SIGNALS, StopSignals, TrainingStopped, ignore_stop_signals
+from .signals import STOP_SIGNALS, StopSignals, ignore_stop_signals
 from .trackers import running_trackers
-
-__all__ = [
-    "DataFailed",
-    "TrainingDiverged",
-    "TrainingStopped",
-    "reconstruct",
-    "restoration_loss",
-    "train",
-    "use_all_cores",
-]
 
 
 class TrainingDiverged(RuntimeError):
@@ -51,7 +41,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class DataFailed(RuntimeError):
-    """The next batch could not be had: its images cannot be read, or the process that prepares them is gone."""
+    """The next batch is not available: its images cannot be read, or the process that prepares them is gone."""
 
 
 def train(
@@ -68,9 +58,9 @@ def train(
         model: Any network that `reconstruct` understands.
         dataset: Samples `{"pixel_values", "labels"}` by sample number, e.g. `PairedPatches`, or a `StreamPatches`.
         args: The run's settings; its output folder was opened by `open_output_dir`.
-        accelerator: Gives device, mixed precision, processes and trackers (`create_accelerator`).
-        checkpoint: Where to go on from; None starts anew.
-        eval_pairs: What is restored every `validation_steps`, if that is set.
+        accelerator: That of `create_accelerator`, which refuses launches under which a run would be wrong.
+        checkpoint: Checkpoint to go on from; None starts a new run.
+        eval_pairs: Pairs to evaluate every `validation_steps`, if that is set.
 
     Returns:
         The model, on the accelerator's device, and the seconds of training, those before a restart included. Under
@@ -86,8 +76,6 @@ def train(
     """
     if args.validation_steps and eval_pairs is None:
         raise ValueError("--validation_steps needs images to evaluate on, and there are none; leave it out.")
-    check_distributed_type(accelerator)
-    check_zero(accelerator)
     model = _to_device(model, accelerator).train()
     network = WholeNetwork(model, accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,10 +99,10 @@ def train(
             try:
                 figures = _backward(engine, batches, args, accelerator, signals)
             except DataFailed as error:
-                _restore(buffers)
+                _put_back(buffers)
                 _stop_without_data(run, step, first_step, error)
             if not figures.finite:
-                _restore(buffers)
+                _put_back(buffers)
                 _stop_diverged(run, step, figures)
             engine.step()
             _after_step(run, step + 1, figures, eval_pairs)
@@ -135,14 +123,14 @@ def _after_step(run: TrainingRun, done: int, figures: StepFigures, eval_pairs: P
         run.save(done)
 
 
-def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Take back what the batches of a step that failed left in the running statistics."""
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Put back the running statistics, which the batches of a failed step have changed."""
     for buffer, before in buffers:
         buffer.copy_(before)
 
 
 def _stop_without_data(run: TrainingRun, step: int, first_step: int, error: DataFailed) -> None:
-    """Save what the steps so far have made, unless it is saved or other processes, which wait, would have to help."""
+    """Save the state after the steps so far, unless waiting processes would have to help, and raise."""
     if step == first_step:
         raise error
     if run.accelerator.num_processes > 1:
@@ -182,8 +170,10 @@ def _backward(
     accelerator: Accelerator,
     signals: StopSignals,
 ) -> StepFigures:
-    """Forward and backward of the batches of one step; leaves gradients that are clipped by then or in the step.
-    The figures are of all processes."""
+    """Run the batches of one step forward and backward, and return the figures of all processes.
+
+    The gradients are clipped now or in the step to come.
+    """
     count = args.gradient_accumulation_steps
     totals = torch.zeros(2, device=accelerator.device)
     skipped: list[str] = []

@@ -1,4 +1,4 @@
-"""The ways to adapt a pre-trained network that `examples/finetune.py` compares: CoLoRA and its peers."""
+"""Methods to adapt a pre-trained network, as `examples/finetune.py` offers them: CoLoRA and its peers."""
 
 from __future__ import annotations
 
@@ -77,9 +77,11 @@ def _train_only(model: nn.Module, method: str, is_trained: Callable[[str], bool]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, float]:
-    """How much of a network is trained: `trainable_parameters`, their ratio to the weights of all layers that can be
-    adapted (`trainable_ratio`, what a budget limits; above 1 where norms and biases are trained as well), and to all
-    its parameters (`trainable_ratio_of_model`)."""
+    """Number of `trainable_parameters` of a network, and two ratios.
+
+    `trainable_ratio` is their share of the weights of all layers that can be adapted, which a budget limits; it
+    exceeds 1 where norms and biases are trained, too. `trainable_ratio_of_model` is their share of all parameters.
+    """
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = sum(layer.weight.numel() for layer in adaptable_layers(network).values())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -93,5 +95,5 @@ def trained_parameters(model: nn.Module) -> dict[str, float]:
 
 
 def _is_added(name: str, prefix: str) -> bool:
-    """Whether a parameter is not one of the bare network: an adapter's, or PEFT's copy of a module it trains whole."""
+    """Whether a parameter is an adapter's, or belongs to PEFT's copy of a module that it trains whole."""
     return any(part.startswith(prefix) or part == "modules_to_save" for part in name.split("."))

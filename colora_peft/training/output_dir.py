@@ -16,33 +16,22 @@ from filelock import FileLock, Timeout
 
 from colora_peft.utils import PARTIAL, Processes, write_json
 
-from .arguments import TrainArguments
+from .arguments import OnResume, TrainArguments, flags_with
 from .checkpoint import list_checkpoints, read_state
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".run.lock"
 _LOCK_SECONDS = 10.0  # the workers of a run that was killed hold its lock a little longer
-# What a run has written before there is a checkpoint or a result.
+# Files that a run has written before there is a checkpoint or a result.
 _NOTES = frozenset({_RUN_FILE, "train_log.jsonl", "validation_log.jsonl", "skipped_pictures.jsonl", "samples"}) | {
     "contributions.json", "contribution.png", "logs", "trackers.json", _LOCK_FILE
 }  # fmt: skip
-# What may change on resume without changing the weights. Batch size and accumulation may because processes may: their
-# product, the global batch, is checked when training starts.
-_FREE = frozenset(
-    {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
-    | {"dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    | {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo"}
-    | {"allow_changed_dataset", "max_skipped_share", "check_pictures"}
-    | {"data_card", "half_precision_weights", "eval_dir"}
-)
-_DATA = frozenset({"train_dir", "dataset_name", "dataset_config_name", "image_column"})
-_INPUTS = ("train_dir", "eval_dir", "dataset_name", "model_name_or_path", "config_name", "contributions")
+# Errors of file systems that have no locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What file systems say that have no locks."""
 
 
 def check_output_dir(args: TrainArguments) -> Path | None:
-    """Whether the run may write into its output folder; the checkpoint to resume from, if any. Writes nothing.
+    """Refuse an output folder that the run may not write into; return the checkpoint to resume from, if any.
 
     `--resume_from_checkpoint latest` begins a run that has not begun, so that one command starts it and restarts it.
 
@@ -62,15 +51,15 @@ def check_output_dir(args: TrainArguments) -> Path | None:
 
 @contextmanager
 def open_output_dir(args: TrainArguments, accelerator: Accelerator, checkpoint: Path | None) -> Iterator[None]:
-    """The output folder, for this run alone: an earlier run in it is deleted, or left as it is where it goes on.
+    """Context manager that keeps the output folder for this run and deletes an earlier one, unless it goes on.
 
-    Enter it once all else is known to work, right before training: until then an earlier run is worth keeping. Leave
-    it when the result is written.
+    Enter it right before training: until all else is known to work, an earlier run is worth keeping. Leave it when the
+    result is written.
 
     Args:
-        args: The run's.
-        accelerator: The run's; every process enters.
-        checkpoint: What `check_output_dir` found before.
+        args: The run's settings.
+        accelerator: That of the run; every process enters.
+        checkpoint: Result of `check_output_dir` before.
 
     Raises:
         ValueError: as `check_output_dir`, or if another run is writing into the folder or did so a moment ago; every
@@ -149,8 +138,8 @@ def _check_free(args: TrainArguments, output_dir: Path) -> None:
             f"--output_dir {output_dir} already holds a run; add --overwrite_output_dir to delete it or "
             "--resume_from_checkpoint latest to go on with it."
         )
-    for name in _INPUTS:
-        value = getattr(args, name, None)
+    for name in flags_with(OnResume.INPUT, args):
+        value = getattr(args, name)
         if value is None or not Path(value).exists():  # an id on the Hub
             continue
         if Path(value).resolve().is_relative_to(output_dir.resolve()):
@@ -164,12 +153,12 @@ def _is_worthless(path: Path) -> bool:
 
 
 def _has_only_notes(output_dir: Path) -> bool:
-    """Whether a run ended there before its first checkpoint, so that nothing is lost with it."""
+    """Whether a run ended there before its first checkpoint: nothing is lost with it."""
     return all(path.name in _NOTES or path.name.endswith(PARTIAL) for path in output_dir.iterdir())
 
 
 def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path | None:
-    """None: the latest is asked for, and the run has none yet."""
+    """The checkpoint that the flags name; None if the latest is asked for and the run has none yet."""
     if args.overwrite_output_dir:
         raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other; give one.")
     if args.resume_from_checkpoint == "latest":
@@ -198,7 +187,9 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} is no checkpoint of a training run; resume from another one.")
     # A flag that is newer than the checkpoint cannot have been set: the run had its default.
     before = {setting.name: saved.get(setting.name, setting.default) for setting in fields(args)}
-    free = _FREE | _DATA if args.allow_changed_dataset or _knows_its_data(state) else _FREE
+    free = flags_with(OnResume.FREE, args)
+    if args.allow_changed_dataset or _knows_its_data(state):
+        free += flags_with(OnResume.DATA, args)
     changed = [
         f"--{key} was {before[key]!r}, now {now!r}"
         for key, now in asdict(args).items()
@@ -209,6 +200,5 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
 
 
 def _knows_its_data(state: dict[str, Any]) -> bool:
-    """Whether the images themselves are compared when training begins, wherever they lie by now. Of a stream too
-    little is known."""
+    """Whether the images themselves are compared when training begins, which cannot be done for a stream."""
     return state.get("dataset") is not None and not state.get("positions")

@@ -1,4 +1,4 @@
-"""What a training run keeps besides its loop: where it stands, its checkpoints, its log and its progress bar."""
+"""State of a training run besides its loop: its position, its checkpoints, its log and its progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from colora_peft.data import PairSource, Position
 from colora_peft.utils import Processes, share_weights
 
 from .arguments import TrainArguments
-from .checkpoint import checkpoint_tensors, frozen_fingerprint, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import checkpoint_tensors, frozen_digest, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .engine import Engine
 from .fsdp import WholeNetwork
@@ -35,16 +35,25 @@ _LOG_EVERY_STEPS = 20
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What a step gave over all processes: mean loss, mean PSNR (dB), norm of the gradient before clipping, and the
-    signal that asks the run to stop, if any process got one."""
+    """Figures of a step over all processes.
+
+    Attributes:
+        loss: Mean loss.
+        psnr: Mean PSNR in dB.
+        norm: Norm of the gradient before clipping.
+        finite: Whether loss and gradient are finite.
+        stop_signal: Number of the signal that asks the run to stop, if any process got one.
+        skipped: Reasons why images of this step were skipped.
+        position: Position of this process in its stream.
+    """
 
     loss: float
     psnr: float
     norm: float
     finite: bool
     stop_signal: int | None = None
-    skipped: list[str] = field(default_factory=list)  # why images of this step were, on all processes
-    position: Position | None = None  # where in its stream this process stands now
+    skipped: list[str] = field(default_factory=list)
+    position: Position | None = None
 
 
 class TrainingRun:
@@ -54,8 +63,8 @@ class TrainingRun:
         model: The network, without what the engine has put around it.
         engine: Steps the parameters that require gradients.
         args: The run's settings.
-        accelerator: The run's.
-        dataset: What is trained on. It may have a `fingerprint` and a `max_skipped_share`.
+        accelerator: That of the run.
+        dataset: Training samples. It may have a `fingerprint` and a `max_skipped_share`.
         network: Gives the network as it is evaluated and saved.
     """
 
@@ -81,7 +90,7 @@ class TrainingRun:
         # One process alone looks at all the files.
         fingerprint = getattr(dataset, "fingerprint", None) if accelerator.is_main_process else None
         self._fingerprint: str | None = Processes(accelerator).from_main(fingerprint)
-        self._frozen = frozen_fingerprint(model)
+        self._frozen = frozen_digest(model)
         self._recent: list[tuple[float, float]] = []
         self._recent_seconds = 0.0
         self._step_started = self._started = time.perf_counter()
@@ -90,7 +99,7 @@ class TrainingRun:
 
     @property
     def global_batch_size(self) -> int:
-        """Patches of an optimiser step, over all processes and accumulated batches."""
+        """Number of patches of an optimiser step, over all processes and accumulated batches."""
         of_a_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return of_a_process * self.accelerator.num_processes
 
@@ -102,7 +111,7 @@ class TrainingRun:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def resume(self, checkpoint: Path | None) -> int:
-        """Load a checkpoint (None: begin anew); the number of steps done.
+        """Load a checkpoint, if there is one, and return the number of steps done.
 
         Raises:
             ValueError: if the checkpoint belongs to another model, dataset, precision or global batch, or was at
@@ -112,7 +121,7 @@ class TrainingRun:
             return 0
         self._check_comparable(checkpoint, read_state(checkpoint))
         averages = None if self.averages is None else self.averages.averages
-        state = load_checkpoint(checkpoint, self.model, self.engine, averages)
+        state, self.engine.state = load_checkpoint(checkpoint, self.model, averages)
         self._earlier_seconds = state.get("seconds", 0.0)
         if state.get("positions"):
             self.position = state["positions"][self.accelerator.process_index]
@@ -144,7 +153,7 @@ class TrainingRun:
             raise ValueError(
                 f"{checkpoint} was trained on a network with other frozen weights ({frozen}) than this one "
                 f"({self._frozen}): the network to adapt was replaced. Give the one that the run began with, or start "
-                "anew."
+                "again."
             )
         self._check_same_data(checkpoint, saved.get("dataset"), saved.get("positions"))
 
@@ -167,7 +176,8 @@ class TrainingRun:
         path = self.output_dir / f"checkpoint-{step}"
         processes = Processes(self.accelerator)
         positions = processes.lists_of_all([self.position])
-        files = checkpoint_tensors(self.model, self.engine, None if self.averages is None else self.averages.averages)
+        averages = None if self.averages is None else self.averages.averages
+        files = checkpoint_tensors(self.model, self.engine.state, averages)
         # Together: a process that ended earlier would have the launcher kill the one that writes.
         with processes.failing_together():
             if self.accelerator.is_main_process:
@@ -189,7 +199,7 @@ class TrainingRun:
         return path
 
     def save_last_good(self) -> Path:
-        """After a divergence: the network as a user loads it, where it knows how to save itself, and where that is."""
+        """Save the network as a user loads it, if it knows how to save itself, and return the folder."""
         folder = self.output_dir / "last_good"
         with self._result_weights():
             network = self.network.get(self.model)
@@ -221,7 +231,7 @@ class TrainingRun:
     # --------------------------------------------------------------------------------------------- log and results
 
     def progress(self, first_step: int) -> tqdm:
-        """The progress bar, which shows the time left, to be entered around the steps."""
+        """The progress bar, a context manager around the steps."""
         self._bar = tqdm(
             total=self.args.max_train_steps,
             initial=first_step,
@@ -233,7 +243,7 @@ class TrainingRun:
         return self._bar
 
     def finish_step(self, done: int, figures: StepFigures) -> None:
-        """Take in that the weights have made step number `done`: averages, progress, sometimes a row of the log.
+        """Update averages and progress after step number `done`; sometimes write a row of the log.
 
         Raises:
             TooManySkipped: if too many images could not be used so far; the state is saved as a checkpoint.
@@ -268,7 +278,7 @@ class TrainingRun:
             log_figures(self.accelerator, "training", figures, done)
 
     def validate(self, pairs: PairSource, done: int) -> None:
-        """Evaluate the weights that would be the result if the run ended here."""
+        """Evaluate the weights that are the result if the run ends here."""
         with self._result_weights():
             line = validate(self.network.get(self.model), pairs, self.output_dir, done, self.accelerator)
         if self.accelerator.is_main_process:

@@ -19,8 +19,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class TrainingStopped(SystemExit):
     """A signal ended the run after a checkpoint. Uncaught, the process ends with 128 + signal: 143, or 130 by Ctrl-C.
 
-    That is what a shell reports of a process that the signal itself has ended, so that no script or cluster takes the
-    run for a finished one. Not an `Exception`: whoever handles the failure of a run does not mean this.
+    A shell reports the same of a process that the signal itself has ended, so that no script or cluster takes the run
+    for a finished one. It is not an `Exception`, because code that handles a failed run does not mean this.
     """
 
     def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
@@ -63,6 +63,6 @@ class StopSignals:
 
 
 def ignore_stop_signals() -> None:
-    """For a helper process: a cluster signals every process, but the training process alone decides when to stop."""
+    """Have a helper process ignore the signals: a cluster sends them to all, but the training process decides."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -58,6 +58,6 @@ class SkippedImages:
             raise TooManySkipped(
                 f"{self.count} of {samples} samples met an image that cannot be used, more than --max_skipped_share "
                 f"{self._max_share:g} allows (judged over at least {_JUDGED_OVER:,} samples). The first: "
-                f"{next(iter(self._reasons), '')} All are in {self._file}. The run is saved: mend them, or go on by "
-                "--resume_from_checkpoint latest with a larger share."
+                f"{next(iter(self._reasons), '')} All are in {self._file}. The run is saved: replace them, or go on "
+                "by --resume_from_checkpoint latest with a larger share."
             )

@@ -29,23 +29,22 @@ _STATE_FILE = "trackers.json"
 def create_accelerator(args: TrainArguments) -> Accelerator:
     """The accelerator of a run that reports to `--report_to`; precision and processes are the launcher's.
 
+    Launches that training does not support are refused, before anything is loaded or deleted.
+
     Raises:
         ValueError: if the tracker's package is not installed (Accelerate would leave the tracker out without a word),
             or if networks cannot be trained under such a launch.
     """
-    if args.report_to == "none":
-        return _checked(Accelerator())
-    if importlib.util.find_spec(args.report_to) is None:
-        raise ValueError(
-            f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed: "
-            f"pip install {args.report_to}, or leave the flag out."
-        )
-    folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs"))
-    return _checked(Accelerator(log_with=args.report_to, project_config=folders))
-
-
-def _checked(accelerator: Accelerator) -> Accelerator:
-    """Refuse launches that training does not support, before anything is loaded or deleted."""
+    settings: dict[str, Any] = {}
+    if args.report_to != "none":
+        if importlib.util.find_spec(args.report_to) is None:
+            raise ValueError(
+                f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed: "
+                f"pip install {args.report_to}, or leave the flag out."
+            )
+        folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs"))
+        settings = {"log_with": args.report_to, "project_config": folders}
+    accelerator = Accelerator(**settings)
     check_distributed_type(accelerator)
     check_zero(accelerator)
     return accelerator
@@ -109,7 +108,7 @@ def log_image(accelerator: Accelerator, name: str, file: Path, step: int) -> Non
 
 
 def _is_new(accelerator: Accelerator, kind: str, step: int) -> bool:
-    """Whether the trackers do not have this step yet, which is noted: from now on they do."""
+    """Whether this step is new to the trackers; it is noted as sent."""
     if not accelerator.trackers:
         return False
     state = _read_state(accelerator)
@@ -123,12 +122,12 @@ def _is_new(accelerator: Accelerator, kind: str, step: int) -> bool:
 
 
 def _read_state(accelerator: Accelerator) -> dict[str, Any]:
-    """What was noted of this kind of tracker; empty where nothing was."""
+    """The notes on this kind of tracker; empty where there are none."""
     return _read_states(accelerator).get(_kind(accelerator), {})
 
 
 def _write_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
-    if accelerator.project_dir is not None:  # of an accelerator that was not made here nothing is noted
+    if accelerator.project_dir is not None:  # other accelerators have no folder for notes
         file = Path(accelerator.project_dir) / _STATE_FILE
         write_json(file, {**_read_states(accelerator), _kind(accelerator): state})
 

@@ -26,11 +26,11 @@ def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, a
     `validation_log.jsonl` and images (input | restored | target) to `samples/step-<step>.png`.
 
     Args:
-        model: The network itself, not what Accelerate wrapped around it.
-        pairs: Whole images; every process is given all of them.
+        model: The network itself, without Accelerate's wrappers.
+        pairs: Whole images; every process gets all of them.
         output_dir: The run's folder.
-        step: How many steps the network was trained.
-        accelerator: The run's; its trackers get figures and images, too.
+        step: Number of steps that the network was trained.
+        accelerator: That of the run; its trackers get figures and images, too.
 
     Returns:
         The figures as a line for the terminal.

@@ -95,9 +95,9 @@ _PLAIN_CONV_FORWARDS = {getattr(kind, "_conv_forward", None) for kind in ADAPTAB
 def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
     """Returns whether `run_with_factors` takes `layer` and `x`, and trains `rank` faster than `run_with_weight`.
 
-    The rule is our measurement on two CPU cores (examples/experiments/speed/factors.py). The small convolutions run at full
-    speed from about 8 channels on, so fewer are counted as 8. Multiplications in them take four times as long as in
-    large ones. Several calls in place of one need `MINIMUM_MULTIPLICATIONS` to pay off. On a GPU, under autocast and
+    The rule is our measurement on two CPU cores (examples/experiments/speed/factors.py). The small convolutions run at
+    full speed from about 8 channels on, so fewer are counted as 8. Multiplications in them take four times as long as
+    in large ones. Several calls in place of one need `MINIMUM_MULTIPLICATIONS` to pay off. On a GPU, under autocast and
     inside `torch.compile` the usual backward pass is taken: there the rule has not been measured.
     """
     if isinstance(layer, nn.ConvTranspose2d) or not is_plain(layer):

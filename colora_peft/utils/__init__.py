@@ -4,10 +4,19 @@ Wording of messages, whole files, processes of a launch, digests and command lin
 one; it imports none of them.
 """
 
-from .cli import check_at_least, check_seed
-from .digest import digest_of_weights
-from .distributed import Processes, fill, whole
-from .files import PARTIAL, relative_path, share_weights, write_bytes, write_json, write_text, writing_result
+from .cli import check_at_least, check_seed, flag, run_script
+from .digest import digest_of_bytes, digest_of_state, digest_of_weights
+from .distributed import Processes, default_device, fill, whole
+from .files import (
+    PARTIAL,
+    relative_path,
+    share_weights,
+    write_bytes,
+    write_json,
+    write_text,
+    writing_folder,
+    writing_result,
+)
 from .text import some, some_sentences
 from .wrappers import is_compiled, unwrapped
 
@@ -16,10 +25,15 @@ __all__ = [
     "Processes",
     "check_at_least",
     "check_seed",
+    "default_device",
+    "digest_of_bytes",
+    "digest_of_state",
     "digest_of_weights",
     "fill",
     "is_compiled",
+    "flag",
     "relative_path",
+    "run_script",
     "share_weights",
     "some",
     "some_sentences",
@@ -28,5 +42,6 @@ __all__ = [
     "write_bytes",
     "write_json",
     "write_text",
+    "writing_folder",
     "writing_result",
 ]

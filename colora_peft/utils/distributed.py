@@ -1,4 +1,4 @@
-"""Sharing work out among the processes of an `accelerate launch`, or doing it all in one."""
+"""Devices and processes: sharing work out among those of an `accelerate launch`, or doing it all in one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
-__all__ = ["Processes", "fill", "whole"]
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of an accelerator; None is this one alone. Where there is one, nothing is sent or copied."""
+    """The processes of an accelerator, or this one alone for None. With one process, nothing is sent or copied."""
 
     accelerator: Accelerator | None
 
@@ -74,7 +77,7 @@ class Processes:
             raise own_error
         if failed:
             which = f"Process {failed[0]}" if len(failed) == 1 else f"The processes {', '.join(failed)}"
-            raise ValueError(f"{which} of {self.count} failed, so this one stops, too: mend the error named there.")
+            raise ValueError(f"{which} of {self.count} failed, so this one stops, too: correct the error named there.")
 
     def from_main(self, value: Any) -> Any:
         """The main process's object, on every process."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.adapter_switch import adapters as adapters  # a fixture
+from support.adapters import adapter_set
+from support.adapters import adapters as adapters  # a fixture
 from support.browser import CHROMIUM, Browser
 from support.examples import EXAMPLES, load_example
 
@@ -20,7 +21,7 @@ app = load_example("app")
 
 @pytest.fixture(scope="module")
 def restorer(tiny_nafnet, adapters):
-    return app.PhotoRestorer(app.AdapterSwitch(tiny_nafnet, adapters), max_pixels=10_000)
+    return app.PhotoRestorer(adapter_set(tiny_nafnet, adapters), max_pixels=10_000)
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_the_page_asks_no_other_host_and_sends_nothing(restorer):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Of the page as it is shipped."""
-    page = app.launch(app.PageArguments(max_megapixels=1), wait=False)
+    page = app.serve(app.PageArguments(max_megapixels=1))
     yield page.local_url
     page.close()
 
@@ -131,8 +132,8 @@ class TestInChromium:
         assert before.shape == after.shape == (405, 720, 3) and errors[1] < 0.6 * errors[0]
         (tmp_path / "downloads").mkdir()
         result = browser.download("document.querySelector('#download').click()", tmp_path / "downloads")
-        assert result.name == "underwater-76-underwater.png"
-        assert np.abs(np.asarray(Image.open(result)) - after).mean() < 2  # one is a JPEG
+        assert result.name == "76-underwater.jpg"
+        assert np.abs(np.asarray(Image.open(result)) - after).mean() < 2  # as two JPEGs
         foreign = [url for url in browser.requested if not url.startswith((address, "data:", "blob:"))]
         assert foreign == []
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
 from support.examples import EXAMPLES, load_example, write_pairs
-from transformers import HfArgumentParser
+from transformers import AutoModelForImageToImage, HfArgumentParser
 
-from colora_peft import ContributionScores
+from colora_peft import CoLoRAConfig, ContributionScores
+from colora_peft.ranks import mean_scores
+from colora_peft.training.task import source_of
 
 contribution = load_example("contribution")
 finetune = load_example("finetune")
@@ -101,7 +104,7 @@ def test_layers_that_training_does_not_know_are_refused_before_it(task, flags, t
     content["scores"][f"{first}x"] = content["scores"].pop(first)
     file.write_text(json.dumps(content))
     output = ["--output_dir", tmp_path / "out"]
-    with pytest.raises(ValueError, match=f"of another network than .*'{first}x'.*did you mean '{first}'.*anew"):
+    with pytest.raises(ValueError, match=f"of another network than .*'{first}x'.*did you mean '{first}'.*again"):
         tune(*task, *output, "--contributions", file)
     content["scores"].pop(f"{first}x")
     file.write_text(json.dumps(content))
@@ -139,9 +142,9 @@ def test_what_was_measured_is_recorded_and_another_network_is_pointed_out(task, 
 
 
 def test_data_that_was_measured_on_is_named():
-    task = sys.modules["restoration_task"]
-    assert task.contributions_source(task.TaskArguments())["train_dir"] == "shipped underwater photos"
-    source = task.contributions_source(task.TaskArguments(dataset_name="somebody/pairs"))
+    arguments = contribution.ContributionArguments
+    assert source_of(arguments())["train_dir"] == "shipped underwater photos"
+    source = source_of(arguments(dataset_name="somebody/pairs"))
     assert source["dataset_name"] == "somebody/pairs" and "train_dir" not in source
 
 
@@ -233,3 +236,44 @@ def test_errors_reach_the_terminal_as_one_sentence(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("contribution.py: One pair cannot be split")
     assert not (tmp_path / "outputs").exists()
+
+
+# --------------------------------------------------------------------------------------- contributions for any task
+
+
+def ranks_of(folder, **settings):
+    model = get_peft_model(AutoModelForImageToImage.from_pretrained(folder), CoLoRAConfig(**settings))
+    return model.peft_config["default"].ranks
+
+
+def test_a_prior_is_the_mean_of_the_tasks_and_decides_the_ranks(tiny_nafnet, tmp_path):
+    network = shutil.copytree(tiny_nafnet, tmp_path / "network")
+    folders = [write_pairs(tmp_path / name, count) for name, count in (("one", 3), ("other", 4))]
+    flags = ["--model_name_or_path", network, "--resolution", "32", "--probe_batches", "1"]
+    uniform = ranks_of(network)
+    args = parsed(contribution.ContributionArguments, [*flags, "--prior_dirs", *folders])
+    contribution.main(args)
+    scores = json.loads((network / "config.json").read_text())["colora_contributions"]
+    alone = [
+        measure(
+            *flags, "--train_dir", folder, "--eval_dir", folder, "--output_dir", tmp_path / f"{folder.name}-scores"
+        )
+        for folder in folders
+    ]
+    expected = mean_scores([ContributionScores.load(folder / "contributions.json") for folder in alone])
+    assert scores == pytest.approx(expected, rel=1e-3) and sum(scores.values()) == pytest.approx(1, rel=1e-3)
+    assert ranks_of(network) == ranks_of(network, contributions=scores) != uniform
+    assert ranks_of(network, beta=0) == uniform
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model_name_or_path": "nowhere"}, "nowhere is no folder with a config.json"),
+        ({"train_dir": "a"}, "--prior_dirs excludes --train_dir"),
+        ({"estimator": "faig", "end_model_name_or_path": "b"}, "--prior_dirs excludes .* faig"),
+    ],
+)
+def test_a_prior_with_flags_that_do_not_fit_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        contribution.ContributionArguments(prior_dirs=["a"], **wrong)

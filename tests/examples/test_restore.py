@@ -22,9 +22,9 @@ from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.evaluation.metrics import ssim
 from colora_peft.images.image_file import read_image_file
 from colora_peft.images.reading import read_image
+from colora_peft.restore import run as restore_run
 
 restore = load_example("restore")
-restore_run = sys.modules["restore_run"]
 
 # A network that returns its input, and one that turns red into blue, by `module:function`.
 NETWORKS = """

@@ -8,7 +8,8 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 from PIL import Image
-from support.examples import load_example, write_pairs
+from support.adapters import adapter_set
+from support.examples import EXAMPLES, load_example, write_pairs
 
 from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation.evaluate import evaluate
@@ -71,14 +72,13 @@ def test_the_report_says_what_was_measured(trained, data_dir):
 
     # The second table, measured by other means.
     table = report[report.index("| adapter |") :]
-    switch = tasks.AdapterSwitch(arguments["model_name_or_path"], tasks.adapters_in(output_dir))
-    switch.blend(["haze", "rain"], [0.5, 0.5], "blend")
+    loaded = adapter_set(arguments["model_name_or_path"], tasks.adapters_in(output_dir))
+    loaded.blend(["haze", "rain"], [0.5, 0.5], "blend")
     for name in ("none", "haze", "rain", "blend"):
-        with switch.at_work(name) as model:
-            for column, task in enumerate(("haze", "rain"), start=1):
-                pairs = PairedImageFolder(data_dir / task / "test")
-                psnr = evaluate(model, pairs, torch.device("cpu"), "")["psnr"]
-                assert float(rows_of(table, name)[column]) == pytest.approx(psnr, abs=0.006)
+        for column, task in enumerate(("haze", "rain"), start=1):
+            pairs = PairedImageFolder(data_dir / task / "test")
+            psnr = evaluate(loaded.activate(name), pairs, torch.device("cpu"), "")["psnr"]
+            assert float(rows_of(table, name)[column]) == pytest.approx(psnr, abs=0.006)
 
 
 def test_what_is_trained_is_kept_and_other_settings_are_pointed_out(trained, capsys, monkeypatch):
@@ -122,8 +122,7 @@ def test_the_shipped_adapters_are_listed_by_default():
 
 
 def test_the_image_shows_the_examples_of_the_adapters_that_are_there(tiny_nafnet, trained, tmp_path):
-    switch = tasks.AdapterSwitch(tiny_nafnet, {"rain": trained[2] / "rain"})
-    tasks.draw_examples(switch, str(tmp_path / "rain.jpg"))
+    tasks.draw_examples(adapter_set(tiny_nafnet, {"rain": trained[2] / "rain"}), str(tmp_path / "rain.jpg"))
     width, height = Image.open(tmp_path / "rain.jpg").size
     assert width > 2 * height  # three images in one row
 
@@ -148,3 +147,10 @@ def test_wrong_flags_are_refused(data_dir, wrong, message):
 def test_a_folder_without_tasks_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds train/ and test/"):
         tasks.tasks_in(tmp_path)
+
+
+def test_example_photos_are_ones_that_no_training_pair_shows():
+    for task, names in tasks.EXAMPLES.items():
+        train, test = (EXAMPLES / "data" / task / side / "input" for side in ("train", "test"))
+        trained_on = {path.stem for path in train.iterdir()} if train.is_dir() else set()
+        assert all((test / name).is_file() and name.partition(".")[0] not in trained_on for name in names)

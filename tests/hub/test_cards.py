@@ -10,22 +10,37 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
-from colora_peft.hub.cards import AdaptedNetwork, RunFacts, adapted_card, backbone_card, command_line, hardware_name
+from colora_peft.hub.cards import (
+    AdaptedNetwork,
+    RunFacts,
+    TuningMetrics,
+    adapted_card,
+    backbone_card,
+    command_line,
+    hardware_name,
+)
 
 FACTS = RunFacts(data="12 photos | of: mine, CC0", hardware="an abacus", seconds=90.0, processes=2)
-METRICS = {
-    "method": "colora",
-    "seed": 3,
-    "trainable_parameters": 12345,
-    "trainable_ratio": 0.0699,
-    "trainable_ratio_of_model": 0.9876,
-    "parameter_budget": 0.07,
-    "max_train_steps": 500,
-    "train_pairs": 12,
-    "eval_pairs": 6,
+METRICS = TuningMetrics(
+    method="colora",
+    seed=3,
     **{f"psnr_{when}": 20.0 + i for i, when in enumerate(("input", "before", "after"))},
     **{f"ssim_{when}": 0.5 + i / 10 for i, when in enumerate(("input", "before", "after"))},
-}
+    trainable_parameters=12345,
+    trainable_ratio=0.0699,
+    trainable_ratio_of_model=0.9876,
+    estimator="gradient",
+    seconds_contributions=1.5,
+    train_pairs=12,
+    eval_pairs=6,
+    seconds=90.0,
+    learning_rate=1e-3,
+    max_train_steps=500,
+    parameter_budget=0.07,
+    hardware="an abacus",
+    processes=2,
+    torch="2",
+)
 RESULT = AdaptedNetwork(
     title="mine: a test",
     loads_from="me/mine",

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageToImage, HfArgumentParser
 
 import colora_peft
 from colora_peft import CoLoRAConfig
-from colora_peft.hub.loading import create_hub_repo, push_folder
+from colora_peft.hub import create_hub_repo, push_folder
 from colora_peft.hub.networks import load_backbone
 
 IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Each label runs its own adapter and no other; fingerprints change with what changes the result."""
+"""Each label runs its own adapter and no other; digests change with whatever changes the result."""
 
 import json
 
@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from colora_peft import CoLoRAConfig
-from colora_peft.restore.adapters import AdapterSet, adapter_labels
+from colora_peft.restore import AdapterSet, adapter_labels, adapters_in
 
 
 def network():
@@ -35,7 +35,7 @@ def adapters(tmp_path):
 
 def test_each_label_runs_its_own_adapter_in_any_order(adapters):
     loaded, x = AdapterSet(network(), adapters), torch.rand(1, 3, 9, 9)
-    assert loaded.labels == ["none", "haze.v1", "rain"] and len(set(loaded.fingerprints.values())) == 3
+    assert loaded.labels == ["none", "haze.v1", "rain"] and len({loaded.digest_of(one) for one in loaded.labels}) == 3
     expected = {"none": network()(x)}
     expected |= {label: PeftModel.from_pretrained(network(), adapters[label])(x) for label in ("haze.v1", "rain")}
     for label in ("rain", "none", "haze.v1", "none", "rain"):
@@ -46,24 +46,25 @@ def test_each_label_runs_its_own_adapter_in_any_order(adapters):
 
 def test_without_adapters_the_network_is_bare():
     bare = network()
-    assert AdapterSet(bare, {"none": "none"}).activate("none") is bare
+    for adapters in ({"none": "none"}, {}):
+        assert AdapterSet(bare, adapters).activate("none") is bare
 
 
-def test_fingerprints_follow_weights_and_settings_and_not_the_place(adapters, tmp_path):
-    def print_of(folder, base=None):
-        return AdapterSet(base or network(), {"a": str(folder)}).fingerprints["a"]
+def test_digests_follow_weights_and_settings_and_not_the_place(adapters, tmp_path):
+    def digest(folder, base=None):
+        return AdapterSet(base or network(), {"a": str(folder)}).digest_of("a")
 
-    first = print_of(adapters["rain"])
+    first = digest(adapters["rain"])
     (tmp_path / "rain").rename(tmp_path / "moved")
-    assert print_of(tmp_path / "moved") == first
+    assert digest(tmp_path / "moved") == first
     other = network()
     with torch.no_grad():
         other[0].bias += 1
-    assert print_of(tmp_path / "moved", other) != first
+    assert digest(tmp_path / "moved", other) != first
     file = tmp_path / "moved" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 99}))
-    assert print_of(tmp_path / "moved") != first
-    assert print_of(save_adapter(tmp_path / "again", 2, "lora")) == first
+    assert digest(tmp_path / "moved") != first
+    assert digest(save_adapter(tmp_path / "again", 2, "lora")) == first
 
 
 def test_an_adapter_that_is_none_is_named(tmp_path):
@@ -104,3 +105,68 @@ def test_labels_are_as_short_as_they_can_be():
     assert adapter_labels(["outputs/haze", "me/haze", "rain"]) == ["outputs-haze", "me-haze", "rain"]
     with pytest.raises(ValueError, match="called outputs-haze; give each once"):
         adapter_labels(["outputs/haze", "outputs/haze"])
+
+
+def test_folders_without_adapters_are_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no adapters"):
+        adapters_in(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        adapters_in(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------ strengths, blends and removals
+
+
+@pytest.fixture
+def two(tmp_path):
+    return AdapterSet(network(), {name: save_adapter(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))})
+
+
+@torch.no_grad()
+def run(adapters, label, strength=1.0):
+    return adapters.activate(label, strength)(torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_strength_runs_from_the_bare_network_through_the_adapter_and_leaves_no_trace(two):
+    bare, once, other = run(two, "none"), run(two, "a"), run(two, "b")
+    assert torch.equal(run(two, "a", 0.0), bare)
+    assert (run(two, "a", 1.5) - bare).abs().mean() > (once - bare).abs().mean()
+    for label, expected in (("b", other), ("none", bare), ("a", once), ("b", other)):
+        assert torch.equal(run(two, label), expected), label
+        run(two, "b", 0.3)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.6, float("nan")])
+def test_impossible_strengths_are_refused(two, strength):
+    with pytest.raises(ValueError, match="must be between 0 and 1.5"):
+        two.activate("a", strength)
+
+
+def test_another_method_has_no_strength(adapters):
+    with pytest.raises(ValueError, match="strength of rain is fixed"):
+        AdapterSet(network(), adapters).activate("rain", 0.5)
+
+
+def test_a_blend_is_the_weighted_sum(two):
+    two.blend(["a", "b"], [1.0, 0.0], "one")
+    two.blend(["a", "b"], [0.5, 0.5], "mean")
+    assert torch.allclose(run(two, "one"), run(two, "a"), atol=1e-6)
+    mean, a, b = (model.base_model.model[0].get_delta_weight(model.active_adapter) for model in
+                  (two.activate(label) for label in ("mean", "a", "b")))  # fmt: skip
+    assert torch.allclose(mean, (a + b) / 2, atol=1e-6)
+
+
+def test_what_is_removed_is_gone_and_the_others_work(two):
+    kept = run(two, "a")
+    two.remove("b")
+    assert two.labels == ["a"] and torch.equal(run(two, "a"), kept)
+    with pytest.raises(ValueError, match="no adapter 'b'; choose one of a, none"):
+        two.activate("b")
+
+
+def test_a_label_can_be_used_again_after_its_adapter_was_removed(two, tmp_path):
+    first, digest = run(two, "b", 0.5), two.digest_of("b")
+    two.remove("b")
+    two.add("b", tmp_path / "a")
+    assert torch.equal(run(two, "b"), run(two, "a")) and two.digest_of("b") != digest
+    assert not torch.equal(run(two, "b", 0.5), first)

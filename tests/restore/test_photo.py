@@ -1,4 +1,4 @@
-"""examples/photo_restorer.py: a file in, a restored file of its kind out; what is refused leaves all as it was."""
+"""A photo in, a restored file of its kind out; whatever is refused leaves all as it was."""
 
 import shutil
 import time
@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.adapter_switch import adapters as adapters  # a fixture
-from support.examples import EXAMPLES, load_example
+from support.adapters import adapter_set
+from support.adapters import adapters as adapters  # a fixture
+from support.examples import EXAMPLES
 
 from colora_peft import restore_image
-from colora_peft.images.reading import read_image, to_pil
-
-module = load_example("photo_restorer")
-switching = load_example("adapter_switch")
+from colora_peft.images import read_image, to_pil
+from colora_peft.restore import adapters_in
+from colora_peft.restore import photo as module
 
 
 @pytest.fixture
 def restorer(tiny_nafnet, adapters):
-    return module.PhotoRestorer(switching.AdapterSwitch(tiny_nafnet, adapters), max_pixels=10_000)
+    return module.PhotoRestorer(adapter_set(tiny_nafnet, adapters), max_pixels=10_000)
 
 
 @pytest.fixture
@@ -36,8 +36,7 @@ def pixels(path):
 
 def test_the_file_holds_what_the_network_makes_of_the_photo(restorer, photo, tiny_nafnet, adapters):
     done = restorer.restore_file(photo, "haze", 0.5)
-    with switching.AdapterSwitch(tiny_nafnet, adapters).at_work("haze", 0.5) as model:
-        expected = restore_image(model, read_image(photo), tile=None)
+    expected = restore_image(adapter_set(tiny_nafnet, adapters).activate("haze", 0.5), read_image(photo), tile=None)
     assert np.array_equal(pixels(done.result), np.asarray(to_pil(expected)))
     assert not np.array_equal(pixels(done.result), pixels(photo))
     assert done.result.name == "holiday-haze.png" and (done.width, done.height) == (40, 24) and not done.notes
@@ -76,6 +75,14 @@ def test_what_is_no_image_is_refused_by_name_without_its_folder(restorer, tmp_pa
     with pytest.raises(ValueError, match=f"^{name} cannot be read as an image") as caught:
         restorer.restore_file(tmp_path / name, "haze", 1.0)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_formats_that_are_not_allowed_are_not_opened(restorer, tmp_path, monkeypatch):
+    """Each further decoder of Pillow would be one more that strangers can attack."""
+    Image.new("RGB", (20, 20)).save(tmp_path / "icon.png", "ICO")
+    monkeypatch.setattr(module, "read_image_file", lambda *_: pytest.fail("its header was read"))
+    with pytest.raises(ValueError, match="^icon.png cannot be read as an image: take a JPEG, PNG, WebP or TIFF"):
+        restorer.restore_file(tmp_path / "icon.png", "haze", 1.0)
 
 
 def test_half_an_image_is_refused_without_its_folder(restorer, photo):
@@ -119,7 +126,7 @@ def test_an_added_adapter_is_one_to_choose_and_the_oldest_goes(restorer, photo, 
 def test_an_adapter_that_cannot_be_loaded_leaves_all_as_it_was(restorer, photo, tmp_path):
     before = pixels(restorer.restore_file(photo, "haze", 1.0).result)
     for wrong, message in (("", "Type the id"), (str(tmp_path), "adapter_config.json")):
-        with pytest.raises((ValueError, OSError), match=message):
+        with pytest.raises(ValueError, match=message):
             restorer.add_adapter(wrong)
     restorer._results.clear()
     assert restorer.adapters == ["haze", "rain"]
@@ -128,9 +135,7 @@ def test_an_adapter_that_cannot_be_loaded_leaves_all_as_it_was(restorer, photo, 
 
 def test_a_shipped_photo_takes_less_than_five_seconds_of_one_processor():
     """From file to file, as the page does it."""
-    network = switching.AdapterSwitch(
-        EXAMPLES / "checkpoints" / "nafnet-small-prod", switching.adapters_in(EXAMPLES / "adapters")
-    )
+    network = adapter_set(EXAMPLES / "checkpoints" / "nafnet-small-prod", adapters_in(EXAMPLES / "adapters"))
     restorer = module.PhotoRestorer(network, max_pixels=10**7)
     for photo in sorted((EXAMPLES / "data" / "underwater" / "test" / "input").iterdir())[:2]:
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""From a photo's file to a restored file: what the page of app.py does, without the page."""
+"""Restoring a photo from file to file: the work of the page of app.py, without the page."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapter_switch import AdapterSwitch
 from PIL import Image
 
-from colora_peft import restore_image
-from colora_peft.images import FORMATS, ImageFile, fitting_profile, read_image_file, to_pil, write_image_file
+from colora_peft.images import (
+    FORMATS,
+    IMAGE_FORMATS,
+    ImageFile,
+    fitting_profile,
+    read_image_file,
+    to_pil,
+    write_image_file,
+)
+from colora_peft.inference import restore_image
 
+from .adapters import AdapterSet
+
+# Largest number of adapters that users add. The oldest makes room for the next one, so that nobody fills the memory.
 MAX_OTHER_ADAPTERS = 8
-"""Adapters that users add; the oldest goes for the next one, so that nobody fills the memory."""
 
 _PREVIEW_PIXELS = 1600
 _RESULTS_KEPT = 16
@@ -26,7 +35,17 @@ _TILE = 512
 
 @dataclass(frozen=True)
 class RestoredPhoto:
-    """Files of one restoration: small ones to look at, and the whole result."""
+    """Files of one restoration.
+
+    Attributes:
+        before: Small image of the photo, to look at.
+        after: Small image of the result.
+        result: The whole result.
+        width: Width in pixels.
+        height: Height in pixels.
+        seconds: Time of the network alone, without reading and writing.
+        notes: Phrases on what the result does not keep of the photo's file.
+    """
 
     before: Path
     after: Path
@@ -34,42 +53,40 @@ class RestoredPhoto:
     width: int
     height: int
     seconds: float
-    """Of the network alone, without reading and writing."""
     notes: tuple[str, ...]
-    """What of the file did not survive, one phrase each."""
 
 
 class PhotoRestorer:
-    """Restores files one at a time, whatever number of threads asks, and keeps the latest results alone.
+    """Restores files one at a time, whatever number of threads asks, and keeps only the latest results.
 
     Args:
-        switch: The network and its adapters.
-        max_pixels: Larger photos are refused.
+        adapters: The network and its adapters.
+        max_pixels: Number of pixels above which photos are refused.
     """
 
-    def __init__(self, switch: AdapterSwitch, max_pixels: int) -> None:
+    def __init__(self, adapters: AdapterSet, max_pixels: int) -> None:
         self.max_pixels = max_pixels
-        self._switch = switch
+        self._adapters = adapters
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="restored-", ignore_cleanup_errors=True)
         self._results: dict[tuple[Path, str, float], RestoredPhoto] = {}
-        self._others: dict[str, str] = {}
+        self._others: list[str] = []
 
     @property
     def folder(self) -> Path:
-        """Where the results are, gone with this object."""
+        """The folder of the results, which is deleted with this object."""
         return Path(self._folder.name)
 
     @property
     def adapters(self) -> list[str]:
         """Names to choose from: those of the start, and those that were added, called as they were asked for."""
-        return [self._others.get(name, name) for name in self._switch.names]
+        return list(self._adapters.labels)
 
     def add_adapter(self, name_or_path: str) -> str:
         """Load an adapter from a folder or the Hub, unless it is there; the name it has in `adapters`.
 
         Raises:
-            OSError, ValueError: as `colora_peft.load`; all is as it was.
+            ValueError: as `AdapterSet.add`; all is as it was.
         """
         asked_for = name_or_path.strip()
         if not asked_for:
@@ -77,26 +94,23 @@ class PhotoRestorer:
         with self._lock:
             if asked_for in self.adapters:
                 return asked_for
-            name = f"other_{time.monotonic_ns()}"  # PEFT allows no dots, and an id may have some
-            self._switch.add(name, asked_for)
-            self._others[name] = asked_for
+            self._adapters.add(asked_for, asked_for)
+            self._others.append(asked_for)
             if len(self._others) > MAX_OTHER_ADAPTERS:
-                oldest = next(iter(self._others))
-                self._switch.remove(oldest)
-                del self._others[oldest]
+                self._adapters.remove(self._others.pop(0))
             return asked_for
 
     def restore_file(self, path: str | Path, adapter: str, strength: float, progress: bool = False) -> RestoredPhoto:
         """Restore a photo, tile by tile if it is large.
 
         Args:
-            path: Of the photo; a file that was restored before is taken to be the same still.
+            path: File of the photo; one that was restored before counts as unchanged.
             adapter: One of `adapters`, or "none".
-            strength: See `AdapterSwitch.activate`.
-            progress: Show a bar.
+            strength: See `AdapterSet.activate`.
+            progress: Whether to show a bar.
 
         Raises:
-            ValueError: It is no image, damaged or too large; or the adapter or the strength is none that there is.
+            ValueError: The file is not an image, damaged or too large; or there is no such adapter or strength.
         """
         path = Path(path)
         with self._lock:
@@ -111,12 +125,12 @@ class PhotoRestorer:
     def _restore(self, path: Path, adapter: str, strength: float, progress: bool) -> RestoredPhoto:
         image = read_checked(path, self.max_pixels)
         height, width = image.colour.shape[-2:]
-        name = next((name for name, asked_for in self._others.items() if asked_for == adapter), adapter)
         start = time.perf_counter()
-        with self._switch.at_work(name, strength) as model:
-            tile = None if height * width <= _WHOLE_PIXELS else _TILE
-            # One pass to gather averages where the default is two: hardly to be seen, and a third less to wait.
-            restored = restore_image(model, image.colour, tile=tile, statistics_passes=1, progress=progress)
+        tile = None if height * width <= _WHOLE_PIXELS else _TILE
+        # One pass to gather averages where the default is two: it is hardly visible and a third faster.
+        restored = restore_image(
+            self._adapters.activate(adapter, strength), image.colour, tile=tile, statistics_passes=1, progress=progress
+        )
         seconds = time.perf_counter() - start
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         result = folder / f"{path.stem}-{adapter.replace('/', '-')}{result_suffix(path)}"
@@ -128,13 +142,13 @@ class PhotoRestorer:
 
 
 def read_checked(path: Path, max_pixels: int) -> ImageFile:
-    """Read a photo; what is wrong with it is told with its name alone, not with where it lies on this machine.
+    """Read a photo. Errors tell its name alone, because the page's users must not learn the folders of this machine.
 
     Raises:
-        ValueError: It is no image, damaged, or one of more pixels.
+        ValueError: The file is not an image, damaged, or one of more pixels.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
             width, height = opened.size
     # Pillow raises nearly anything on damaged data, and a class of its own on bombs.
     except Exception as error:
@@ -151,13 +165,13 @@ def read_checked(path: Path, max_pixels: int) -> ImageFile:
 
 
 def result_suffix(path: Path) -> str:
-    """That of the photo, or .png where files of its kind are not written."""
+    """The photo's suffix, or .png where files of its kind are not written."""
     written = {suffix for file_format in FORMATS.values() for suffix in file_format.suffixes}
     return path.suffix if path.suffix.lower() in written else ".png"
 
 
 def write_preview(path: Path, image: ImageFile) -> None:
-    """What a browser shows: 8 bits, on white, and no larger than a screen."""
+    """Write an image for a browser: 8 bits, on white, and no larger than a screen."""
     preview = to_pil(image.on_white)
     preview.thumbnail((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.LANCZOS)
     profile, _ = fitting_profile(image.icc_profile, 3)

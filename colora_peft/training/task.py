@@ -1,79 +1,75 @@
-"""What `finetune.py` and `contribution.py` share: network, pairs of a task, and what each layer contributes to it."""
+"""A task of `finetune.py` and `contribution.py`: its network, its pairs, and what each layer contributes to it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
-from colora_peft import (
-    CoLoRAConfig,
-    ContributionScores,
-    FaigSettings,
-    ProbeSettings,
-    adaptable_layers,
-    estimate_contributions,
-    weight_matrix_shape,
-)
-from colora_peft.contribution import Estimator
+from colora_peft.contribution import Estimator, FaigSettings, ProbeSettings, estimate_contributions
 from colora_peft.data import PairedHubDataset, PairedImageFolder, PairedPatches, PairSource, check_pairs, draw_pairs
 from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.hub import load_backbone
-from colora_peft.ranks import check_figures_can_be_drawn as check_figures_can_be_drawn
-from colora_peft.ranks import format_allocation_table, plot_contributions
-from colora_peft.training import restoration_loss
-from colora_peft.utils import check_at_least, check_seed, relative_path
+from colora_peft.inference import restoration_loss
+from colora_peft.ranks import (
+    ContributionScores,
+    adaptable_layers,
+    format_allocation_table,
+    plot_contributions,
+    weight_matrix_shape,
+)
+from colora_peft.tuner import CoLoRAConfig
+from colora_peft.utils import check_at_least, check_seed, flag
 
-HERE = Path(__file__).parent
+from .arguments import OnResume
+
 CONTRIBUTIONS_FILE = "contributions.json"
 FIGURE_FILE = "contribution.png"
 
 
 @dataclass
 class TaskArguments:
-    """Flags of whatever looks at pairs of photos with a pre-trained network."""
+    """Flags of every script that looks at a task's pairs with a pre-trained network."""
 
-    model_name_or_path: str = field(
-        default=relative_path(HERE / "checkpoints" / "nafnet-small-prod"),
-        metadata={"help": "The pre-trained network: a folder, an id on the Hub, or module:function."},
+    model_name_or_path: Annotated[str, OnResume.INPUT] = flag(
+        help="The pre-trained network: a folder, an id on the Hub, or module:function."
     )
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder with input/ and target/. Default: the shipped underwater photos."}
+    train_dir: Annotated[str | None, OnResume.DATA, OnResume.INPUT] = flag(
+        None, "Path to a folder with input/ and target/. Default: the shipped underwater photos."
     )
-    eval_dir: str | None = field(
-        default=None,
-        metadata={"help": "The same for evaluation. With --train_dir alone, a fifth of its pairs is held out."},
+    eval_dir: Annotated[str | None, OnResume.FREE, OnResume.INPUT] = flag(
+        None, "Path to such a folder for evaluation. With --train_dir alone, a fifth of its pairs is held out."
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Instead of folders: a Hugging Face dataset (Hub id or folder) with the image columns "
-                  "input and target; its test or validation split is for evaluation."},
-    )  # fmt: skip
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many pairs, drawn by the seed. Default: all."}
+    dataset_name: Annotated[str | None, OnResume.DATA, OnResume.INPUT] = flag(
+        None,
+        "Instead of folders: a Hugging Face dataset (Hub id or folder) with the image columns input and target; its "
+        "test or validation split is for evaluation.",
     )
-    resolution: int = field(default=128, metadata={"help": "Side of the square training patches in pixels."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step on each process."})
-    seed: int = field(
-        default=0, metadata={"help": "Seed of everything random; on one CPU set-up it fixes the result bitwise."}
+    dataset_config_name: Annotated[str | None, OnResume.DATA] = flag(None, "Name of that dataset's configuration.")
+    max_train_samples: int | None = flag(None, "Number of pairs to train on, drawn by the seed. Default: all.")
+    resolution: int = flag(128, "Side of the square training patches in pixels.")
+    per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
+        4, "Number of patches in a batch of each process."
     )
-    parameter_budget: float = field(
-        default=0.07, metadata={"help": "Trained share of the adapted weights, in (0, 1] (colora and lora)."}
+    seed: int = flag(0, "Seed of everything random; on one CPU set-up it fixes the result bitwise.")
+    parameter_budget: float = flag(0.07, "Trained share of the adapted weights, in (0, 1] (colora and lora).")
+    beta: float = flag(CoLoRAConfig.beta, "Exponent from contribution to rank: 0 gives all layers the same.")
+    estimator: Estimator = flag(
+        "gradient",
+        "How contributions are measured. gradient, fisher, taylor: one pass, no tuning; probe: tune for --probe_steps "
+        "and walk there; faig: walk to the weights of a fully tuned network.",
     )
-    beta: float = field(default=CoLoRAConfig.beta, metadata={"help": "From contribution to rank: 0 is uniform."})
-    estimator: Estimator = field(
-        default="gradient",
-        metadata={"help": "How contributions are measured. gradient, fisher, taylor: one pass, no tuning; probe: tune "
-                  "for --probe_steps and walk there; faig: walk to the weights of a fully tuned network."},
-    )  # fmt: skip
-    probe_steps: int = field(
-        default=ProbeSettings.num_steps,
-        metadata={"help": "Steps of the short full tuning that measures the contributions (--estimator probe)."},
+    probe_steps: int = flag(
+        ProbeSettings.num_steps,
+        "Number of steps of the short full tuning that measures the contributions (--estimator probe).",
     )
-    probe_batches: int = field(default=4, metadata={"help": "Batches on which the contributions are measured."})
+    probe_batches: int = flag(4, "Number of batches on which the contributions are measured.")
 
     def __post_init__(self) -> None:
         if self.dataset_name is not None and (self.train_dir or self.eval_dir):
@@ -95,18 +91,26 @@ class TaskArguments:
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def load_network(args: TaskArguments, accelerator: Accelerator) -> torch.nn.Module:
+def load_network(args: TaskArguments, accelerator: Accelerator) -> nn.Module:
+    """The task's network on the accelerator's device."""
     return load_backbone(args.model_name_or_path).to(accelerator.device, memory_format=torch.channels_last)
 
 
-def load_pairs(args: TaskArguments, accelerator: Accelerator) -> tuple[PairSource, PairSource]:
-    """The pairs to train on and the pairs to evaluate on, all checked."""
+def load_pairs(
+    args: TaskArguments, accelerator: Accelerator, default_dir: str | Path
+) -> tuple[PairSource, PairSource]:
+    """The pairs to train on and the pairs to evaluate on, all checked.
+
+    Args:
+        args: The task's.
+        accelerator: Its main process says which pairs are held out.
+        default_dir: Folder with train/ and test/, where `args` name no data.
+    """
     eval_pairs = None
     if args.dataset_name is not None:
-        train_pairs, eval_pairs = load_hub_pairs(args)
+        train_pairs, eval_pairs = _load_hub_pairs(args)
     elif args.train_dir is None:
-        shipped = HERE / "data" / "underwater"
-        train_pairs, eval_pairs = PairedImageFolder(shipped / "train"), PairedImageFolder(shipped / "test")
+        train_pairs, eval_pairs = (PairedImageFolder(Path(default_dir) / side) for side in ("train", "test"))
     else:
         train_pairs = PairedImageFolder(args.train_dir)
         eval_pairs = PairedImageFolder(args.eval_dir) if args.eval_dir is not None else None
@@ -123,7 +127,8 @@ def load_pairs(args: TaskArguments, accelerator: Accelerator) -> tuple[PairSourc
     return train_pairs, eval_pairs
 
 
-def load_hub_pairs(args: TaskArguments) -> tuple[PairSource, PairSource | None]:
+def _load_hub_pairs(args: TaskArguments) -> tuple[PairSource, PairSource | None]:
+    """The pairs of --dataset_name to train on, and those to evaluate on if it has such a split."""
     from datasets import load_dataset
 
     splits = load_dataset(args.dataset_name, args.dataset_config_name)
@@ -137,20 +142,19 @@ def load_hub_pairs(args: TaskArguments) -> tuple[PairSource, PairSource | None]:
 
 
 def measure_contributions(
-    model: torch.nn.Module,
+    model: nn.Module,
     patches: PairedPatches,
     args: TaskArguments,
     accelerator: Accelerator,
-    end_state: dict[str, torch.Tensor] | None = None,
+    end_state: dict[str, Tensor] | None = None,
 ) -> ContributionScores:
-    """Score the layers on the first patches of the run; the processes share them out."""
+    """The layers' scores on the first patches of the run, which the processes share out."""
     size = args.per_device_train_batch_size
     samples = [patches[number] for number in range(args.probe_batches * size)]
     batches = [
-        {key: torch.stack([sample[key] for sample in samples[first : first + size]]).to(accelerator.device)
-         for key in samples[0]}
+        send_to_device(default_collate(samples[first : first + size]), accelerator.device)
         for first in range(0, len(samples), size)
-    ]  # fmt: skip
+    ]
     contributions = estimate_contributions(
         model,
         batches,
@@ -161,11 +165,11 @@ def measure_contributions(
         accelerator=accelerator,
         progress=True,
     )
-    return replace(contributions, source=contributions_source(args))
+    return replace(contributions, source=source_of(args))
 
 
-def contributions_source(args: TaskArguments) -> dict[str, str | int | float]:
-    """What the contributions are of, for their file: network, data, and the settings that choose the batches."""
+def source_of(args: TaskArguments) -> dict[str, str | int | float]:
+    """Origin of the contributions, for their file: network, data, and the settings that choose the batches."""
     if args.dataset_name is not None:
         data = {"dataset_name": args.dataset_name}
     else:
@@ -181,9 +185,9 @@ def contributions_source(args: TaskArguments) -> dict[str, str | int | float]:
 
 
 def report_allocation(
-    model: torch.nn.Module, ranks: dict[str, int], contributions: ContributionScores | None, output_dir: Path
+    model: nn.Module, ranks: dict[str, int], contributions: ContributionScores | None, output_dir: Path
 ) -> None:
-    """Print, draw and keep which layer of the bare network got which score and rank."""
+    """Print, draw and keep the score and the rank of each layer of the bare network."""
     shapes = {name: weight_matrix_shape(layer) for name, layer in adaptable_layers(model).items()}
     ranks = {name: ranks.get(name, 0) for name in shapes}
     scores = contributions.scores if contributions else None

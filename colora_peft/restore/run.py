@@ -1,13 +1,11 @@
-"""What one image goes through in `restore.py`: read, restored with each adapter, written, measured, compared."""
+"""The way of one image through `restore.py`: it is read, restored with each adapter, written, measured, compared."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import torch
-from restore_report import Row
 from torch import Tensor
 
 from colora_peft.evaluation import SSIM_WINDOW_PX, psnr, ssim
@@ -20,11 +18,13 @@ from colora_peft.images import (
     save_comparison,
 )
 from colora_peft.inference import restore_image
-from colora_peft.restore import NO_ADAPTER, AdapterSet, Job, RestoreRecord, file_digest
 from colora_peft.utils import write_bytes
 
-if TYPE_CHECKING:
-    from restore import RestoreArguments
+from .adapters import NO_ADAPTER, AdapterSet
+from .arguments import RestoreArguments
+from .plan import Job
+from .record import RestoreRecord, digest_of_file
+from .report import Row
 
 _STRIP_PIXELS = 1 << 21
 
@@ -38,8 +38,8 @@ class RestoreRun:
         self.args = args
 
     def settings_of(self, label: str, source: str) -> dict[str, object]:
-        """All that decides the pixels of a result; `source` is the digest of the input."""
-        return {"input": source, "weights": self.adapters.fingerprints[label], **self.args.settings()}
+        """All settings that decide the pixels of a result; `source` is the digest of the input."""
+        return {"input": source, "weights": self.adapters.digest_of(label), **self.args.settings()}
 
     def check_kept(self, jobs: list[Job]) -> None:
         """Refuse to keep results that this run would make otherwise.
@@ -53,7 +53,7 @@ class RestoreRun:
             for label, result in zip(self.adapters.labels, job.results, strict=True):
                 if not result.exists():
                     continue
-                difference = self.record.difference(result, self.settings_of(label, file_digest(job.source)))
+                difference = self.record.difference(result, self.settings_of(label, digest_of_file(job.source)))
                 if difference is not None:
                     raise ValueError(
                         f"{result} is there, but not as this run would make it ({difference}). Choose another "
@@ -71,7 +71,7 @@ class RestoreRun:
         try:
             for row in rows:
                 format_of(row.result)  # before the work, not after
-            digest = file_digest(job.source)
+            digest = digest_of_file(job.source)
             image = read_image_file(job.source, self.args.max_pixels)
         except Exception as error:
             return [row.failed(error) for row in rows]

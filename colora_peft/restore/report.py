@@ -1,4 +1,4 @@
-"""What `restore.py` says: a line for each result while it runs, then means, counts, failures and notes."""
+"""The output of `restore.py`: a line for each result while it runs, then means, counts, failures and notes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _FIGURES = {"psnr_input": ("input dB", ".2f"), "psnr": ("PSNR dB", ".2f"), "ssim
 
 @dataclass
 class Row:
-    """What became of one image with one adapter.
+    """Outcome for one image and one adapter.
 
     Attributes:
-        name: Of the image.
-        label: Of the adapter.
+        name: Name of the image.
+        label: Label of the adapter.
         result: The file.
-        kept: It was there before.
+        kept: Whether it was there before.
         size: Width and height in pixels, if the image was read.
-        seconds: Restoring and writing, if it was restored.
+        seconds: Time for restoring and writing, if it was restored.
         figures: PSNR (dB) and SSIM of the input and the result; SSIM is None for images below its window.
-        notes: What did not survive, one phrase each.
-        error: What went wrong.
+        notes: Phrases on what the result does not keep of the input's file.
+        error: Reason of a failure.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Table:
     """Columns as wide as the names that are known beforehand.
 
     Args:
-        names: Of all images.
-        labels: Of all adapters; with one there is no column.
+        names: Names of all images.
+        labels: Labels of all adapters; with one there is no column.
         with_figures: Whether there are targets.
     """
 
@@ -85,7 +85,7 @@ class Table:
         if kept:
             lines.append(
                 "Kept results were there, made of the same inputs with the same weights and settings; --overwrite "
-                "makes them anew."
+                "makes them again."
             )
         if len(rows) < total:
             lines.append(f"Interrupted: {total - len(rows)} are left; the same command goes on with them.")
@@ -121,7 +121,7 @@ class Table:
 
 
 def report_of(rows: Sequence[Row], settings: Mapping[str, object]) -> dict[str, object]:
-    """The same for programs: `settings`, and one entry in `results` for each line."""
+    """The report for programs: `settings`, and one entry in `results` for each line."""
     results = [
         {
             "file": row.name,
