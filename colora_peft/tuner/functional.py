@@ -97,8 +97,8 @@ def factors_save_time(layer: nn.Module, rank: int, x: Tensor) -> bool:
 
     The rule is our measurement on two CPU cores (examples/experiments/speed/factors.py). The small convolutions run at
     full speed from about 8 channels on, so fewer are counted as 8. Multiplications in them take four times as long as
-    in large ones. Several calls in place of one need `MINIMUM_MULTIPLICATIONS` to pay off. On a GPU, under autocast and
-    inside `torch.compile` the usual backward pass is taken: there the rule has not been measured.
+    in large ones. Several calls in place of one need `MINIMUM_MULTIPLICATIONS` to pay off. On a GPU, under autocast
+    and inside `torch.compile` the usual backward pass is taken: there the rule has not been measured.
     """
     if isinstance(layer, nn.ConvTranspose2d) or not is_plain(layer):
         return False

@@ -33,15 +33,10 @@ from support.loop import (
 from torch import nn
 
 from colora_peft import CoLoRAConfig
+from colora_peft.inference import restoration_loss
 from colora_peft.training import checkpoint as checkpoint_module
 from colora_peft.training.checkpoint import list_checkpoints
-from colora_peft.training.loop import (
-    DataFailed,
-    TrainingDiverged,
-    reconstruct,
-    restoration_loss,
-    train,
-)
+from colora_peft.training.loop import DataFailed, TrainingDiverged, reconstruct, train
 
 # --- exactness ------------------------------------------------------------------------------------------------------
 

@@ -18,13 +18,13 @@ from colora_peft import (
     ProbeSettings,
     adaptable_layers,
     estimate_contributions,
+    restoration_loss,
     weight_matrix_shape,
 )
 from colora_peft.contribution.estimate import ESTIMATORS
 from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
-from colora_peft.training.loop import restoration_loss
 from colora_peft.training.methods import prepare_for_tuning, trained_parameters
 
 

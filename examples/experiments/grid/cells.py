@@ -15,14 +15,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
-from restoration_task import load_network as load_network_of
-from restoration_task import measure_contributions as measure_contributions
 from torch import nn
 
 from colora_peft.data import Pair, PairedImageFolder, PairedPatches, PairSource, PairSubset, draw_pairs
 from colora_peft.evaluation import evaluate
 from colora_peft.hub import hardware_name
 from colora_peft.training import TrainingDiverged, train, trained_parameters
+from colora_peft.training import load_network as load_network_of
+from colora_peft.training import measure_contributions as measure_contributions
 from colora_peft.utils import relative_path, write_json
 from examples.experiments.script import flag
 from examples.finetune import FinetuneArguments as FinetuneArguments
