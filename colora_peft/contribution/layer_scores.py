@@ -18,15 +18,7 @@ _OVERFLOW = (
 def scored_weights(model: nn.Module) -> dict[str, str]:
     """Returns the parameter name of each adaptable layer's weight by layer name, in network order."""
     names = {id(parameter): name for name, parameter in moving_parameters(model).items()}
-    weights = {}
-    for layer_name, layer in adaptable_layers(model).items():
-        if id(layer.weight) not in names:
-            raise ValueError(
-                f"Layer '{layer_name}': its weight is not a parameter of the model (a parametrization, weight_norm?): "
-                "remove it first, for example with torch.nn.utils.parametrize.remove_parametrizations."
-            )
-        weights[layer_name] = names[id(layer.weight)]
-    return weights
+    return {layer_name: names[id(layer.weight)] for layer_name, layer in adaptable_layers(model).items()}
 
 
 def filter_score(attribution: Tensor) -> float:

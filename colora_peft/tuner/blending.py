@@ -20,7 +20,7 @@ from torch import Tensor
 from colora_peft.utils import some
 
 from .config import CoLoRAConfig
-from .deltas import check_adapter_name
+from .deltas import check_new_name
 from .layer import CoLoRALayer
 from .scaling import adapter_scaling
 
@@ -29,18 +29,13 @@ COMBINATION_TYPES = ("cat", "linear", "svd")
 
 @dataclass(frozen=True)
 class Blend:
-    """Adapters to be added up, and the way to do it."""
+    """The arguments of `CoLoRAModel.add_weighted_adapter`."""
 
     adapters: list[str]
-    """Names of the adapters, each at most once."""
     weights: list[float]
-    """A finite factor for each."""
     adapter_name: str
-    """Name of the sum."""
     combination_type: str
-    """One of COMBINATION_TYPES; see the module."""
     svd_rank: int | None
-    """Rank for "svd"; None takes the highest of the adapters' ranks, layer by layer."""
 
     def check(self, configs: Mapping[str, CoLoRAConfig]) -> None:
         """Checks that it can be made of the adapters in `configs`, as far as that does not depend on the layers."""
@@ -58,11 +53,7 @@ class Blend:
             raise ValueError(
                 "All weights are 0, so the blend would be the base network: use disable_adapter() instead."
             )
-        check_adapter_name(self.adapter_name)
-        if self.adapter_name in configs:
-            raise ValueError(
-                f"There is already an adapter {self.adapter_name!r}: delete it first, or choose another name."
-            )
+        check_new_name(self.adapter_name, configs)
         if self.combination_type not in COMBINATION_TYPES:
             raise ValueError(
                 f"The combination_type is {self.combination_type!r}: choose one of {', '.join(COMBINATION_TYPES)}."
@@ -81,19 +72,9 @@ class Blend:
 def blend_adapters(
     layers: Mapping[str, CoLoRALayer], configs: Mapping[str, CoLoRAConfig], blend: Blend
 ) -> tuple[CoLoRAConfig, dict[str, dict[str, Tensor]]]:
-    """Returns configuration and weights of the weighted sum; nothing is changed.
+    """Returns the configuration of the weighted sum, and by layer the weights for `CoLoRALayer.place_adapter`.
 
-    Args:
-        layers: Adapted layers by full name.
-        configs: Configurations of the adapters by name.
-        blend: Adapters to add up, and the way to do it.
-
-    Returns:
-        The configuration, and the weights for `CoLoRALayer.place_adapter` by layer.
-
-    Raises:
-        ValueError: A name is unknown or taken, the weights do not fit, the combination type or rank does not exist, an
-            adapter trains more than deltas, or ranks differ under "linear".
+    Nothing is changed. `layers` are the adapted layers by full name, `configs` the configurations of the adapters.
     """
     blend.check(configs)
     adapters = blend.adapters

@@ -3,7 +3,7 @@
 Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Container, MutableMapping
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(f"The adapter name {name!r} cannot be part of parameter names: use letters, digits, -, _.")
     if name in _TAKEN_NAMES:
         raise ValueError(f"The adapter name {name!r} is that of an attribute of nn.ParameterDict: choose another.")
+
+
+def check_new_name(name: str, taken: Container[str]) -> None:
+    """Checks that a new adapter may be called `name`, which must not be among the names that are `taken`."""
+    check_adapter_name(name)
+    if name in taken:
+        raise ValueError(f"There is already an adapter {name!r}: delete it first, or choose another name.")
 
 
 def rename_key(entries: MutableMapping[str, Any] | nn.ParameterDict | nn.ModuleDict, old: str, new: str) -> None:

@@ -84,9 +84,7 @@ def check_unmerged(tuner: BaseTuner, adapter: str) -> None:
 def place_weights(tuner: BaseTuner, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the state dict that PEFT is about to load as `adapter`, under the names that the network has.
 
-    Raises:
-        ValueError: The adapter is merged, or a weight is missing or has no place. An adapter that was made to be
-            loaded into is taken off again.
+    It refuses weights that lack one or have one without a place, and takes an adapter off that was made for them.
     """
     check_unmerged(tuner, adapter)
     own = _own_weights(tuner)
@@ -101,8 +99,7 @@ def place_weights(tuner: BaseTuner, adapter: str, state_dict: dict[str, Tensor])
 def check_state_dict(tuner: BaseTuner, state_dict: Mapping[str, Tensor], module_prefix: str) -> None:
     """Checks the shapes of all adapter weights in a state dict before it is loaded; before PEFT 0.21 names, too.
 
-    Raises:
-        ValueError: They do not fit. An adapter that was made to be loaded into is taken off again.
+    If they do not fit, an adapter that was made to be loaded into is taken off again.
     """
     loaded = weights_by_adapter(state_dict, module_prefix, tuner.prefix)
     adapters = [adapter for adapter in loaded if adapter in tuner.peft_config]

@@ -20,12 +20,7 @@ BASE_NAME = "__base__"
 
 @contextmanager
 def adapters_by_sample(tuner: BaseTuner, adapter_names: list[str]) -> Iterator[None]:
-    """Context in which each layer of the network is called with `adapter_names`, one name for each sample.
-
-    Raises:
-        ValueError: The network is in training mode or merged, there is no adapter of such a name, or the input of a
-            layer does not have one row for each name.
-    """
+    """Context in which each layer of the network is called with `adapter_names`, one name for each sample."""
     _check_mixed_batch(tuner, adapter_names)
     hooks = []
     try:

@@ -5,7 +5,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from colora_peft.utils import some, unwrapped
 
-from .deltas import check_adapter_name, rename_key
+from .deltas import check_new_name, rename_key
 from .layer import CoLoRALayer
 from .model import tuner_of
 from .offloading import check_nothing_offloaded
@@ -25,9 +25,7 @@ def rename_adapter(model: PeftModel, old: str, new: str) -> None:
     check_nothing_offloaded(model, "rename_adapter")
     if old not in configs:
         raise ValueError(f"There is no adapter {old!r} to rename, only {some(sorted(configs))}.")
-    if new in configs:
-        raise ValueError(f"There is already an adapter {new!r}: delete it first, or choose another name.")
-    check_adapter_name(new)
+    check_new_name(new, configs)
     rename_key(configs, old, new)  # in place, because the tuner and the network share this dictionary
     for module in model.modules():
         if isinstance(module, CoLoRALayer):

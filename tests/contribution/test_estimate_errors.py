@@ -120,5 +120,5 @@ def test_a_model_without_layers_and_a_path_without_steps():
 def test_a_parametrized_weight_is_named():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)))
     end = {name: value + 0.1 for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="Layer '0'.*parametrization|no layer to score"):
+    with pytest.raises(ValueError, match="no layer to score"):
         faig(model, end, linear_pair()[2], mse)
