@@ -1,8 +1,9 @@
 """Checks that the weights of an adapter fit the network that they are loaded into.
 
 PEFT loads adapters with strict=False and only warns of missing weights, so that the adapter of another network would
-seem to work. Here names and shapes are checked before the first weight is copied. PEFT before 0.21 does not tell the
-loading of an adapter from that of any other state dict. There, every state dict with weights of an adapter is checked.
+seem to work. Here names are checked when PEFT loads an adapter, and shapes for every state dict, before the first
+weight is copied. PEFT before 0.21 does not announce that it loads an adapter. There, names are checked for every state
+dict, too.
 """
 
 from collections import defaultdict
@@ -84,7 +85,8 @@ def check_unmerged(tuner: BaseTuner, adapter: str) -> None:
 def place_weights(tuner: BaseTuner, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the state dict that PEFT is about to load as `adapter`, under the names that the network has.
 
-    It refuses weights that lack one or have one without a place, and takes an adapter off that was made for them.
+    All weights must be there, and each must have a place. If not, an adapter that was made to be loaded into is taken
+    off again.
     """
     check_unmerged(tuner, adapter)
     own = _own_weights(tuner)

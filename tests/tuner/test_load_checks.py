@@ -178,6 +178,10 @@ def test_only_the_loading_of_adapters_is_strict(tmp_path):
     part = {f"{PREFIX}conv.colora_B.default": torch.ones(8, 2)}
     assert model.load_state_dict(part, strict=False).missing_keys
     assert model.base_model.model.conv.colora_B["default"].eq(1).all()
+    part |= {f"{PREFIX}conv.colora_B.default": torch.zeros(8, 2), f"{PREFIX}head.colora_A.default": torch.ones(7, 27)}
+    with pytest.raises(ValueError, match="of another shape: head.colora_A"):
+        model.load_state_dict(part, strict=False)
+    assert model.base_model.model.conv.colora_B["default"].eq(1).all()
     weights = load_file(folder / "adapter_model.safetensors")
     weights[f"{PREFIX}conv.colora_A"] = torch.rand(7, 27)
     with pytest.warns(UserWarning, match="conv.colora_A"):
