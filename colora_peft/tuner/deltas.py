@@ -3,7 +3,7 @@
 Shapes throughout: W0 is (d, ...) as the layer stores it, d = W0.shape[0], k = W0.numel() / d; A is (r, k), B (d, r).
 """
 
-from collections.abc import Container, MutableMapping
+from collections.abc import Container, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -200,13 +200,13 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         up = self.colora_dense[adapter] if adapter in self.colora_dense else self.colora_B[adapter]
         return up.is_meta or not up.any()
 
-    def effective_weight(self) -> Tensor:
-        """Returns W0 plus the deltas of the active adapters, in W0's shape and dtype; W0 itself without any.
+    def effective_weight(self, adapters: Iterable[str] | None = None) -> Tensor:
+        """Returns W0 plus the deltas of `adapters` (None: the active ones), in W0's shape and dtype.
 
         It adds adapters one by one, as `merge` does, so that both round alike.
         """
         weight = self.get_base_layer().weight
-        for adapter in self.active_adapters:
+        for adapter in self.active_adapters if adapters is None else adapters:
             if adapter in self.scaling:
                 weight = weight + self.get_delta_weight(adapter)
         return weight

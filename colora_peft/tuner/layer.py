@@ -81,11 +81,10 @@ class CoLoRALayer(DeltaStore):
             rows.setdefault(adapter, []).append(row)
         outputs = []
         for adapter, own_rows in rows.items():
-            weight = self.get_base_layer().weight
-            if adapter in self.scaling:
-                weight = weight + self.get_delta_weight(adapter)
             samples = x if len(rows) == 1 else x[own_rows]
-            outputs.append(run_with_weight(self.base_layer, weight, samples, *args, **kwargs))
+            outputs.append(
+                run_with_weight(self.base_layer, self.effective_weight([adapter]), samples, *args, **kwargs)
+            )
         if len(outputs) == 1:
             return outputs[0]
         order = sorted(range(len(adapter_names)), key=sum(rows.values(), []).__getitem__)
