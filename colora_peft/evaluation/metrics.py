@@ -8,8 +8,6 @@ TIP 13(4), 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03
 import torch
 from torch import Tensor
 
-__all__ = ["PSNR_CAP_DB", "SSIM_WINDOW_PX", "psnr", "ssim"]
-
 PSNR_CAP_DB = 100.0
 
 SSIM_WINDOW_PX = 11

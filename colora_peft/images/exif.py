@@ -13,8 +13,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Entry", "block_entries", "block_of_tiff", "integers", "pack_directory", "upright"]
-
 _HEADER_BYTES = 8
 _ENTRY_BYTES = 12
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}

@@ -19,8 +19,6 @@ from PIL import Image
 
 from .exif import Entry, block_entries, integers, pack_directory
 
-__all__ = ["FORMATS", "Content", "ImageFormat", "format_of", "png_chunks"]
-
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _METRES_PER_INCH = 0.0254
 _STRIP_BYTES = 1 << 18
@@ -133,7 +131,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def encode_tiff(content: Content) -> bytes:
-    """Encodes by deflate with horizontal differences, in the byte order of the EXIF, whose entries stay as they are."""
+    """Encodes by deflate with horizontal differences, in the byte order of the EXIF, whose entries stay the same."""
     order = ">" if content.exif is not None and content.exif[:1] == b"M" else "<"
     strips, rows = _strips(content.pixels, order)
     offsets = np.cumsum([8, *(len(strip) + len(strip) % 2 for strip in strips)]).tolist()

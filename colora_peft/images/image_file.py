@@ -36,8 +36,6 @@ from .formats import FORMATS, Content, ImageFormat, format_of, png_chunks
 from .icc import fitting_profile
 from .reading import IMAGE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
 
-__all__ = ["DEFAULT_MAX_PIXELS", "ImageFile", "encode_image_file", "read_image_file", "write_image_file"]
-
 # More than the 151 million of the largest cameras; 2.4 GB as float32 RGB.
 DEFAULT_MAX_PIXELS = 200_000_000
 

@@ -103,14 +103,6 @@ def test_orientations_of_8_bit_files_are_pillow_s(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_our_orientation_is_pillow_s(orientation):
-    pixels = random_pixels(np.uint8, 3)
-    image = Image.fromarray(pixels)
-    image.getexif()[ORIENTATION] = orientation
-    np.testing.assert_array_equal(_oriented(pixels, orientation), np.array(ImageOps.exif_transpose(image)))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("channels", [(), (3,)], ids=["grey", "colour"])
 def test_orientations_of_16_bit_files(tmp_path, orientation, channels):
     pixels = random_pixels(np.uint16, *channels)
