@@ -1,8 +1,8 @@
-"""Export a restoration network to one file that other runtimes run: ONNX, or a program of `torch.export` (.pt2).
+"""Export of a restoration network to one file that other runtimes run: ONNX, or `torch.export` (.pt2).
 
 Images go in and come out as float32 RGB (B, 3, H, W) in [0, 1], not clamped, under the names `pixel_values` and
-`reconstruction`. Nothing is written before the file's own content, run by its own runtime, has given what PyTorch
-gives, on images of several sizes.
+`reconstruction`. Before anything is written, the file's content is run by its own runtime on images of several sizes
+and compared with PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,34 +31,34 @@ __all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "
 ExportFormat = Literal["onnx", "torch_export"]
 EXPORT_SUFFIXES: Mapping[str, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
 METADATA_FILE = "colora_peft.json"
-"""Where the metadata lies in a .pt2 file; an .onnx file has them as its properties."""
+"""Name of the metadata in a .pt2 file; an .onnx file has them as its properties."""
 
-# Batch, height and width of the checks: multiples of any usual stride and not, one side each, and more than one
-# image. The network is traced at a size of its own (`_trace_shape`), which is not among them.
+# Batch, height and width of the checks: sides that are multiples of usual strides and sides that are not, and several
+# images. The network is traced at another size.
 _CHECKED = ((1, 64, 64), (2, 96, 128), (1, 77, 101), (3, 64, 83), (1, 131, 72))
-# Less than most strides. Padding by reflection takes another branch there, which a trace at a larger size does not
-# hold; not all networks take it either.
+# Smaller than most strides. Padding by reflection takes another branch there, which a trace at a larger size does not
+# hold; some networks do not take it either.
 _SMALL = (1, 3, 40)
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
 _INPUT, _OUTPUT = "pixel_values", "reconstruction"
 
 
 class ExportError(ValueError):
-    """The network cannot be exported, or what was exported does not give what the network gives."""
+    """Error of a network that cannot be exported, or of an exported file that does not restore as the network does."""
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How a network is exported.
+    """Settings of an export.
 
     Args:
         format: "onnx", or "torch_export", which `torch.export.load` reads.
-        fixed_size: Height and width of the images, one at a time, for runtimes and networks that cannot have them
-            open. None: images of any size and number.
+        fixed_size: Height and width of the images, one at a time, for runtimes and networks that need them fixed.
+            None: images of any size and number.
         half_precision: Weights and arithmetic in float16: half the file. Images stay float32.
-        tolerance: Greatest difference to PyTorch in float32 that is accepted, of pixel values in [0, 1]. None: 1e-4,
-            or 2e-2 in half precision; the second is ours, five levels of 8 bits.
-        metadata: Written into the file besides what is known here.
+        tolerance: Greatest accepted difference to PyTorch in float32, of pixel values in [0, 1]. None: 1e-4, or 2e-2
+            in half precision, which is our choice: five levels of 8 bits.
+        metadata: Further metadata of the file.
 
     Raises:
         ValueError: An unknown format, or a size or tolerance that is not positive.
@@ -85,13 +86,10 @@ class ExportSettings:
     def greatest_difference(self) -> float:
         return _TOLERANCES[self.dtype] if self.tolerance is None else self.tolerance
 
-    def checked_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        return _CHECKED if self.fixed_size is None else ((1, *self.fixed_size),)
-
 
 @dataclass(frozen=True)
 class SizeCheck:
-    """The greatest absolute difference of a pixel between the file's output and PyTorch's, at one size."""
+    """Greatest absolute difference of a pixel between the file's output and PyTorch's, at one size."""
 
     batch: int
     height: int
@@ -100,16 +98,16 @@ class SizeCheck:
 
 
 def export_network(network: nn.Module, path: str | Path, settings: ExportSettings | None = None) -> list[SizeCheck]:
-    """Export a network, check the result against it, and write it to `path`, replacing what is there.
+    """Exports a network, compares the result with it, and writes it to `path`, replacing what is there.
 
     Args:
-        network: Any network that `reconstruct` understands, of float32 RGB images, on the CPU, without adapters:
-            merge them before (`merge_and_unload`). It is not changed, and run in evaluation mode.
+        network: Any network that `reconstruct` takes, of float32 RGB images, on the CPU and without adapters (merge
+            them by `merge_and_unload`). It is run in evaluation mode and not changed.
         path: The file; its folder is made.
         settings: Default: ONNX, any size, float32.
 
     Returns:
-        One check for each size. Where the last, of 3 x 40 pixels, is missing, the file is not right for images so
+        One check for each size. Where the last, of 3 x 40 pixels, is missing, the file does not restore images so
         small. The metadata name the least side that was checked.
 
     Raises:
@@ -123,13 +121,12 @@ def export_network(network: nn.Module, path: str | Path, settings: ExportSetting
     if settings.format == "onnx":
         _check_onnx_packages()
     network = copy.deepcopy(network).eval()
-    images = [_images(shape) for shape in settings.checked_shapes()]
+    shapes = _CHECKED if settings.fixed_size is None else ((1, *settings.fixed_size),)
+    images = [_images(shape) for shape in shapes]
     with torch.no_grad():
         expected = [reconstruct(network, image) for image in images]
-        small = _restored_small(network) if settings.fixed_size is None else None
-        restorer = _Restorer(network.to(settings.dtype))
-        program = _trace(restorer, settings)
-        if small is not None and _restores_small(program, small, settings):
+        program = _trace(_Restorer(copy.deepcopy(network).to(settings.dtype)), settings)
+        if settings.fixed_size is None and (small := _restored_small(network, program, settings)) is not None:
             images.append(_images(_SMALL))
             expected.append(small)
     metadata = _metadata(settings, min(min(image.shape[-2:]) for image in images))
@@ -141,11 +138,8 @@ def export_network(network: nn.Module, path: str | Path, settings: ExportSetting
     return checks
 
 
-# ------------------------------------------------------------------------------------------------------------ trace
-
-
 class _Restorer(nn.Module):
-    """The network from images to images as a tensor, as `reconstruct` runs it, in the precision of its weights."""
+    """Network from images to images, run as `reconstruct` does but in the precision of its weights."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -162,58 +156,39 @@ class _Restorer(nn.Module):
 
 
 def _trace(restorer: _Restorer, settings: ExportSettings) -> ExportedProgram:
-    dynamic = None
-    if settings.fixed_size is None:
-        _check_size_can_be_open(restorer.network)
+    if settings.fixed_size is not None:
+        dynamic, shape = None, (1, *settings.fixed_size)
+    else:
+        if getattr(getattr(restorer.network, "config", None), "model_type", None) == "swin2sr":
+            # Its masks are built in loops over the size, with which torch.export does not end in a useful time.
+            raise ExportError(
+                f"{type(restorer.network).__name__} cannot be exported for any size: the masks of its windows depend "
+                "on it. Give a fixed_size (on the command line --height and --width)."
+            )
         dynamic = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
-    example = _images(_trace_shape(restorer.multiple, settings))
+        # Sides that are no multiples of a stride, so that padding is traced, and large enough to be mirrored.
+        shape = (2, max(67, restorer.multiple + 3), max(90, restorer.multiple + 6))
+    example = _images(shape)
     try:
         program = torch.export.export(restorer, (example,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises whatever the network and its own passes raise
         raise _cannot_be_exported(error, restorer.network, settings) from error
-    # Tracing notes each condition that it met on a size, many of them about how memory would be laid out: NAFNet's
-    # say "no multiple of 16" of a graph that is right for all. Which sizes the graph is right for, the checks tell.
+    # Tracing notes each condition that it met on a size, many of them about the layout of memory: NAFNet's say "no
+    # multiple of 16" of a graph that is right for all. The checks tell which sizes the graph is right for.
     if hasattr(program, "_guards_code"):
         program._guards_code = []
     return program
 
 
-def _restored_small(network: nn.Module) -> Tensor | None:
-    """What the network makes of an image smaller than its stride; None where it takes none."""
+def _restored_small(network: nn.Module, program: ExportedProgram, settings: ExportSettings) -> Tensor | None:
+    """Returns what the network makes of an image smaller than its stride; None if the program does not make that."""
+    images = _images(_SMALL)
     try:
-        return reconstruct(network, _images(_SMALL))
-    except Exception:  # of the user's network
+        expected = reconstruct(network, images)
+        _check(program.module(), images, expected, settings)
+    except Exception:  # whatever the user's network raises, or the operators on shapes that they were not traced for
         return None
-
-
-def _restores_small(program: ExportedProgram, expected: Tensor, settings: ExportSettings) -> bool:
-    """Whether what was traced is right for that image, too."""
-    try:
-        restored = program.module()(_images(_SMALL))
-    except Exception:  # of the operators, on shapes that they were not traced for
-        return False
-    return restored.shape == expected.shape and (restored - expected).abs().max() <= settings.greatest_difference
-
-
-def _check_size_can_be_open(network: nn.Module) -> None:
-    """Refuse what torch.export does not come to an end with in a useful time: Swin2SR builds the masks of its windows
-    in loops over the size.
-
-    Raises:
-        ExportError: It is such a network.
-    """
-    if getattr(getattr(network, "config", None), "model_type", None) == "swin2sr":
-        raise ExportError(
-            f"{type(network).__name__} cannot be exported for any size: the masks of its windows depend on it. Give a "
-            "fixed_size (on the command line --height and --width)."
-        )
-
-
-def _trace_shape(multiple: int, settings: ExportSettings) -> tuple[int, int, int]:
-    """No side a multiple of a stride, so that padding is traced; and large enough to be mirrored."""
-    if settings.fixed_size is not None:
-        return (1, *settings.fixed_size)
-    return 2, max(67, multiple + 3), max(90, multiple + 6)
+    return expected
 
 
 def _cannot_be_exported(error: Exception, network: nn.Module, settings: ExportSettings) -> ExportError:
@@ -225,7 +200,7 @@ def _cannot_be_exported(error: Exception, network: nn.Module, settings: ExportSe
 
 
 def _innermost_module(error: BaseException, network: nn.Module) -> str | None:
-    """The name of the module of the network whose code was running when the error came; None where none was."""
+    """Returns the name of the network's module whose code was running when the error came, if any."""
     names = {id(module): name for name, module in network.named_modules()}
     found, trace = None, error.__traceback__
     while trace is not None:
@@ -234,13 +209,10 @@ def _innermost_module(error: BaseException, network: nn.Module) -> str | None:
     return found or None
 
 
-# ---------------------------------------------------------------------------------------------------------- formats
-
-
 def _check_onnx_packages() -> None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    missing = " ".join(name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None)
     if missing:
-        raise ImportError(f'Exporting to ONNX needs {", ".join(missing)}: pip install "colora-peft[export]".')
+        raise ImportError(f"Exporting to ONNX needs further packages: pip install {missing}.")
 
 
 def _onnx_bytes(program: ExportedProgram, settings: ExportSettings, metadata: Mapping[str, str]) -> bytes:
@@ -289,25 +261,21 @@ def _pt2_runner(data: bytes) -> Callable[[Tensor], Tensor]:
         return torch.export.load(io.BytesIO(data)).module()
 
 
-class _quiet(warnings.catch_warnings):
-    """No warnings of PyTorch about its own parts, and no log of what it skips, such as operators of torchvision."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        self._disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *exception: object) -> None:
-        logging.disable(self._disabled)
-        super().__exit__(*exception)
-
-
-# ----------------------------------------------------------------------------------------------------- check, write
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context without PyTorch's warnings about its own parts and its log of what it skips."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _images(shape: tuple[int, int, int]) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] with large forms and noise, the same at each call."""
+    """Returns images (B, 3, H, W) in [0, 1] with large forms and noise, the same at each call."""
     batch, height, width = shape
     generator = torch.Generator().manual_seed(height * width)
     forms = nn.functional.interpolate(torch.rand(batch, 3, 8, 8, generator=generator), (height, width), mode="bicubic")

@@ -40,7 +40,6 @@ from colora_peft.hub import (
 )
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.ranks import check_figures_can_be_drawn
 from colora_peft.training import (
     DataFailed,
     OnResume,
@@ -191,7 +190,6 @@ def main(args: PretrainArguments) -> None:
     patches = open_patches(args, accelerator)
     eval_pairs = None
     if args.eval_dir is not None:
-        check_figures_can_be_drawn()
         eval_images = ImageFiles(list_images(args.eval_dir, nested=True))
         check_images(eval_images, args.resolution)
         eval_pairs = DegradedImages(eval_images, patches.degradation, args.resolution)

@@ -5,7 +5,6 @@ Images are RGB (3, H, W), as uint8 where their file has 8 bits and as float32 in
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from colora_peft.images import read_stored
-from colora_peft.utils import some_sentences
+from colora_peft.utils import digest_of_bytes, some_sentences
 
 Candidate = tuple[str, Callable[[], Tensor]]
 """Name of an image, and a function that reads it."""
@@ -82,10 +81,8 @@ def file_size(path: Path) -> int:
 
 def fingerprint_of(title: str, lines: Iterable[str]) -> str:
     """Returns the title, which is for people, and a digest of the lines."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
-    return f"{title}, {digest.hexdigest()[:16]}"
+    content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+    return f"{title}, {digest_of_bytes(content)[:16]}"
 
 
 def check_size(image: Tensor, resolution: int, name: str) -> None:

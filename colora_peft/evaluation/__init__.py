@@ -1,6 +1,7 @@
-"""Measure restored images: PSNR, SSIM and images before and after.
+"""Evaluation: PSNR and SSIM of restored images, and sheets of images before and after.
 
-`evaluate` runs a network over pairs. Figures are per image, in RGB on [0, 1], after rounding to 8 bits.
+`evaluate` restores whole images of pairs and averages their figures. Figures are per image, in RGB on [0, 1], after
+rounding to 8 bits.
 """
 
 from .before_after import save_before_after

@@ -14,8 +14,6 @@ from colora_peft.utils import write_bytes
 
 from .metrics import psnr
 
-__all__ = ["save_before_after"]
-
 _WIDEST_PX, _NARROWEST_PX = 400, 64
 _MOST_BYTES = 1_400_000
 

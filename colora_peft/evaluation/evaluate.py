@@ -14,11 +14,16 @@ from .metrics import psnr, ssim
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, description: str) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of whole restored images, `psnr` and `ssim`, and of the inputs, `*_input`.
+    """Returns the mean PSNR (dB) and SSIM of whole restored images, `psnr` and `ssim`, and of the inputs, `*_input`.
 
-    Per image in RGB on [0, 1] after rounding to 8 bits, then averaged over the images. `description` labels a
-    progress bar; an empty one shows none. The network is in
-    evaluation mode meanwhile and as before afterwards.
+    Figures are per image in RGB on [0, 1] after rounding to 8 bits, then averaged. The network is in evaluation mode
+    meanwhile and as before afterwards.
+
+    Args:
+        model: Any network that `colora_peft.inference.reconstruct` takes.
+        pairs: The pairs to restore.
+        device: Device of the network.
+        description: Label of a progress bar; an empty one shows none.
     """
     rows = []
     with evaluation_mode(model):
@@ -34,7 +39,7 @@ def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, descript
 
 @torch.inference_mode()
 def restore_some(model: nn.Module, pairs: PairSource, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(input, restored, target), each (3, H, W) in [0, 1] on the CPU, of `count` pairs spread over the set."""
+    """Returns (input, restored, target), each (3, H, W) in [0, 1] on the CPU, of `count` pairs spread over the set."""
     device = next(model.parameters()).device
     rows = []
     with evaluation_mode(model):

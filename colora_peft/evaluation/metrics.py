@@ -1,14 +1,12 @@
 """PSNR and SSIM as the project reports them: per image, in RGB on [0, 1], after rounding to 8 bits.
 
-Rounding first makes the figures those of the saved image. Average over images afterwards, not over pooled pixels.
+Rounding first makes the figures those of the saved image. Averages are over images, not over pooled pixels.
 SSIM: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", IEEE
 TIP 13(4), 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03.
 """
 
 import torch
 from torch import Tensor
-
-__all__ = ["PSNR_CAP_DB", "SSIM_WINDOW_PX", "psnr", "ssim"]
 
 PSNR_CAP_DB = 100.0
 
@@ -22,16 +20,16 @@ _C2 = 0.03**2
 def psnr(restored: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image, (B,), in dB.
 
-    Capped at 100 dB, which identical images get: an infinite value would swallow every mean and has no place in
-    JSON. (One level of one channel of one pixel wrong in an image of 512 x 512 is 107 dB: nothing worth telling
-    apart is lost.) NaN stays NaN.
+    It is capped at 100 dB, which identical images get: an infinite value would swallow every mean and has no place in
+    JSON. Nothing of use is lost: a single value that is one level off in an image of 512 x 512 gives 107 dB. NaN stays
+    NaN.
 
     Args:
         restored: (B, C, H, W) float; clamped to [0, 1] and rounded to 8 bits, as `target`.
-        target: the same shape.
+        target: Images of the same shape.
 
     Raises:
-        ValueError: shapes differ, not 4-D, empty, or not floating point.
+        ValueError: The shapes differ, or the images are not 4-D, empty or not floating point.
     """
     restored, target = _eight_bit(restored, target)
     mean_squared_error = (restored - target).square().flatten(1).mean(dim=1)
@@ -48,10 +46,10 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
 
     Args:
         restored: (B, C, H, W) float, H and W at least 11; clamped to [0, 1] and rounded to 8 bits, as `target`.
-        target: the same shape.
+        target: Images of the same shape.
 
     Raises:
-        ValueError: as `psnr`, or an image smaller than the window.
+        ValueError: As `psnr`, or an image is smaller than the window.
     """
     restored, target = _eight_bit(restored, target)
     height, width = target.shape[-2:]
@@ -72,7 +70,7 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
 
 
 def _eight_bit(restored: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both images in float32 on the 256 levels k / 255."""
+    """Returns both images in float32 on the 256 levels k / 255."""
     if restored.shape != target.shape:
         raise ValueError(
             f"The restored images have shape {tuple(restored.shape)}, the targets {tuple(target.shape)}: make them "
@@ -90,10 +88,10 @@ def _eight_bit(restored: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _windowed(x: Tensor) -> Tensor:
-    """Gaussian-weighted mean around each position where the window fits: (B, C, H, W) to (B, C, H - 10, W - 10).
+    """Returns Gaussian-weighted means around each position where the window fits, (B, C, H - 10, W - 10).
 
-    Shifted sums rather than a convolution: on a GPU that may run in TF32, and under autocast in half precision;
-    either is too coarse for a variance that is a small difference of squares.
+    These are shifted sums: a convolution may run in TF32 on a GPU, or in half precision under autocast, and both are
+    too coarse for a variance that is a small difference of squares.
     """
     offsets = range(-(SSIM_WINDOW_PX // 2), SSIM_WINDOW_PX // 2 + 1)
     exponents = torch.tensor([-0.5 * (offset / _WINDOW_SIGMA) ** 2 for offset in offsets], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 An EXIF block is a small TIFF file: a header, and directories of entries (tag, type, count, value or offset). It is
 edited in place, so that all else stays as it was to the byte: the notes of camera makers hold offsets and would break
-when moved. TIFF files have no block; there the entries stand among those that describe the pixels, and are copied raw.
+when moved. TIFF files have no block; their entries stand among those that describe the pixels, and are copied raw.
 
 EXIF 2.32 (CIPA DC-008-2019), TIFF 6.0 (Adobe, 1992).
 """
@@ -13,29 +13,27 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Entry", "block_entries", "block_of_tiff", "integers", "pack_directory", "upright"]
-
 _HEADER_BYTES = 8
 _ENTRY_BYTES = 12
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _SHORT, _LONG = 3, 4
 
-# Of one file, in all directories. The most that cameras write are some hundred entries, and notes of a few megabytes.
+# Limits of one file, in all directories. Cameras write some hundred entries, and notes of a few megabytes.
 _MOST_ENTRIES, _MOST_BYTES = 4096, 1 << 25
 
 _WIDTH, _HEIGHT, _ORIENTATION, _THUMBNAIL, _THUMBNAIL_BYTES = 256, 257, 274, 513, 514
 _EXIF, _GPS, _INTEROPERABILITY, _EXIF_WIDTH, _EXIF_HEIGHT = 34665, 34853, 40965, 40962, 40963
 _DIRECTORIES = frozenset({_EXIF, _GPS, _INTEROPERABILITY})
 
-# What may stand among a TIFF file's own entries: description, make, model, resolution, software, date, artist, host,
-# white point, primaries, rating, copyright, and the titles of Windows. The others describe how pixels are stored.
+# Entries of a TIFF file that are copied: description, make, model, resolution, software, date, artist, host, white
+# point, primaries, rating, copyright, and the titles of Windows. The others describe how pixels are stored.
 _DESCRIPTIVE = frozenset({270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 318, 319, 18246, 18249, 33432})
 _DESCRIPTIVE |= frozenset({*range(40091, 40096), _EXIF, _GPS})
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a directory: `value` is the bytes as they stand in the file, `entries` those of a directory."""
+    """Entry of a directory: `value` is the bytes as they stand in the file, `entries` those of a directory below."""
 
     tag: int
     kind: int
@@ -45,21 +43,21 @@ class Entry:
 
 
 def integers(order: str, tag: int, *values: int, kind: int = _LONG) -> Entry:
-    """An entry of whole numbers, LONG (4) or SHORT (3), in the byte order "<" or ">"."""
+    """Returns an entry of whole numbers, LONG (4) or SHORT (3), in the byte order "<" or ">"."""
     letter = {_SHORT: "H", _LONG: "I"}[kind]
     return Entry(tag, kind, len(values), struct.pack(f"{order}{len(values)}{letter}", *values))
 
 
 def upright(block: bytes, width: int, height: int) -> bytes:
-    """The block of an image whose orientation was applied: orientation 1, its size in pixels, and no thumbnail.
+    """Returns the block for an image whose orientation was applied: orientation 1, its size, and no thumbnail.
 
     Args:
-        block: From the byte order mark on, without the "Exif" that JPEG puts before.
-        width: Of the image as it stands now.
-        height: The same.
+        block: Block from the byte order mark on, without the "Exif" that JPEG puts before.
+        width: Width of the image as it stands now, in pixels.
+        height: Height, likewise.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: It is damaged.
     """
     order, data = _byte_order(block), bytearray(block)
     first = _offset(data, order, 4)
@@ -76,7 +74,7 @@ def upright(block: bytes, width: int, height: int) -> bytes:
 
 
 def _without_thumbnail(data: bytearray, order: str, first: int) -> bytearray:
-    """Unlink the second directory, and blank the JPEG that it points to: it shows the image as it was."""
+    """Unlinks the second directory, and blanks the JPEG that it points to, which shows the image as it was."""
     link = first + 2 + _ENTRY_BYTES * _number_of_entries(data, order, first)
     if link + 4 > len(data):  # some writers leave out the link
         return data
@@ -96,7 +94,7 @@ def _without_thumbnail(data: bytearray, order: str, first: int) -> bytearray:
 
 
 def _set_integer(data: bytearray, order: str, position: int, value: int) -> None:
-    """Set a number that the entry at `position` holds; as LONG, which every reader must take for these tags."""
+    """Sets the number of the entry at `position`, as LONG, which every reader must take for these tags."""
     struct.pack_into(f"{order}HII", data, position + 2, _LONG, 1, value)
 
 
@@ -104,10 +102,10 @@ def _set_integer(data: bytearray, order: str, position: int, value: int) -> None
 
 
 def block_of_tiff(data: bytes) -> bytes | None:
-    """The descriptive entries of a TIFF file as an EXIF block; None if there are none.
+    """Returns the descriptive entries of a TIFF file as an EXIF block; None if there are none.
 
     Raises:
-        ValueError: they are damaged, or the file is a BigTIFF.
+        ValueError: They are damaged, or the file is a BigTIFF.
     """
     order = _byte_order(data)
     entries = block_entries(data)
@@ -118,10 +116,10 @@ def block_of_tiff(data: bytes) -> bytes | None:
 
 
 def block_entries(block: bytes) -> tuple[Entry, ...]:
-    """The descriptive entries of an EXIF block or a TIFF file, with the directories below.
+    """Returns the descriptive entries of an EXIF block or a TIFF file, with the directories below.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: It is damaged.
     """
     order = _byte_order(block)
     entries = _Directories(block, order).read(_offset(block, order, 4), depth=0)
@@ -129,7 +127,7 @@ def block_entries(block: bytes) -> tuple[Entry, ...]:
 
 
 def pack_directory(entries: Sequence[Entry], order: str, start: int) -> bytes:
-    """A directory that stands at the offset `start` (even), followed by its values and the directories below."""
+    """Returns a directory that stands at the even offset `start`, with its values and the directories below."""
     entries = sorted(entries, key=lambda entry: entry.tag)
     table, values = struct.pack(f"{order}H", len(entries)), b""
     values_start = start + 2 + _ENTRY_BYTES * len(entries) + 4
@@ -146,8 +144,9 @@ def pack_directory(entries: Sequence[Entry], order: str, start: int) -> bytes:
 
 
 class _Directories:
-    """Reads directories with those below, each once and within limits: one that points back at itself, or many values
-    that are the same bytes, would grow a small file without end.
+    """Reader of directories with those below, each once and within limits.
+
+    A directory that points at itself, or many values that are the same bytes, would grow a small file without end.
     """
 
     def __init__(self, data: bytes, order: str) -> None:
@@ -197,10 +196,10 @@ def _number_of_entries(data: bytes, order: str, offset: int) -> int:
 
 
 def _entries_at(data: bytes, order: str, offset: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """(position of the entry, tag, (type, count)) of a directory.
+    """Yields (position of the entry, tag, (type, count)) of a directory.
 
     Raises:
-        ValueError: it lies outside, or has a tag twice.
+        ValueError: It lies outside, or has a tag twice.
     """
     number = _number_of_entries(data, order, offset)
     if offset + 2 + _ENTRY_BYTES * number > len(data):

@@ -1,8 +1,8 @@
-"""Encode pixels and metadata as PNG, TIFF, JPEG, WebP or BMP.
+"""Encoders of pixels and metadata: PNG, TIFF, JPEG, WebP and BMP.
 
 Pillow cannot write 16 bits of colour, and OpenCV writes metadata into few formats, from 4.13 on. So PNG files of 16
-bits and TIFF files are put together here, which takes a dozen lines each. Tried against other readers in
-tests/images/test_formats.py.
+bits and TIFF files are put together here, which takes a dozen lines each. tests/images/test_formats.py reads them by
+other readers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from PIL import Image
 
 from .exif import Entry, block_entries, integers, pack_directory
 
-__all__ = ["FORMATS", "Content", "ImageFormat", "format_of", "png_chunks"]
-
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _METRES_PER_INCH = 0.0254
 _STRIP_BYTES = 1 << 18
@@ -28,16 +26,16 @@ _STRIP_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into a file.
+    """Pixels and metadata of a file.
 
     Attributes:
         pixels: (H, W, C) uint8 or uint16; C is 1 (grey), 2 (with opacity), 3 (RGB) or 4 (with opacity, straight).
         exif: An EXIF block, or None.
-        icc_profile: It fits the pixels, or None.
+        icc_profile: A profile that fits the pixels, or None.
         dpi: Dots per inch, horizontal and vertical, or None.
-        colour_chunks: For PNG, by name: what it says about its colours besides the profile.
-        quality: For JPEG and WebP, 1 to 100.
-        exact: For WebP: lossless.
+        colour_chunks: Chunks of a PNG about its colours besides the profile, by name.
+        quality: Quality of JPEG and WebP, 1 to 100.
+        exact: Whether a WebP is lossless.
     """
 
     pixels: np.ndarray
@@ -51,7 +49,7 @@ class Content:
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """A file format: how it is called, what it can hold, and its encoder."""
+    """File format: its name, what it can hold, and its encoder."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -63,10 +61,10 @@ class ImageFormat:
 
 
 def format_of(path: Path) -> str:
-    """The key in FORMATS of a file, by its suffix.
+    """Returns the key in FORMATS of a file, by its suffix.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: There is no such format.
     """
     for key, file_format in FORMATS.items():
         if path.suffix.lower() in file_format.suffixes:
@@ -79,7 +77,7 @@ def format_of(path: Path) -> str:
 
 
 def encode_png(content: Content) -> bytes:
-    """Pixels by Pillow where it can (8 bits), metadata in chunks of our own."""
+    """Encodes pixels by Pillow where it can (8 bits), and metadata in chunks of our own."""
     encoded = (
         _by_pillow(content.pixels, "PNG") if content.pixels.dtype == np.uint8 else _png_of_16_bits(content.pixels)
     )
@@ -88,7 +86,7 @@ def encode_png(content: Content) -> bytes:
 
 
 def _png_of_16_bits(pixels: np.ndarray) -> bytes:
-    """Every row as differences to the pixel on its left: 8% smaller than OpenCV's file of a smoothed photo."""
+    """Encodes every row as differences to the pixel on its left: 8% smaller than OpenCV's file of a smooth photo."""
     height, width, channels = pixels.shape
     row_bytes, pixel_bytes = width * channels * 2, channels * 2
     rows = np.ascontiguousarray(pixels.astype(">u2")).view(np.uint8).reshape(height, row_bytes)
@@ -103,7 +101,7 @@ def _png_of_16_bits(pixels: np.ndarray) -> bytes:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(name, content) of the chunks of a PNG file before its pixels."""
+    """Yields (name, content) of the chunks of a PNG file before its pixels."""
     position = len(_PNG_SIGNATURE)
     while position + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, position)
@@ -133,7 +131,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def encode_tiff(content: Content) -> bytes:
-    """Deflate with horizontal differences, in the byte order of the EXIF, whose entries stand as they were."""
+    """Encodes by deflate with horizontal differences, in the byte order of the EXIF, whose entries stay the same."""
     order = ">" if content.exif is not None and content.exif[:1] == b"M" else "<"
     strips, rows = _strips(content.pixels, order)
     offsets = np.cumsum([8, *(len(strip) + len(strip) % 2 for strip in strips)]).tolist()
@@ -152,7 +150,7 @@ def encode_tiff(content: Content) -> bytes:
 
 
 def _strips(pixels: np.ndarray, order: str) -> tuple[list[bytes], int]:
-    """The compressed strips, and the rows of each."""
+    """Returns the compressed strips, and the rows of each."""
     height, row_bytes = len(pixels), pixels[0].nbytes
     rows = min(height, max(1, _STRIP_BYTES // row_bytes))
     strips = []
@@ -199,7 +197,7 @@ def _metadata_entries(content: Content, order: str) -> list[Entry]:
 
 
 def encode_jpeg(content: Content) -> bytes:
-    """Baseline, colour at full resolution (4:4:4)."""
+    """Encodes a baseline JPEG, with colour at full resolution (4:4:4)."""
     metadata = {"icc_profile": content.icc_profile, **({"dpi": content.dpi} if content.dpi else {})}
     if content.exif is not None:
         metadata["exif"] = b"Exif\0\0" + content.exif
@@ -207,7 +205,7 @@ def encode_jpeg(content: Content) -> bytes:
 
 
 def encode_webp(content: Content) -> bytes:
-    """Colours under full transparency are kept, too."""
+    """Encodes a WebP that keeps colours under full transparency, too."""
     settings = {"lossless": True} if content.exact else {"quality": content.quality}
     metadata = {"icc_profile": content.icc_profile or b"", "exif": content.exif or b""}
     return _by_pillow(content.pixels, "WEBP", exact=True, **settings, **metadata)

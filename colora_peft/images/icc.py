@@ -7,8 +7,6 @@ import struct
 
 from PIL import ImageCms
 
-__all__ = ["fitting_profile"]
-
 _WRITTEN = {1: ("GRAY", "grey"), 3: ("RGB", "RGB")}
 
 

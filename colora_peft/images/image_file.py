@@ -1,15 +1,15 @@
-"""Read an image together with what must survive its restoration, and write the restored one as a file of its kind.
+"""Image files with what must survive their restoration, and restored images as files of the same kind.
 
-What survives, and what we decided:
+The choices below are ours. These parts of a file survive:
 
 - Bit depth: 8 or 16 in PNG and TIFF. JPEG, WebP and BMP hold 8; a note says so.
 - EXIF, with the orientation set to 1, since it was applied, and without the thumbnail, which shows the input. In and
-  out of TIFF the descriptive entries survive (see `colora_peft.images.exif`). XMP, IPTC and comments do not.
-- The ICC profile. No colour management takes place: the network sees the values of the file, and the profile goes on
-  describing them. One that is damaged or describes something else (CMYK that was converted) is left out.
-- Transparency: the network restores the colours below it, and it is put back as it was. Formats that hold none get the
-  image on white.
-- Grey stays grey: the mean of what the network makes of three equal channels. WebP holds RGB only.
+  out of TIFF the descriptive entries survive (see `exif.py`). XMP, IPTC and comments do not.
+- The ICC profile. There is no colour management: the network sees the values of the file, and the profile goes on
+  describing them. A damaged profile, or one of other values (CMYK that was converted), is left out.
+- Transparency, which is put back as it was; the network restores the colours below it. Formats that hold none get
+  the image on white.
+- Grey, as the mean of what the network makes of three equal channels. WebP holds RGB only.
 - Resolution (dots per inch) and, from PNG to PNG, gamma, chromaticities and the sRGB mark.
 - The first image of an animation or of several pages; a note says so.
 """
@@ -36,9 +36,7 @@ from .formats import FORMATS, Content, ImageFormat, format_of, png_chunks
 from .icc import fitting_profile
 from .reading import IMAGE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
 
-__all__ = ["DEFAULT_MAX_PIXELS", "ImageFile", "encode_image_file", "read_image_file", "write_image_file"]
-
-# Above the 151 million of the largest cameras; as float32 RGB 2.4 GB.
+# More than the 151 million of the largest cameras; 2.4 GB as float32 RGB.
 DEFAULT_MAX_PIXELS = 200_000_000
 
 _EXIF_MARK = b"Exif\0\0"
@@ -48,19 +46,19 @@ _GREY_MODES = ("1", "L", "LA", "La")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that stands upright, and what its restored version inherits.
+    """Image that stands upright, and what its restored version inherits.
 
     Attributes:
         colour: (3, H, W) float32 in [0, 1], straight: not laid on white.
         opacity: (1, H, W), or None.
-        bits: A value of the file has, 8 or 16.
-        is_grey: The three channels are one.
-        is_lossless_webp: A WebP that is exact.
+        bits: Bits of a value in the file, 8 or 16.
+        is_grey: Whether the file holds one channel.
+        is_lossless_webp: Whether it is an exact WebP.
         exif: An EXIF block that fits the upright image, or None.
         icc_profile: As it stands in the file, or None.
         dpi: Dots per inch, horizontal and vertical, or None.
-        colour_chunks: What a PNG says about its colours besides the profile, by the name of the chunk.
-        notes: What does not survive, one phrase each.
+        colour_chunks: Chunks of a PNG about its colours besides the profile, by name.
+        notes: Phrases on what does not survive.
     """
 
     colour: Tensor
@@ -76,7 +74,7 @@ class ImageFile:
 
     @property
     def on_white(self) -> Tensor:
-        """(3, H, W) as `colora_peft.images.read_image` gives it, up to the rounding of half transparent 8 bits."""
+        """The colour (3, H, W) as `read_image` gives it, up to the rounding of half transparent 8 bits."""
         return self.colour if self.opacity is None else on_white(self.colour, self.opacity)
 
 
@@ -84,15 +82,15 @@ class ImageFile:
 
 
 def read_image_file(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageFile:
-    """Read an image and what must survive.
+    """Reads an image and what must survive.
 
     Args:
-        path: A file of any kind that `colora_peft.images.reading.read_image` reads.
-        max_pixels: Larger images are refused before they are decoded. Holds instead of Pillow's own limit, which is
-            global to the process and suspended meanwhile.
+        path: A file of any kind that `read_image` reads.
+        max_pixels: Largest number of pixels; larger images are refused before they are decoded. It replaces Pillow's
+            own limit, which is global to the process and suspended meanwhile.
 
     Raises:
-        ValueError: the file is missing, not an image, damaged or too large; it names the file.
+        ValueError: The file is missing, not an image, damaged or too large; the message names it.
     """
     data = read_bytes(path)
     with naming(str(path)), _without_pillow_s_limit(), warnings.catch_warnings():
@@ -138,7 +136,7 @@ def _is_grey(opened: Image.Image, data: bytes) -> bool:
 
 
 def _exif_of(opened: Image.Image, data: bytes, width: int, height: int) -> tuple[bytes | None, str | None]:
-    """The EXIF block for the upright image, and a note if it is lost."""
+    """Returns the EXIF block for the upright image, and a note if it is lost."""
     if opened.format == "TIFF" and data[2:4] in (b"+\0", b"\0+"):
         return None, "the EXIF of a BigTIFF was left out"
     try:
@@ -184,11 +182,11 @@ def _webp_chunk_names(data: bytes) -> bytes:
 def write_image_file(
     path: str | os.PathLike[str], restored: Tensor, source: ImageFile, *, quality: int = 95, grey_as_rgb: bool = False
 ) -> tuple[str, ...]:
-    """Write what `encode_image_file` gives whole or not at all, and return the notes.
+    """Writes what `encode_image_file` gives, whole or not at all, and returns the notes.
 
     Raises:
-        ValueError: as `encode_image_file`.
-        OSError: the file cannot be written.
+        ValueError: As `encode_image_file`.
+        OSError: The file cannot be written.
     """
     encoded, notes = encode_image_file(path, restored, source, quality=quality, grey_as_rgb=grey_as_rgb)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -199,18 +197,18 @@ def write_image_file(
 def encode_image_file(
     path: str | os.PathLike[str], restored: Tensor, source: ImageFile, *, quality: int = 95, grey_as_rgb: bool = False
 ) -> tuple[bytes, tuple[str, ...]]:
-    """The file of a restored image, with what it inherits, and notes on what is lost; writes nothing.
+    """Returns the file of a restored image, with what it inherits, and notes on what is lost.
 
     Args:
-        path: The file that it is for; its suffix chooses the format.
+        path: Path of the file, whose suffix chooses the format. Nothing is written.
         restored: (3, H, W) float; clamped to [0, 1] and rounded to the bits of the file.
-        source: What it was restored from.
-        quality: Of JPEG (without chroma subsampling) and WebP, 1 to 100. The other formats are exact, and WebP where
-            the source is an exact WebP.
-        grey_as_rgb: Write what the network makes of a grey image in colour.
+        source: The image that was restored.
+        quality: Quality of JPEG (without chroma subsampling) and WebP, 1 to 100. The other formats are exact, and so
+            is a WebP whose source is an exact WebP.
+        grey_as_rgb: Whether the result of a grey image is written in colour.
 
     Raises:
-        ValueError: the sizes differ, the suffix is of no format that can be written, or the format cannot hold so many
+        ValueError: The sizes differ, the suffix is of no format that can be written, or the format cannot hold so many
             pixels.
     """
     path = Path(path)
@@ -223,7 +221,7 @@ def encode_image_file(
     content, notes = _content(restored, source, file_format, quality, grey_as_rgb)
     try:
         encoded = file_format.encode(content)
-    # What the encoders raise is as various as with the decoders.
+    # Encoders raise as various errors as decoders.
     except Exception as error:
         raise ValueError(
             f"{path.name} cannot be written as {file_format.name} ({error}); choose another format."
@@ -234,7 +232,7 @@ def encode_image_file(
 def _content(
     restored: Tensor, source: ImageFile, file_format: ImageFormat, quality: int, grey_as_rgb: bool
 ) -> tuple[Content, list[str]]:
-    """What goes into the file, and notes on what does not."""
+    """Returns what goes into the file, and notes on what does not."""
     notes, name, bits = [], file_format.name, min(source.bits, file_format.bits)
     colour, opacity = restored.detach().float().cpu().clamp(0, 1), source.opacity
     if opacity is not None and not file_format.has_opacity:

@@ -1,6 +1,8 @@
-"""Reading and writing images: files of any kind to float32 RGB (3, H, W) in [0, 1], and back.
+"""Image files of any kind as float32 RGB (3, H, W) in [0, 1].
 
-An image of 8 bits may be held as uint8 RGB (3, H, W), a quarter of the memory; `as_float` makes it the former.
+The EXIF orientation is applied, grey becomes RGB, transparency is laid on white, palettes and CMYK are converted, and
+the 16 bits of PNG and TIFF files are kept. An image of 8 bits may be held as it is *stored*, uint8 RGB (3, H, W), in a
+quarter of the memory; `as_float` turns it into floats.
 """
 
 from __future__ import annotations
@@ -16,27 +18,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 
-# Why a file cannot be read today and tomorrow: what is no fault of a disk or a network drive.
-_LASTING = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.EINVAL,
-    }
-)
+# Errors that will be the same tomorrow: no fault of a disk or a network drive.
+_LASTING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM})
+_LASTING |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
-# Pillow's names of what is read, whatever a file is called. Others start programs (EPS: Ghostscript) or go through
-# rarely tested decoders. JPEG covers MPO, the several images in one file of phones and stereo cameras.
+# Pillow's names of the formats that are read, whatever a file is called. Others start programs (EPS: Ghostscript) or
+# go through rarely tested decoders. JPEG covers MPO, several images in one file, of phones and stereo cameras.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 
 # TIFF and EXIF tags, and values of the photometric interpretation.
@@ -47,15 +39,17 @@ _OPACITY_IS_MULTIPLIED_IN = 1
 
 
 def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
-    """The images in `folder`, sorted by name, hidden files left out; those below it, too, where `nested`.
+    """Returns the images in `folder`, sorted by name, without hidden files.
 
-    Below it, hidden folders and links to folders are not followed.
+    Args:
+        folder: The folder.
+        nested: Whether to search the folders below it, too. Hidden folders and links to folders are left out, and
+            with a warning those that may not be read.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
-        ValueError: if it holds no image.
-        OSError: if it may not be read, or the disk of a folder below it fails. Folders below that may not be read are
-            left out with a warning.
+        FileNotFoundError: The folder does not exist.
+        ValueError: It holds no image.
+        OSError: It may not be read, or the disk of a folder below it fails.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -78,7 +72,7 @@ def _all_files(folder: Path) -> Iterator[Path]:
 
 
 def _not_silently(error: OSError) -> None:
-    """Of a folder below that cannot be read; some, such as lost+found, are nobody's to allow or to move."""
+    """Warns of a folder that may not be read: some, such as lost+found, nobody can allow or move."""
     if error.errno not in _LASTING:
         raise error
     warnings.warn(f"The folder {error.filename} is left out: it cannot be read ({error.strerror}).", stacklevel=3)
@@ -90,29 +84,29 @@ def _looks_like_an_image(path: Path) -> bool:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read an image as float32 RGB (3, H, W) in [0, 1]; see `decode_image`.
+    """Reads an image as float32 RGB (3, H, W) in [0, 1].
 
     Raises:
-        ValueError: if the file is missing, not an image or damaged; it names the file.
+        ValueError: The file is missing, not an image or damaged; the message names it.
     """
     return as_float(read_stored(path))
 
 
 def read_stored(path: str | Path) -> Tensor:
-    """Read an image as `decode_stored` gives it.
+    """Reads an image as it is stored: uint8 (3, H, W) where the file has no more than 8 bits, else as `read_image`.
 
     Raises:
-        ValueError: as `read_image`.
+        ValueError: As `read_image`.
     """
     return decode_stored(read_bytes(path), str(path))
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file.
+    """Reads a file.
 
     Raises:
-        ValueError: if it is missing or may not be read; it names the file.
-        OSError: if a disk, a network drive or this machine failed, which may be over tomorrow.
+        ValueError: It is missing or may not be read; the message names it.
+        OSError: A disk, a network drive or this machine failed, which may be over tomorrow.
     """
     try:
         return Path(path).read_bytes()
@@ -123,60 +117,45 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def as_float(image: Tensor) -> Tensor:
-    """An image or patch of 8 bits as new float32 in [0, 1]; one that is float already as it is."""
+    """Returns an image or patch of 8 bits as new float32 in [0, 1]; one that is float already as it is."""
     return image.float().div_(255) if image.dtype == torch.uint8 else image
 
 
-def decode_image(data: bytes, name: str) -> Tensor:
-    """The bytes of an image file as float32 RGB (3, H, W) in [0, 1].
-
-    The EXIF orientation is applied, grey becomes RGB, transparency is laid on white, palettes and CMYK are converted,
-    and the 16 bits of PNG and TIFF files are kept.
-
-    Raises:
-        ValueError: if they are not an image or damaged; it calls the image by `name`.
-    """
-    return as_float(decode_stored(data, name))
-
-
 def decode_stored(data: bytes, name: str) -> Tensor:
-    """As `decode_image`, but uint8 where the file has no more than 8 bits.
+    """Decodes the bytes of an image file, as `read_stored` does.
 
     Raises:
-        ValueError: as `decode_image`.
+        ValueError: They are not an image or damaged; the message calls the image by `name`.
     """
     with naming(name), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
         opened.load()
         if not has_16_bits(opened, data):
-            return _decode_8_bits(opened)
+            return _decode_8_bits(opened, keep_opacity=False)
         colour, opacity = _decode_16_bits(opened, data)
         return colour if opacity is None else on_white(colour, opacity)
 
 
 def decode_straight(opened: Image.Image, data: bytes) -> tuple[Tensor, Tensor | None]:
-    """Colour (3, H, W) and opacity (1, H, W), float32 in [0, 1], of an image whose transparency is to be kept.
+    """Returns colour (3, H, W) and opacity (1, H, W), float32 in [0, 1], of an image that keeps its transparency.
 
-    As `decode_image`, but the colours are those below the transparency. The opacity is None where there is none.
+    The colours are those below the transparency. The opacity is None where there is none.
 
     Args:
         opened: The image, loaded by Pillow.
         data: The bytes of its file.
 
     Raises:
-        ValueError: as `from_pil`, or 16 bits in a layout that is not read.
+        ValueError: Its values have no agreed white, or it has 16 bits in a layout that is not read.
     """
     if has_16_bits(opened, data):
         return _decode_16_bits(opened, data)
-    _check_white(opened)
-    mode = "RGBA" if opened.has_transparency_data else "RGB"
-    pixels = torch.from_numpy(_oriented(np.array(opened.convert(mode)), _orientation(opened)))
-    pixels = pixels.permute(2, 0, 1).contiguous().float().div_(255)
+    pixels = as_float(_decode_8_bits(opened, keep_opacity=True))
     return pixels[:3], pixels[3:] if len(pixels) == 4 else None
 
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside, while an image is decoded, is a ValueError that calls it by `name`."""
+    """Context that turns whatever goes wrong while an image is decoded into a ValueError that names it."""
     try:
         yield
     except UnidentifiedImageError as error:  # its message shows a buffer's address
@@ -187,34 +166,26 @@ def naming(name: str) -> Iterator[None]:
 
 
 def on_white(colour: Tensor, opacity: Tensor) -> Tensor:
-    """Colour (3, H, W) seen through its opacity (1, H, W) on white paper."""
+    """Returns colour (3, H, W) seen through its opacity (1, H, W) on white paper."""
     return colour * opacity + (1 - opacity)
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """A Pillow image to float32 RGB (3, H, W) in [0, 1], EXIF orientation applied, transparency laid on white.
+def _decode_8_bits(image: Image.Image, keep_opacity: bool) -> Tensor:
+    """Returns uint8 values (3, H, W), or (4, H, W) of a transparent image that keeps its opacity.
 
     Raises:
-        ValueError: if it has more than 8 bits. Those of PNG and TIFF files are for `decode_image`; 32 have no agreed
-            white.
+        ValueError: It has more than 8 bits: 32 have no agreed white.
     """
-    return as_float(_decode_8_bits(image))
-
-
-def _decode_8_bits(image: Image.Image) -> Tensor:
-    _check_white(image)
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _check_white(image: Image.Image) -> None:
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError("its values have no agreed white; save it with 8 or 16 bits as PNG or TIFF")
+    orientation, mode = _orientation(image), "RGB"
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if keep_opacity:
+            mode = "RGBA"
+        else:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(_oriented(np.array(image.convert(mode)), orientation)).permute(2, 0, 1).contiguous()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -234,7 +205,7 @@ def has_16_bits(image: Image.Image, data: bytes) -> bool:
 
 
 def _decode_16_bits(image: Image.Image, data: bytes) -> tuple[Tensor, Tensor | None]:
-    """Colour and opacity of a PNG or TIFF of 16 bits, see `decode_straight`."""
+    """Returns colour and opacity of a PNG or TIFF of 16 bits, as `decode_straight`."""
     if image.format == "TIFF":
         _check_layout(image)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -258,14 +229,14 @@ def _decode_16_bits(image: Image.Image, data: bytes) -> tuple[Tensor, Tensor | N
 
 
 def _check_layout(image: Image.Image) -> None:
-    """Refuse the 16-bit TIFFs that OpenCV decodes wrongly without a word."""
+    """Raises ValueError for the 16-bit TIFFs that OpenCV decodes wrongly without a word."""
     planes_apart = image.tag_v2.get(_PLANAR_CONFIGURATION, 1) == 2 and image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) > 1
     if image.tag_v2.get(_PHOTOMETRIC) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) or planes_apart:
         raise ValueError("a 16-bit TIFF must be grey or RGB with the colours interleaved; save it so, or as PNG")
 
 
 def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply any of the eight EXIF orientations to an (H, W) or (H, W, C) array."""
+    """Applies any of the eight EXIF orientations to an (H, W) or (H, W, C) array."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -276,6 +247,6 @@ def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] (clamped) to an 8-bit RGB Pillow image."""
+    """Turns (3, H, W) in [0, 1], clamped, into an 8-bit RGB Pillow image."""
     pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -13,8 +13,6 @@ from colora_peft.utils import write_bytes
 
 from .reading import to_pil
 
-__all__ = ["encode_sheet", "paint_sheet", "save_comparison", "save_sheet"]
-
 Cell = tuple[Image.Image, str]
 
 _GAP_PX = 8

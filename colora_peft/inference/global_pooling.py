@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from colora_peft.utils import is_compiled
 
-__all__ = ["ImageStatistics", "Rectangle", "averages_over_pixels", "is_global_pool"]
-
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """Part of an image: [first, end) of its rows and of its columns."""
 

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from .global_pooling import is_global_pool
 from .network import evaluation_mode, reconstruct, tile_multiple
 
-__all__ = ["LocalMean", "local_pooling", "pools_locally", "sliding_mean"]
-
 _PROBE_PX = 64  # least side of the image that shows at which resolution a layer works
 
 
@@ -50,7 +48,6 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
     if pools_locally(model):
         raise ValueError(f"{type(model).__name__} pools locally already: leave that `local_pooling` first.")
     scales = _pixels_per_feature(model)
-    _check_maps_fit(model, scales)
     # A network pads images to its size multiple: a window as large as the image must cover the padding, too.
     multiple = tile_multiple(model)
     window = math.ceil(window / multiple) * multiple
@@ -101,38 +98,35 @@ def _sliding_mean(x: Tensor, window: int, dim: int) -> Tensor:
     return means.index_select(dim, nearest)
 
 
+@torch.no_grad()
 def _pixels_per_feature(model: nn.Module) -> dict[nn.Module, tuple[float, float]]:
     """Returns, for each global pooling layer that runs, the rows and columns of the image per one of its map."""
     scales: dict[nn.Module, tuple[float, float]] = {}
     names = {module: name for name, module in model.named_modules() if is_global_pool(module)}
+    probe = _probe(model)
 
-    def measure(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def measure(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         scale = tuple(probe.shape[dim] / inputs[0].shape[dim] for dim in (-2, -1))
         if scales.setdefault(layer, scale) != scale:
             raise ValueError(
                 f"The pooling layer {names[layer]} runs at several resolutions, and no one window fits it: give "
                 "each resolution a layer of its own."
             )
+        return inputs[0]  # a map in place of one mean, as local pooling gives
 
-    probe = _probe(model)
-    with _hooked(dict.fromkeys(names, measure)):
-        _run(model, probe)
-    if not scales:
-        raise ValueError(
-            f"{type(model).__name__} runs no nn.AdaptiveAvgPool2d(1), or is compiled: there is nothing to make local."
-        )
-    return scales
-
-
-def _check_maps_fit(model: nn.Module, layers: Mapping[nn.Module, Any]) -> None:
     try:
-        with _hooked(dict.fromkeys(layers, LocalMean(1, 1))):
-            _run(model, _probe(model))
+        with evaluation_mode(model), _hooked(dict.fromkeys(names, measure)):
+            reconstruct(model, probe)
     except RuntimeError as error:
         raise ValueError(
             f"{type(model).__name__} cannot use a map of local means where it uses one mean ({error}): local pooling "
             "needs networks that multiply or add what they have pooled to feature maps."
         ) from error
+    if not scales:
+        raise ValueError(
+            f"{type(model).__name__} runs no nn.AdaptiveAvgPool2d(1), or is compiled: there is nothing to make local."
+        )
+    return scales
 
 
 def _probe(model: nn.Module) -> Tensor:
@@ -142,12 +136,6 @@ def _probe(model: nn.Module) -> Tensor:
     side = math.ceil(_PROBE_PX / multiple) * multiple
     parameter = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
     return torch.zeros(1, channels, side, side, device=parameter.device, dtype=parameter.dtype)
-
-
-@torch.no_grad()
-def _run(model: nn.Module, images: Tensor) -> None:
-    with evaluation_mode(model):
-        reconstruct(model, images)
 
 
 @contextmanager

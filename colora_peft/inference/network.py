@@ -13,17 +13,6 @@ from torch import Tensor, nn
 
 from colora_peft.utils import unwrapped
 
-__all__ = [
-    "evaluation_mode",
-    "needed_multiple",
-    "output_images",
-    "pad_to_multiple",
-    "reconstruct",
-    "reflected_indices",
-    "restoration_loss",
-    "tile_multiple",
-]
-
 
 def reconstruct(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Returns the restored images (B, C, H, W) of any network that gives a tensor or the field `reconstruction`.

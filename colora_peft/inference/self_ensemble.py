@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .global_pooling import Rectangle
 
-__all__ = ["EIGHT", "Transform"]
-
 
 class Transform(NamedTuple):
     """Flip or rotation: rows and columns exchanged, then rows, then columns reversed."""

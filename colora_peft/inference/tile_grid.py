@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TileAxis", "lay_tiles"]
-
 DISCARDED_SHARE = 0.25
 """Share of an overlap without weight: the outermost pixels of a tile, which its cut edge has spoilt (our choice)."""
 

@@ -18,8 +18,6 @@ from .network import evaluation_mode, reconstruct, reflected_indices, tile_multi
 from .self_ensemble import EIGHT, Transform
 from .tile_grid import TileAxis, check_tile, lay_tiles
 
-__all__ = ["Pooling", "restore_image"]
-
 Pooling = Literal["picture", "tile", "local"]
 
 

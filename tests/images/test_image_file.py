@@ -221,13 +221,10 @@ def test_the_limit_on_pixels_can_be_raised_and_pillow_s_is_left_alone(tmp_path, 
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
-def test_half_a_file_and_a_text_are_named(tmp_path, suffix):
+def test_half_a_file_is_named(tmp_path, suffix):
     path = write_source(tmp_path / f"a{suffix}")
     path.write_bytes(path.read_bytes()[: -path.stat().st_size // 3])
     with pytest.raises(ValueError, match=rf"a\{suffix} cannot be read as an image"):
-        read_image_file(path)
-    path.write_text("no image")
-    with pytest.raises(ValueError, match=rf"a\{suffix} cannot be read as an image \(unknown format\)"):
         read_image_file(path)
 
 
