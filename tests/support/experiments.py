@@ -1,6 +1,5 @@
 """The experiments under examples/experiments, launched as a user does."""
 
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,5 @@ from .examples import EXAMPLES
 
 def launch(module: str, *flags: object) -> subprocess.CompletedProcess:
     """Run `python -m examples.experiments.MODULE` with these flags in the root of the repository."""
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
     command = [sys.executable, "-m", f"examples.experiments.{module}", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent)

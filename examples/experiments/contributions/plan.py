@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from colora_peft import CoLoRAConfig
+from colora_peft.utils import flag
 from examples.experiments.contributions.report import BUDGET, others_of
 from examples.experiments.grid.cells import NetworkArguments, check_lists, task_name
 from examples.experiments.grid.tuned import TunedArguments
-from examples.experiments.script import flag
 
 RANDOM = "random"
 """Estimator that deals out the scores of the default one to the layers at random."""

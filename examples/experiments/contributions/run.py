@@ -28,7 +28,8 @@ from torch import nn
 from colora_peft import CoLoRAConfig, ContributionScores, FaigSettings, ProbeSettings
 from colora_peft.data import PairedPatches
 from colora_peft.ranks import mean_scores
-from colora_peft.training import LEARNING_RATES, prepare_for_tuning, train, use_all_cores
+from colora_peft.training import LEARNING_RATES, DataFailed, prepare_for_tuning, train, use_all_cores
+from colora_peft.utils import run_script
 from examples.experiments.contributions.plan import RANDOM, SAME_SHARE, StudyArguments, Variant, plan
 from examples.experiments.contributions.report import BUDGET, SCORES_FOLDER, write_report
 from examples.experiments.grid.cells import (
@@ -43,7 +44,6 @@ from examples.experiments.grid.cells import (
     train_and_validate,
 )
 from examples.experiments.grid.tuned import CELLS_FILE, TunedGrid, check_same_settings, draw, method_settings
-from examples.experiments.script import run_script
 
 
 def shared_settings(args: StudyArguments) -> Cell:
@@ -149,4 +149,4 @@ def main(args: StudyArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, StudyArguments)
+    run_script(main, StudyArguments, DataFailed)

@@ -23,8 +23,7 @@ from colora_peft.hub import hardware_name
 from colora_peft.training import TrainingDiverged, train, trained_parameters
 from colora_peft.training import load_network as load_network_of
 from colora_peft.training import measure_contributions as measure_contributions
-from colora_peft.utils import relative_path, write_json
-from examples.experiments.script import flag
+from colora_peft.utils import flag, relative_path, write_json
 from examples.finetune import FinetuneArguments as FinetuneArguments
 
 NETWORKS = Path(__file__).parents[1] / "networks"

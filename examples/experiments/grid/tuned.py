@@ -18,9 +18,8 @@ from colora_peft.data import PairedImageFolder, PairedPatches, PairSource, draw_
 from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.training import DataFailed, TrainingDiverged
 from colora_peft.tuner import adapter_scaling
-from colora_peft.utils import check_at_least, write_json
+from colora_peft.utils import check_at_least, flag, write_json
 from examples.experiments.grid.cells import Cell, CellFile, GridArguments, PairCentres, split_pairs
-from examples.experiments.script import flag
 
 MIN_TUNING_PAIRS = 4
 """Smallest number of pairs to train on while learning rates are tried."""

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from colora_peft.training import METHODS
-from colora_peft.utils import check_at_least
+from colora_peft.utils import check_at_least, flag
 from examples.experiments.grid.cells import FinetuneArguments, check_lists, check_network
 from examples.experiments.grid.tuned import TunedArguments
-from examples.experiments.script import flag
 
 NONE = "none"
 """Name of the network with new weights instead of pre-trained ones."""

@@ -30,8 +30,9 @@ from colora_peft.evaluation import evaluate
 from colora_peft.hub import load_backbone, register_backbones
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.training import prepare_for_tuning, use_all_cores
+from colora_peft.training import DataFailed, prepare_for_tuning, use_all_cores
 from colora_peft.tuner import METHOD_VERSION
+from colora_peft.utils import run_script
 from examples.experiments.grid.cells import (
     Cell,
     CellFile,
@@ -52,7 +53,6 @@ from examples.experiments.methods.peft_lora import add_peft_lora
 from examples.experiments.methods.plan import BUDGET, NONE, PEFT_LORA, BenchmarkArguments, Variant, plan
 from examples.experiments.methods.plots import save_best_median_worst
 from examples.experiments.methods.report import IMAGES_FOLDER, check_names, write_report
-from examples.experiments.script import run_script
 
 
 def shared_settings(args: BenchmarkArguments, accelerator: Accelerator) -> Cell:
@@ -186,4 +186,4 @@ def main(args: BenchmarkArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, BenchmarkArguments)
+    run_script(main, BenchmarkArguments, DataFailed)

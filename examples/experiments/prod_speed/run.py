@@ -27,7 +27,7 @@ from torch import Tensor
 from colora_peft.data import random_patch, sample_generator
 from colora_peft.images import list_images, read_image
 from colora_peft.prod import RandomOrderDegradation, default_degradations
-from colora_peft.utils import check_at_least
+from colora_peft.utils import check_at_least, flag, run_script
 from examples.experiments.measure import (
     Row,
     machine_facts,
@@ -39,7 +39,6 @@ from examples.experiments.measure import (
     take_turns,
 )
 from examples.experiments.prod_speed.library import library_transforms, to_network
-from examples.experiments.script import flag, run_script
 from examples.experiments.tables import markdown_table
 
 Run = Callable[[], None]

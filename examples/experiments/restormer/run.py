@@ -26,6 +26,7 @@ from colora_peft.models import RestormerConfig, RestormerForImageRestoration
 from colora_peft.models.restormer.attention_restormer import ChannelAttention
 from colora_peft.models.restormer.modeling_restormer import GatedFeedForward
 from colora_peft.training import restoration_loss
+from colora_peft.utils import flag, run_script
 from examples.experiments.measure import (
     Row,
     device,
@@ -38,7 +39,6 @@ from examples.experiments.measure import (
     shown,
     take_turns,
 )
-from examples.experiments.script import flag, run_script
 from examples.experiments.speed.variants import Mode, images, modes, take_steps, training_step
 from examples.experiments.tables import markdown_table
 

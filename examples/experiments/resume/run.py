@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 
 from colora_peft.models import NAFNetConfig
 from colora_peft.training import list_checkpoints, read_state
-from colora_peft.utils import check_at_least, write_json
-from examples.experiments.script import flag, run_script
+from colora_peft.utils import check_at_least, flag, run_script, write_json
 
 EXAMPLES = Path(__file__).parents[2]
 _STEPS_BETWEEN_CHECKPOINTS = 3

@@ -28,8 +28,8 @@ from torch import nn
 from colora_peft import CoLoRAConfig, CoLoRALayer
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate
-from colora_peft.training import use_all_cores
-from colora_peft.utils import write_text
+from colora_peft.training import DataFailed, use_all_cores
+from colora_peft.utils import flag, run_script, write_text
 from examples.experiments.grid.cells import (
     Cell,
     CellFile,
@@ -44,7 +44,6 @@ from examples.experiments.grid.cells import (
     task_name,
     train_and_validate,
 )
-from examples.experiments.script import flag, run_script
 from examples.experiments.tables import markdown_table
 
 DENSE = 10**6
@@ -284,4 +283,4 @@ def main(args: ScalingArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ScalingArguments)
+    run_script(main, ScalingArguments, DataFailed)

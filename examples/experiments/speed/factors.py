@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from colora_peft.hub import hardware_name
 from colora_peft.tuner import factors_save_time, run_with_factors, run_with_weight
-from colora_peft.utils import write_text
+from colora_peft.utils import flag, run_script, write_text
 from examples.experiments.measure import median_ratio, shown, take_turns
-from examples.experiments.script import flag, run_script
 from examples.experiments.tables import markdown_table
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from colora_peft.utils import flag, run_script
 from examples.experiments.measure import (
     Row,
     device,
@@ -29,7 +30,6 @@ from examples.experiments.measure import (
     shown,
     take_turns,
 )
-from examples.experiments.script import flag, run_script
 from examples.experiments.speed.variants import (
     INFERRED,
     TRAINED,

@@ -21,8 +21,8 @@ from peft import PeftModel
 import colora_peft
 from colora_peft import hotswap_adapter, prepare_model_for_compiled_hotswap
 from colora_peft.hub import load_backbone
+from colora_peft.utils import flag, run_script
 from examples.experiments.measure import take_turns
-from examples.experiments.script import flag, run_script
 from examples.experiments.speed.variants import make_variant
 from examples.experiments.storage.tasks import SHIPPED
 from examples.experiments.tables import markdown_table

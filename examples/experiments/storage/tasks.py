@@ -22,9 +22,8 @@ from peft import PeftModel, get_peft_model
 from colora_peft import CoLoRAConfig
 from colora_peft.hub import hardware_name, load_backbone
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.utils import relative_path, write_text
+from colora_peft.utils import flag, relative_path, run_script, write_text
 from examples.experiments.measure import in_fresh_process
-from examples.experiments.script import flag, run_script
 from examples.experiments.tables import markdown_table, table_line
 
 SHIPPED = relative_path(Path(__file__).parents[2] / "checkpoints" / "nafnet-small-prod")

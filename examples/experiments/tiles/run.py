@@ -28,9 +28,8 @@ from colora_peft.data import PairedImageFolder
 from colora_peft.evaluation import psnr
 from colora_peft.hub import load_backbone
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.utils import relative_path, write_json
+from colora_peft.utils import flag, relative_path, run_script, write_json
 from examples.experiments.measure import Row, device, in_fresh_process, machine_facts, save_results, settings_text
-from examples.experiments.script import flag, run_script
 from examples.experiments.tables import markdown_table
 
 EXAMPLES = Path(__file__).parents[2]

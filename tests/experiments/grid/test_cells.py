@@ -39,6 +39,13 @@ def test_two_processes_lose_no_cell_of_each_other(tmp_path):
     assert len(grid_cells.CellFile(one.path).cells) == 3
 
 
+def test_a_network_that_must_be_made_first_is_refused_with_the_page_of_its_command(tmp_path):
+    path = str(tmp_path / "nafnet-small-prod-v1")
+    for ask in (grid_cells.network_fingerprint, lambda path: grid_cells.load_network(path, None)):
+        with pytest.raises(FileNotFoundError, match="not shipped: make it .*networks/nafnet-small-prod-v1/README.md"):
+            ask(path)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_parts_share_the_grid(count):
     grid = list(range(5))

@@ -53,7 +53,7 @@ def test_bad_input_is_named(data_dir, settings, error, message):
 @pytest.mark.parametrize("missing", ["train", "test"])
 def test_a_task_without_both_folders_is_refused_before_anything_runs(tmp_path, missing):
     write_pairs(tmp_path / "a" / ("test" if missing == "train" else "train"), 3)
-    args = arguments(tmp_path, tasks=["a"], output_dir=str(tmp_path / "out"))
+    args = arguments(tmp_path, tasks=["a"], resolution=32)
     with pytest.raises(FileNotFoundError, match=f"no folder .*a.{missing}"):
         run.check_data(args)
 

@@ -83,8 +83,3 @@ def test_launched_comparison_runs_its_part_and_nothing_twice(tmp_path, tiny_nafn
 def test_unknown_rule_is_named():
     with pytest.raises(ValueError, match="no rule 'cubic'; choose of lora, sqrt"):
         scaling.ScalingArguments(train_dir="train", rules=["cubic"])
-
-
-def test_without_its_network_it_names_the_page_that_makes_it(tmp_path):
-    done = launch("scaling.run", "--train_dir", tmp_path, "--model_name_or_path", tmp_path / "nafnet-small-prod-v1")
-    assert done.returncode == 1 and "networks/nafnet-small-prod-v1/README.md" in done.stderr.splitlines()[-1]
