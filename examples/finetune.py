@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 
@@ -128,9 +129,10 @@ def given_contributions(
     return contributions
 
 
-def note_on_source(contributions: ContributionScores, args: FinetuneArguments) -> str | None:
+def note_on_source(contributions: ContributionScores | None, args: FinetuneArguments) -> str | None:
     """A note that the contributions were measured on another network; None if they were not, or nobody noted it."""
-    measured_on = contributions.source.get("model_name_or_path", args.model_name_or_path)
+    source = {} if contributions is None else contributions.source
+    measured_on = source.get("model_name_or_path", args.model_name_or_path)
     if measured_on == args.model_name_or_path:
         return None
     return f"Note: the contributions were measured on {measured_on}, this run adapts {args.model_name_or_path}."
@@ -151,8 +153,7 @@ def main(args: FinetuneArguments) -> None:
     check_can_be_saved(model, args)
     contributions = given_contributions(model, args, checkpoint)
     accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {args.method}.")
-    note = None if contributions is None else note_on_source(contributions, args)
-    if note is not None:
+    if note := note_on_source(contributions, args):
         accelerator.print(note)
     shown = accelerator.is_main_process
     before = evaluate(model, eval_pairs, accelerator.device, "before" if shown else "")
@@ -172,35 +173,24 @@ def main(args: FinetuneArguments) -> None:
         if accelerator.is_main_process and isinstance(model, PeftModel):
             ranks = model.peft_config["default"].ranks
             report_allocation(model.get_base_model(), ranks, contributions, Path(args.output_dir))
-        sizes = trained_parameters(model)
-        accelerator.print(f"{sizes['trainable_parameters']:,} parameters are trained.")
-
+        figures = {
+            **trained_parameters(model),
+            "estimator": contributions.method if contributions else None,
+            "seconds_contributions": contributions.seconds if contributions else 0.0,
+            "train_pairs": len(train_pairs),
+            "eval_pairs": len(eval_pairs),
+        }
+        accelerator.print(f"{figures['trainable_parameters']:,} parameters are trained.")
         model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
         after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
         accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
         if accelerator.is_main_process:
-            facts = RunFacts(
-                data_description(args),
-                hardware_name(accelerator.device),
-                seconds,
-                accelerator.num_processes,
-                args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None,
-                accelerator.mixed_precision,
-            )
+            facts = facts_of(args, accelerator, seconds)
             metrics = TuningMetrics(
                 method=args.method,
                 seed=args.seed,
-                psnr_input=before["psnr_input"],
-                psnr_before=before["psnr"],
-                psnr_after=after["psnr"],
-                ssim_input=before["ssim_input"],
-                ssim_before=before["ssim"],
-                ssim_after=after["ssim"],
-                **sizes,
-                estimator=contributions.method if contributions else None,
-                seconds_contributions=contributions.seconds if contributions else 0.0,
-                train_pairs=len(train_pairs),
-                eval_pairs=len(eval_pairs),
+                **quality_metrics(before, after),
+                **figures,
                 seconds=seconds,
                 learning_rate=args.learning_rate,
                 max_train_steps=args.max_train_steps,
@@ -219,6 +209,22 @@ def check_can_be_saved(model: torch.nn.Module, args: FinetuneArguments) -> None:
             f"--method {args.method} saves the network by its save_pretrained, which {type(model).__name__} of "
             f"{args.model_name_or_path} does not have: choose --method colora or lora."
         )
+
+
+def facts_of(args: FinetuneArguments, accelerator: Accelerator, seconds: float) -> RunFacts:
+    """Data, hardware and time of the run, for its card."""
+    on_hub = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
+    hardware, processes = hardware_name(accelerator.device), accelerator.num_processes
+    return RunFacts(data_description(args), hardware, seconds, processes, on_hub, accelerator.mixed_precision)
+
+
+def quality_metrics(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """PSNR and SSIM of the inputs, and of the network before and after."""
+    return {
+        f"{figure}_{when}": value
+        for figure in ("psnr", "ssim")
+        for when, value in (("input", before[f"{figure}_input"]), ("before", before[figure]), ("after", after[figure]))
+    }
 
 
 def quality_line(name: str, psnr_db: float, ssim: float) -> str:

@@ -211,6 +211,12 @@ def test_bad_flags_are_refused(flags, tmp_path, bad, culprit):
     assert not (tmp_path / "contribution").exists()
 
 
+def test_one_pair_cannot_be_split(tmp_path):
+    with pytest.raises(ValueError, match="One pair cannot be split"):
+        measure("--train_dir", write_pairs(tmp_path / "pairs", 1), "--output_dir", tmp_path / "contribution")
+    assert not (tmp_path / "contribution").exists()
+
+
 def test_end_weights_of_another_network_are_named(flags, tmp_path):
     from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
 
@@ -220,22 +226,6 @@ def test_end_weights_of_another_network_are_named(flags, tmp_path):
     with pytest.raises(ValueError, match=r"End weight '.*' has shape .*, the model's has"):
         measure(*flags, "--estimator", "faig", "--end_model_name_or_path", tmp_path / "wide")
     assert not (tmp_path / "contribution").exists()
-
-
-def test_every_flag_is_explained():
-    parser = HfArgumentParser(contribution.ContributionArguments)
-    assert all(action.help for action in parser._actions)
-    parser.format_help()
-
-
-@pytest.mark.slow
-def test_errors_reach_the_terminal_as_one_sentence(tmp_path):
-    folder = write_pairs(tmp_path / "pairs", 1)
-    command = [sys.executable, str(EXAMPLES / "contribution.py"), "--train_dir", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("contribution.py: One pair cannot be split")
-    assert not (tmp_path / "outputs").exists()
 
 
 # --------------------------------------------------------------------------------------- contributions for any task

@@ -29,11 +29,6 @@ def test_command_line_gives_the_same_settings_as_python():
     assert parse("--resume_from_checkpoint", "latest").resume_from_checkpoint == "latest"
 
 
-def test_every_flag_is_explained():
-    parser = HfArgumentParser(TrainArguments)
-    assert all(action.help for action in parser._actions)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from support.examples import load_example
 
-from colora_peft.training import output_dir as run_folder
+from colora_peft.training import output_dir as module
 from colora_peft.training.loop import TrainArguments
 from colora_peft.training.output_dir import check_output_dir, open_output_dir
 
@@ -179,7 +179,7 @@ def test_how_the_result_is_saved_and_watched_may_change(tmp_path):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.1)
     prepare(tmp_path)
     checkpoint(tmp_path, 3)
     args = arguments(tmp_path, resume_from_checkpoint="latest")
@@ -209,7 +209,7 @@ def test_a_file_system_without_locks_is_pointed_out_and_used(tmp_path, monkeypat
     def refuse(_lock):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    monkeypatch.setattr(module.FileLock, "acquire", refuse)
     with pytest.warns(UserWarning, match="cannot be locked on this file system"):
         assert prepare(tmp_path) is None
     assert files(tmp_path) == ["run.json"]
