@@ -21,13 +21,13 @@ from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 __all__ = ["load_backbone", "load_from_folder", "register_backbones"]
 
-_ENTRY_POINTS = "colora_peft.hub.networks"
+_ENTRY_POINTS = "colora_peft.backbones"
 _MODULE_AND_FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
 
 
 @cache
 def register_backbones() -> None:
-    """Import every module that installed packages name under the entry point group `colora_peft.hub.networks`.
+    """Import every module that installed packages name under the entry point group `colora_peft.backbones`.
 
     Such a module registers its networks with transformers' Auto classes when it is imported; `colora_peft.models` is
     one of them. By entry point, because the method itself does not depend on any backbone.

@@ -1,48 +1,35 @@
-"""What restored images were made with, so that a later run keeps a result only if it would be the same."""
+"""Record of what restored images were made with: a later run keeps a result only if it would make the same."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from colora_peft.images import read_bytes
+from colora_peft.utils import digest_of_bytes
 
-__all__ = ["RECORD_FILE", "RestoreRecord", "file_digest", "fingerprint"]
+__all__ = ["RECORD_FILE", "RestoreRecord", "digest_of_file"]
 
 RECORD_FILE = "restored.jsonl"
 
 
-def fingerprint(weights: Mapping[str, Tensor], *more: str) -> str:
-    """Sixteen hexadecimal digits that change with any name, shape, type or value of the weights, and with `more`."""
-    digest = sha256(json.dumps(more).encode())
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits.
+def digest_of_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits.
 
     Raises:
         ValueError: it cannot be read; it names the file.
     """
-    return sha256(read_bytes(path)).hexdigest()
+    return digest_of_bytes(read_bytes(path))
 
 
 class RestoreRecord:
-    """One line of JSON in the output folder for each result: what a file with these very bytes was made with.
+    """File in the output folder with one line of JSON for each result: the settings that these very bytes were made with.
 
-    The line is written before the file, so that what is there is known; and as a line holds for its bytes alone, one
-    whose file could not be written says nothing about the older file that is still there.
+    The line is written before the file. It holds for its bytes alone: if the file could not be written, the line says
+    nothing about the older file that is still there.
 
     Args:
         output_dir: The folder; it need not exist.
@@ -65,8 +52,8 @@ class RestoreRecord:
                 yield line
 
     def add(self, result: Path, content: bytes, settings: Mapping[str, Any]) -> None:
-        """Note what `content`, which `result` is about to hold, was made with; makes the folder."""
-        line = {"file": self._name(result), "sha256": sha256(content).hexdigest(), "settings": dict(settings)}
+        """Note the settings of `content`, which `result` is about to hold; makes the folder."""
+        line = {"file": self._name(result), "sha256": digest_of_bytes(content), "settings": dict(settings)}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # A line of its own, also after half a line.
         begins = b"" if not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n") else b"\n"
@@ -75,7 +62,7 @@ class RestoreRecord:
         self._settings[line["file"], line["sha256"]] = line["settings"]
 
     def difference(self, result: Path, settings: Mapping[str, Any]) -> str | None:
-        """How the settings that `result` was made with differ from these; None if they do not.
+        """The difference between these settings and those that `result` was made with; None if there is none.
 
         Weights and the input count by their values and not by the path that they came from.
 
@@ -83,7 +70,7 @@ class RestoreRecord:
             ValueError: `result` cannot be read.
         """
         name = self._name(result)
-        recorded = self._settings.get((name, file_digest(result)))
+        recorded = self._settings.get((name, digest_of_file(result)))
         if recorded is None:
             written = any(name == known for known, _ in self._settings)
             return "it was changed since a run wrote it" if written else "no run wrote it"

@@ -1,6 +1,44 @@
-"""Checks of command-line flags that scripts share."""
+"""What the scripts' command lines share: flags, their checks, and the way from a command to an exit code."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+_Arguments = TypeVar("_Arguments")
+
+
+def flag(default: Any = MISSING, help: str = "", *, factory: Callable[[], Any] | None = None) -> Any:
+    """A field of a dataclass that is a flag on the command line, with its help; `factory` makes a mutable default."""
+    if factory is not None:
+        return field(default_factory=factory, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def run_script(
+    main: Callable[[_Arguments], int | None], arguments: type[_Arguments], *expected: type[Exception]
+) -> None:
+    """Parse the command line into `arguments`, call `main` with them, and end the process with the code it returns.
+
+    Errors that a user can act on end it with one sentence and the code 1.
+
+    Args:
+        main: The script's work.
+        arguments: Dataclass of the script's flags; what it raises in `__post_init__` is the user's error, too.
+        expected: Further errors that are the user's.
+    """
+    try:
+        (parsed,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
+        code = main(parsed)
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, *expected) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    sys.exit(code)
 
 
 def check_at_least(args: object, name: str, least: int) -> None:

@@ -1,10 +1,12 @@
-"""Writing small files whole or not at all, and naming them as a user would."""
+"""Writing files and folders whole or not at all, and naming them as a user would."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,13 @@ from safetensors import SafetensorError
 
 # Ending of what is being written. A process that was killed may leave it behind: it is worth nothing.
 PARTIAL = ".partial"
+_KEPT_OF_NAME = 40  # characters; some file systems allow 255 bytes
+
+
+def partial_path(path: str | Path) -> Path:
+    """Hidden sibling of `path` to write to first; no other process or thread has the same."""
+    path = Path(path)
+    return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -21,8 +30,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
     After an error the old file is as it was and nothing else is left.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial = partial_path(path)
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
@@ -40,9 +48,45 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+@contextmanager
+def writing_folder(path: str | Path) -> Iterator[Path]:
+    """Context manager that yields an empty folder, which replaces `path` if the block ends without an error.
+
+    The files are on the disk by then and have the permissions of new files. After an error whatever was at `path` is
+    as it was, and nothing else is left.
+    """
+    path, partial = Path(path), partial_path(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        share_weights(partial)
+        _flush(partial)
+        old = path.rename(partial_path(path).with_suffix(f".old{PARTIAL}")) if path.exists() else None
+        os.replace(partial, path)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk take the files: some file systems report only then that they are full, and a machine that loses
+    its power later must not be left with empty files."""
+    if os.name != "posix":  # elsewhere a file that is open for reading cannot be flushed
+        return
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def share_weights(folder: str | Path) -> None:
-    """Give the safetensors files in a folder the permissions that new files have here; they are written for their
-    owner alone."""
+    """Give the safetensors files in a folder the permissions that new files have here.
+
+    The library of safetensors writes them for their owner alone.
+    """
     umask = os.umask(0)
     os.umask(umask)
     for path in Path(folder).glob("*.safetensors"):
@@ -51,8 +95,10 @@ def share_weights(folder: str | Path) -> None:
 
 @contextmanager
 def writing_result(folder: str | Path) -> Iterator[None]:
-    """Around what writes the result of a training: of a full disk it says where, and that the training is not lost.
-    Whoever reads new files here reads the result.
+    """Context manager around writing a training's result into `folder`, which holds its checkpoints, too.
+
+    If the disk is full, the error says that the last checkpoint is unharmed. The files get the permissions of new
+    files.
 
     Raises:
         OSError: in place of what was raised inside, by safetensors in its own way.

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from colora_peft.utils.files import relative_path, write_bytes, write_json, write_text, writing_result
+from colora_peft.utils import (
+    files,
+    relative_path,
+    write_bytes,
+    write_json,
+    write_text,
+    writing_folder,
+    writing_result,
+)
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
@@ -64,3 +74,54 @@ def test_everybody_reads_a_result_who_reads_new_files_here(tmp_path):
         save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "new").touch()
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_two_writers_of_one_file_do_not_take_each_other_s_partial_file(tmp_path, monkeypatch):
+    """The second writes while the first has not put its file in place yet."""
+    path, replace = tmp_path / "run.json", os.replace
+
+    def replace_late(*names):
+        monkeypatch.setattr(files.os, "replace", replace)
+        other = threading.Thread(target=write_bytes, args=(path, b"second"))
+        other.start()
+        other.join()
+        assert path.read_bytes() == b"second"
+        replace(*names)
+
+    monkeypatch.setattr(files.os, "replace", replace_late)
+    write_bytes(path, b"first")
+    assert path.read_bytes() == b"first" and [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+    mine = files.partial_path(path)
+    monkeypatch.setattr(files.os, "getpid", lambda: -1)
+    assert files.partial_path(path) != mine and mine.name.endswith(files.PARTIAL) and mine.name.startswith(".")
+
+
+def test_a_file_may_have_the_longest_name(tmp_path):
+    write_bytes(tmp_path / ("ä" * 125 + ".png"), b"content")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_replaced_whole_with_the_permissions_of_new_files(tmp_path, there):
+    path = tmp_path / "below" / "result"
+    if there:
+        path.mkdir(parents=True)
+        (path / "old").touch()
+    with writing_folder(path) as folder:
+        save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+        assert [entry.name for entry in path.glob("*")] == (["old"] if there else [])
+    assert [entry.name for entry in path.iterdir()] == ["model.safetensors"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["result"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "file").touch()
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert (path / "model.safetensors").stat().st_mode == (tmp_path / "file").stat().st_mode
+
+
+def test_a_folder_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path):
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "old").touch()
+    with pytest.raises(OSError, match="full"):
+        with writing_folder(tmp_path / "result") as folder:
+            (folder / "new").touch()
+            raise OSError("full")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["result", "old"]

@@ -1,0 +1,39 @@
+"""A script ends with its code, or with one sentence on what its user can change."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from colora_peft.utils import check_at_least, flag, run_script
+
+
+@dataclass
+class Arguments:
+    steps: int = flag(1, "Number of steps.")
+    names: list[str] = flag(help="Names.", factory=lambda: ["a"])
+
+    def __post_init__(self):
+        check_at_least(self, "steps", 1)
+
+
+def ending(monkeypatch, main, *flags, expected=()):
+    monkeypatch.setattr("sys.argv", ["examples/script.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_script(main, Arguments, *expected)
+    return end.value.code
+
+
+def test_the_exit_code_is_that_of_the_work(monkeypatch):
+    assert ending(monkeypatch, lambda args: args.steps, "--steps", "3") == 3
+    assert ending(monkeypatch, lambda args: args.names == ["a"] and None) is None
+
+
+def test_errors_of_the_user_become_one_sentence(monkeypatch):
+    assert ending(monkeypatch, print, "--steps", "0") == "script.py: --steps must be at least 1, got 0."
+
+    def fail(args):
+        raise LookupError("The loss diverged.")
+
+    assert ending(monkeypatch, fail, expected=(LookupError,)) == "script.py: The loss diverged."
+    with pytest.raises(LookupError):
+        ending(monkeypatch, fail)
