@@ -10,14 +10,10 @@ from the checkpoint; weights load strictly and are stored as float32. Nothing is
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
-import os
 import pickle
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+
+from colora_peft.utils import digest_of_bytes, write_text, writing_folder
 
 from .official_architectures import Architecture, recognise, shapes_of, some
 
@@ -144,23 +142,15 @@ def check_keys(name: str, expected: dict[str, tuple[int, ...]], found: dict[str,
 
 def save(model: PreTrainedModel, out: Path, card: str) -> None:
     """Write the folder whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        model.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.chmod(0o755)  # as mkdir would, not for the owner alone
+    with writing_folder(out) as folder:
+        model.save_pretrained(folder)
+        write_text(folder / "README.md", card)
         check_is_free(out)
-        if out.exists():
-            out.rmdir()  # empty; not every system replaces it
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def model_card(architecture: Architecture, model: PreTrainedModel, file: Path, name: str) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = digest_of_bytes(file.read_bytes())
     settings = inspect.signature(type(model.config).__init__).parameters.keys() - {"self", "kwargs"}
     rows = "\n".join(f"| {name} | {value} |" for name, value in vars(model.config).items() if name in settings)
     return f"""---

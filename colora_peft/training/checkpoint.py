@@ -7,7 +7,6 @@ state and, where there are any, the averages of the weights. The frozen base of 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -18,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from colora_peft.utils import PARTIAL, digest_of_weights, fill, share_weights, whole, write_json
+from colora_peft.utils import PARTIAL, digest_of_weights, fill, whole, write_json, writing_folder
 
-from .engine import Engine, OptimizerState
+from .engine import OptimizerState
 
 _PREFIX = "checkpoint-"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -33,9 +32,12 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**trained, **dict(model.named_buffers())}
 
 
-def frozen_fingerprint(model: nn.Module) -> str | None:
-    """A digest of the frozen parameters, which checkpoints leave out: whether they are those that training began with.
-    None where there are none. Where the network is sharded, every process must call it."""
+def frozen_digest(model: nn.Module) -> str | None:
+    """Digest of the frozen parameters, which checkpoints leave out; None where there are none.
+
+    A resumed run knows by it that they are those that training began with. Where the network is sharded, every process
+    must call it.
+    """
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return digest_of_weights(frozen)[:16] if frozen else None
 
@@ -47,13 +49,21 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def checkpoint_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer | Engine, averages: dict[str, Tensor] | None = None
+    model: nn.Module, moments: OptimizerState, averages: dict[str, Tensor] | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds, by file name; `averages` are those of `ExponentialMovingAverage`, by parameter name.
+    """The tensors of a checkpoint by file name, all whole: where the network is sharded, every process must call it.
 
-    Tensors are whole: where the network is sharded, every process must call it.
+    Args:
+        model: The network that is trained.
+        moments: Adam's state by parameter; stored by `<parameter name>/<moment>`, since names outlive their order.
+        averages: Those of `ExponentialMovingAverage`, by parameter name.
     """
-    files = {_WEIGHTS: trained_tensors(model), _OPTIMIZER: _optimizer_tensors(model, optimizer)}
+    by_name = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in moments.get(parameter, {}).items()
+    }
+    files = {_WEIGHTS: trained_tensors(model), _OPTIMIZER: by_name}
     if averages is not None:
         files[_AVERAGES] = averages
     return {file: {name: whole(tensor.detach()) for name, tensor in named.items()} for file, named in files.items()}
@@ -62,73 +72,48 @@ def checkpoint_tensors(
 def save_checkpoint(
     output_dir: str | Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], limit: int | None
 ) -> Path:
-    """Save `output_dir/checkpoint-<step>` and remove the oldest beyond `limit` (None keeps all).
+    """Save `output_dir/checkpoint-<step>`, remove the oldest beyond `limit`, and those of later steps.
 
-    Those of later steps go, too: a run that has them went back to an earlier one, and they are of what it left.
+    A run that finds checkpoints of later steps went back to an earlier one. The new checkpoint is complete and on the
+    disk before an old one goes.
 
-    `files` are those of `checkpoint_tensors`; `state` is JSON and must hold `step`. The new checkpoint is complete and
-    on the disk before an old one goes.
+    Args:
+        output_dir: The run's folder.
+        files: Those of `checkpoint_tensors`.
+        state: JSON that holds the `step`.
+        limit: Number of checkpoints to keep; None keeps all.
 
     Raises:
         OSError: if it cannot be written (a full disk); the old checkpoints are as they were, nothing else is left.
     """
     output_dir = Path(output_dir)
     final = output_dir / f"{_PREFIX}{state['step']}"
-    partial = final.with_name(f".{final.name}{PARTIAL}")
     for leftover in output_dir.glob(f".{_PREFIX}*{PARTIAL}"):  # of runs that were killed while they saved
         shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
     try:
-        for file, tensors in files.items():
-            save_file(_contiguous(tensors), partial / file)
-        share_weights(partial)
-        write_json(partial / _STATE, state)
-        _flush(partial)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):  # safetensors reports a full disk as the latter
-            raise OSError(
-                f"{final} could not be written ({error}). Earlier checkpoints are unharmed: make room and go on with "
-                "--resume_from_checkpoint latest."
-            ) from error
-        raise
-    hidden = _hide(final) if final.exists() else None
-    os.replace(partial, final)
-    if hidden is not None:
-        shutil.rmtree(hidden)
+        with writing_folder(final) as folder:
+            for file, tensors in files.items():
+                # safetensors refuses the strides of channels_last.
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+            write_json(folder / _STATE, state)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as the latter
+        raise OSError(
+            f"{final} could not be written ({error}). Earlier checkpoints are unharmed: make room and go on with "
+            "--resume_from_checkpoint latest."
+        ) from error
     kept = list_checkpoints(output_dir)
     place = kept.index(final)
     first = 0 if limit is None else max(0, place + 1 - limit)
     for old in (*kept[place + 1 :], *kept[:first]):
-        shutil.rmtree(_hide(old))
+        # Renamed first, so that a run killed meanwhile leaves no visible half of it.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old{PARTIAL}")))
     return final
 
 
-def _flush(folder: Path) -> None:
-    """Have the disk take the files. Some file systems report only now that they were full; and a machine that loses
-    its power later must not be left with an empty file in place of an older checkpoint."""
-    if os.name != "posix":  # elsewhere a file that is open for reading cannot be flushed
-        return
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _hide(checkpoint: Path) -> Path:
-    """Rename a checkpoint that is to go, so that a run killed meanwhile leaves no visible half of it."""
-    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old{PARTIAL}"))
-
-
 def load_checkpoint(
-    path: str | Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | Engine,
-    averages: dict[str, Tensor] | None = None,
-) -> dict[str, Any]:
-    """Load a checkpoint into `model`, `optimizer` and, where given, `averages`, and return its state.
+    path: str | Path, model: nn.Module, averages: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Any], OptimizerState]:
+    """Load a checkpoint into `model` and, where given, `averages`; return its JSON state and Adam's state by parameter.
 
     Raises:
         ValueError: if the folder is no readable checkpoint, or one of another model; nothing was changed then.
@@ -153,8 +138,7 @@ def load_checkpoint(
         fill(tensor, weights[name])
     for name in averages or {}:
         fill(averages[name], averaged[name])
-    _load_optimizer_tensors(trained, optimizer, moments)
-    return state
+    return state, _by_parameter(moments, trained)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -174,26 +158,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 def _differing(own: dict[str, Tensor], stored: dict[str, Tensor]) -> list[str]:
     """The names that only one of the two has, or has in another shape."""
-    return [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
-
-
-def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses the strides of channels_last.
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Engine) -> dict[str, Tensor]:
-    """Adam's moments under `<parameter name>/<moment>`: names outlive the order of parameters."""
-    state = optimizer.state  # asked for once: DeepSpeed's has to be gathered
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in state.get(parameter, {}).items()
-    }
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, stored)]
+    return [name for name in own.keys() | stored.keys() if shapes[0].get(name) != shapes[1].get(name)]
 
 
 def _is_moment(key: str, value: Tensor, trained: dict[str, Tensor]) -> bool:
@@ -202,9 +168,7 @@ def _is_moment(key: str, value: Tensor, trained: dict[str, Tensor]) -> bool:
     return name in trained and value.shape == (torch.Size() if moment == "step" else trained[name].shape)
 
 
-def _load_optimizer_tensors(
-    trained: dict[str, Tensor], optimizer: torch.optim.Optimizer | Engine, moments: dict[str, Tensor]
-) -> None:
+def _by_parameter(moments: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> OptimizerState:
     state: OptimizerState = defaultdict(dict)
     for key, value in sorted(moments.items()):  # in one order on all processes, which fill sharded ones together
         name, _, moment = key.rpartition("/")
@@ -216,4 +180,4 @@ def _load_optimizer_tensors(
             own = torch.empty_like(parameter.detach(), dtype=value.dtype)
             fill(own, value)
         state[parameter][moment] = own
-    optimizer.state = state
+    return state

@@ -19,7 +19,7 @@ from colora_peft.data import PairSource, Position
 from colora_peft.utils import Processes, share_weights
 
 from .arguments import TrainArguments
-from .checkpoint import checkpoint_tensors, frozen_fingerprint, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import checkpoint_tensors, frozen_digest, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .engine import Engine
 from .fsdp import WholeNetwork
@@ -81,7 +81,7 @@ class TrainingRun:
         # One process alone looks at all the files.
         fingerprint = getattr(dataset, "fingerprint", None) if accelerator.is_main_process else None
         self._fingerprint: str | None = Processes(accelerator).from_main(fingerprint)
-        self._frozen = frozen_fingerprint(model)
+        self._frozen = frozen_digest(model)
         self._recent: list[tuple[float, float]] = []
         self._recent_seconds = 0.0
         self._step_started = self._started = time.perf_counter()
@@ -112,7 +112,7 @@ class TrainingRun:
             return 0
         self._check_comparable(checkpoint, read_state(checkpoint))
         averages = None if self.averages is None else self.averages.averages
-        state = load_checkpoint(checkpoint, self.model, self.engine, averages)
+        state, self.engine.state = load_checkpoint(checkpoint, self.model, averages)
         self._earlier_seconds = state.get("seconds", 0.0)
         if state.get("positions"):
             self.position = state["positions"][self.accelerator.process_index]
@@ -167,7 +167,8 @@ class TrainingRun:
         path = self.output_dir / f"checkpoint-{step}"
         processes = Processes(self.accelerator)
         positions = processes.lists_of_all([self.position])
-        files = checkpoint_tensors(self.model, self.engine, None if self.averages is None else self.averages.averages)
+        averages = None if self.averages is None else self.averages.averages
+        files = checkpoint_tensors(self.model, self.engine.state, averages)
         # Together: a process that ended earlier would have the launcher kill the one that writes.
         with processes.failing_together():
             if self.accelerator.is_main_process:

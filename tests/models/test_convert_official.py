@@ -241,6 +241,8 @@ def test_what_is_there_is_not_overwritten(nafnet_weights, tmp_path):
         convert(tmp_path / "nowhere.pth", tmp_path / "new")
     (tmp_path / "empty").mkdir()
     convert(tmp_path / "official.pth", tmp_path / "empty")
+    modes = {path.stat().st_mode for path in (tmp_path / "empty").iterdir()}
+    assert modes == {(tmp_path / "official.pth").stat().st_mode}  # whoever reads new files here reads these
 
 
 def test_a_failure_while_writing_leaves_nothing(nafnet_weights, tmp_path, monkeypatch):
