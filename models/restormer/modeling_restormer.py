@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageSuperResolutionOutput
 
+from ..backbone import RestorationBackbone
 from .attention_restormer import ChannelAttention
 from .configuration_restormer import RestormerConfig
 
@@ -32,9 +31,15 @@ class LayerNorm(nn.Module):
         super().__init__()
         # The parameters alone: official state dicts name them `body.weight` and `body.bias`.
         self.body = nn.Module()
-        self.body.weight = nn.Parameter(torch.ones(channels))
-        self.body.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.body.weight = nn.Parameter(torch.empty(channels))
+        self.body.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.body.weight)
+        if self.body.bias is not None:
+            nn.init.zeros_(self.body.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.body.weight, self.body.bias
@@ -48,7 +53,7 @@ class LayerNorm(nn.Module):
 
 
 class GatedGelu(torch.autograd.Function):
-    """gelu(left) * right, of the two halves of the channels: (B, 2C, H, W) to (B, C, H, W).
+    """Product of gelu(left) and right, the two halves of the channels: (B, 2C, H, W) to (B, C, H, W).
 
     Keeps its input alone for the backward pass, which the convolution before has made anyway; autograd would keep
     gelu(left), too.
@@ -103,7 +108,7 @@ class RestormerBlock(GradientCheckpointingLayer):
 
 
 class PatchEmbedding(nn.Module):
-    """The first features of each pixel: (B, C, H, W) to (B, width, H, W)."""
+    """First features of each pixel: (B, C, H, W) to (B, width, H, W)."""
 
     def __init__(self, config: RestormerConfig) -> None:
         super().__init__()
@@ -114,7 +119,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Resampling(nn.Module):
-    """To twice the channels at half the resolution, or back: a 3 x 3 convolution and a rearrangement of pixels."""
+    """Step to twice the channels at half the resolution, or back: a 3 x 3 convolution and a reordering of pixels."""
 
     def __init__(self, channels: int, down: bool) -> None:
         super().__init__()
@@ -142,31 +147,15 @@ def pad_by_reflection(images: Tensor, multiple: int) -> Tensor:
     return images
 
 
-class RestormerPreTrainedModel(PreTrainedModel):
+class RestormerForImageRestoration(RestorationBackbone):
+    """Restormer that maps degraded images to restored ones of the same size.
+
+    Images of a dual-pixel camera have the channels of the left view, then those of the right one.
+    """
+
     config_class = RestormerConfig
     base_model_prefix = "restormer"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["RestormerBlock"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation, as the official code uses, instead of the normal one of transformers."""
-        if isinstance(module, nn.Conv2d):
-            module.reset_parameters()
-        elif isinstance(module, LayerNorm):
-            nn.init.ones_(module.body.weight)
-            if module.body.bias is not None:
-                nn.init.zeros_(module.body.bias)
-        elif isinstance(module, ChannelAttention):
-            nn.init.ones_(module.temperature)
-
-
-class RestormerForImageRestoration(RestormerPreTrainedModel):
-    """Restormer that maps degraded images to restored ones of the same size."""
-
-    # Prefixes of the modules after the bottleneck: what "decoder only" fine-tuning trains.
     decoder_modules = (
         "up4_3", "reduce_chan_level3", "decoder_level3", "up3_2", "reduce_chan_level2", "decoder_level2", "up2_1",
         "decoder_level1", "refinement", "skip_conv", "output",
@@ -204,54 +193,16 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
         self.output = nn.Conv2d(2 * c1, config.num_output_channels, kernel_size=3, padding=1, bias=config.bias)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The first layer: transformers makes its output require a gradient where blocks are checkpointed."""
-        return self.patch_embed
+    @property
+    def num_output_channels(self) -> int:
+        return self.config.num_output_channels
 
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
-    ) -> ImageSuperResolutionOutput | tuple[Tensor, ...]:
-        """Restore a batch of images of any size.
+    def pad(self, images: Tensor) -> Tensor:
+        """Images mirrored below and to the right, as in the official evaluation of the published weights."""
+        return pad_by_reflection(images, self.config.size_multiple)
 
-        Args:
-            pixel_values: Degraded images (B, C, H, W) in [0, 1]; of a dual-pixel camera the left view's channels,
-                then the right view's.
-            labels: Clean images (B, `config.num_output_channels`, H, W); if given, `loss` is their mean absolute
-                difference to the restored ones.
-            return_dict: `False` returns a tuple `(loss, reconstruction)` without the parts that are None.
-
-        Returns:
-            A ModelOutput with `loss` (scalar, or None without labels) and `reconstruction`
-            (B, `config.num_output_channels`, H, W), not clamped.
-
-        Raises:
-            ValueError: if `pixel_values` is not 4-D with `config.num_channels` channels, or `labels` is not of the
-                shape of the restored images.
-        """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"The pixel_values must have the shape (batch, {self.config.num_channels}, height, width), "
-                f"got {tuple(pixel_values.shape)}."
-            )
-        # No len(): it would fix the batch of a traced graph.
-        restored_shape = (pixel_values.shape[0], self.config.num_output_channels, *pixel_values.shape[2:])
-        if labels is not None and labels.shape != restored_shape:
-            raise ValueError(
-                f"The labels must have the shape of the restored images {restored_shape}, got {tuple(labels.shape)}."
-            )
-        reconstruction = self._restore(pixel_values)
-        loss = None if labels is None else F.l1_loss(reconstruction, labels)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        if not return_dict:
-            return (reconstruction,) if loss is None else (loss, reconstruction)
-        return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
-
-    def _restore(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        # By reflection, as in the official evaluation: its published weights were tested that way.
-        padded = pad_by_reflection(images, self.config.size_multiple)
-        first = self.patch_embed(padded)
+    def restore(self, images: Tensor) -> Tensor:
+        first = self.patch_embed(images)
         skip1 = self.encoder_level1(first)
         skip2 = self.encoder_level2(self.down1_2(skip1))
         skip3 = self.encoder_level3(self.down2_3(skip2))
@@ -259,5 +210,4 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
         x = self.decoder_level3(self.reduce_chan_level3(torch.cat([self.up4_3(x), skip3], dim=1)))
         x = self.decoder_level2(self.reduce_chan_level2(torch.cat([self.up3_2(x), skip2], dim=1)))
         x = self.refinement(self.decoder_level1(torch.cat([self.up2_1(x), skip1], dim=1)))
-        restored = self.output(x) + padded if self.skip_conv is None else self.output(x + self.skip_conv(first))
-        return restored[..., :height, :width]
+        return self.output(x) + images if self.skip_conv is None else self.output(x + self.skip_conv(first))
