@@ -15,8 +15,8 @@ class RestorationBackbone(PreTrainedModel):
     """Network that maps degraded images of any size to restored ones of the same size.
 
     A subclass sets `config_class`, `base_model_prefix`, `_no_split_modules` and `decoder_modules`, registers its
-    modules in the order in which they run, and implements `pad` and `restore`. Its own kinds of layers put their
-    first weights into `reset_parameters`, as PyTorch's do.
+    modules in the order in which they run, and implements `pad` and `restore`. Its own kinds of layers get their
+    first weights by `reset_parameters`, as PyTorch's do.
     """
 
     main_input_name = "pixel_values"
@@ -25,11 +25,6 @@ class RestorationBackbone(PreTrainedModel):
 
     decoder_modules: tuple[str, ...] = ()
     """Prefixes of the modules after the bottleneck, which `--method decoder` trains."""
-
-    @property
-    def num_output_channels(self) -> int:
-        """Number of channels of the restored images."""
-        return self.config.num_channels
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -56,25 +51,24 @@ class RestorationBackbone(PreTrainedModel):
 
         Args:
             pixel_values: Degraded images (B, `config.num_channels`, H, W) in [0, 1].
-            labels: Clean images (B, `num_output_channels`, H, W). If given, `loss` is their mean absolute difference
-                to the restored ones.
+            labels: Clean images of the shape of the restored ones. If given, `loss` is the mean absolute difference.
             return_dict: `False` returns a tuple `(loss, reconstruction)` without the parts that are None.
 
         Returns:
-            A ModelOutput with `loss` (scalar, or None without labels) and `reconstruction`
-            (B, `num_output_channels`, H, W), not clamped.
+            A ModelOutput with `loss` (scalar, or None without labels) and `reconstruction` (B, C, H, W), not clamped.
+            C is `config.num_output_channels` where the configuration has it, else `config.num_channels`.
 
         Raises:
             ValueError: if `pixel_values` or `labels` has another shape.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+        channels = self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(
-                f"The pixel_values must have the shape (batch, {self.config.num_channels}, height, width), "
+                f"The pixel_values must have the shape (batch, {channels}, height, width), "
                 f"got {tuple(pixel_values.shape)}."
             )
-        height, width = pixel_values.shape[-2:]
-        # No len(): it would fix the batch of a traced graph.
-        restored_shape = (pixel_values.shape[0], self.num_output_channels, height, width)
+        batch, _, height, width = pixel_values.shape
+        restored_shape = (batch, getattr(self.config, "num_output_channels", channels), height, width)
         if labels is not None and labels.shape != restored_shape:
             raise ValueError(
                 f"The labels must have the shape of the restored images {restored_shape}, got {tuple(labels.shape)}."

@@ -1,7 +1,4 @@
-"""Images continued beyond their edges by reflection, however far.
-
-(Restormer, which imports nothing from here, reflects by itself.)
-"""
+"""Images continued beyond their edges by reflection, however far."""
 
 from __future__ import annotations
 

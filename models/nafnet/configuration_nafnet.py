@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from ..backbone import check_counts
+from colora_peft.models.backbone import check_counts
 
 
 class NAFNetConfig(PretrainedConfig):

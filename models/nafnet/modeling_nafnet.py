@@ -15,28 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..backbone import RestorationBackbone
+from colora_peft.models.backbone import RestorationBackbone
+
 from .configuration_nafnet import NAFNetConfig
 
 
-class LayerNorm2d(nn.Module):
+class LayerNorm2d(nn.LayerNorm):
     """Layer normalisation over the channels of each pixel: (B, C, H, W) to the same shape."""
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels))
-        self.bias = nn.Parameter(torch.empty(channels))
-        self.eps = eps
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
     def forward(self, x: Tensor) -> Tensor:
-        channels_last = x.permute(0, 2, 3, 1)
-        normed = F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps)
-        return normed.permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def simple_gate(x: Tensor) -> Tensor:
@@ -58,8 +46,8 @@ class NAFBlock(GradientCheckpointingLayer):
         self.conv3 = nn.Conv2d(channels, channels, kernel_size=1)
         self.conv4 = nn.Conv2d(channels, doubled, kernel_size=1)
         self.conv5 = nn.Conv2d(channels, channels, kernel_size=1)
-        self.norm1 = LayerNorm2d(channels)
-        self.norm2 = LayerNorm2d(channels)
+        self.norm1 = LayerNorm2d(channels, eps=1e-6)
+        self.norm2 = LayerNorm2d(channels, eps=1e-6)
         self.beta = nn.Parameter(torch.empty(1, channels, 1, 1))
         self.gamma = nn.Parameter(torch.empty(1, channels, 1, 1))
         self.reset_parameters()

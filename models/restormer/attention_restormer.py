@@ -19,9 +19,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-24
-"""Smallest mean square by whose root queries and keys are divided."""
-
 
 class ChannelAttention(nn.Module):
     """Attention of each channel to those of its head: (B, C, H, W) to the same shape."""
@@ -82,7 +79,7 @@ class PixelMeans(nn.Module):
 
         Rows are queries, columns keys. The last two columns are the mean squares of the queries and of the keys.
         """
-        parts = tuple(pixels_by_channels(part) for part in parts)
+        parts = tuple(part.permute(0, 2, 3, 1).flatten(1, 2) for part in parts)  # (B, H W, c): views of channels_last
         heads, pixels, dtype = len(parts) // 2, parts[0].shape[1], parts[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
         squares = torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts], dim=1).square()
@@ -98,10 +95,5 @@ class PixelMeans(nn.Module):
 
 def cosines(means: Tensor) -> Tensor:
     """Cosines (B, heads, c, c) of queries and keys, from `PixelMeans`; 0 for channels that are zero everywhere."""
-    products, lengths = means[..., :-2], means[..., -2:].clamp_min(EPSILON).sqrt()
+    products, lengths = means[..., :-2], means[..., -2:].clamp_min(1e-24).sqrt()
     return products / lengths[..., :1] / lengths[..., 1:].transpose(2, 3)
-
-
-def pixels_by_channels(features: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, H W, C); a view where they lie in memory as channels_last."""
-    return features.permute(0, 2, 3, 1).flatten(1, 2)

@@ -11,12 +11,16 @@ norms and attention.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..backbone import RestorationBackbone
+from colora_peft.inference import pad_to_multiple
+from colora_peft.models.backbone import RestorationBackbone
+
 from .attention_restormer import ChannelAttention
 from .configuration_restormer import RestormerConfig
 
@@ -29,27 +33,15 @@ class LayerNorm(nn.Module):
 
     def __init__(self, channels: int, bias: bool, eps: float = 1e-5) -> None:
         super().__init__()
-        # The parameters alone: official state dicts name them `body.weight` and `body.bias`.
-        self.body = nn.Module()
-        self.body.weight = nn.Parameter(torch.empty(channels))
-        self.body.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.eps = eps
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.body.weight)
-        if self.body.bias is not None:
-            nn.init.zeros_(self.body.bias)
+        self.body = nn.LayerNorm(channels, eps, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.body.weight, self.body.bias
-        channels_last = x.permute(0, 2, 3, 1)
-        if bias is None:
-            variance = channels_last.var(dim=-1, keepdim=True, correction=0)
-            normed = channels_last * (variance + self.eps).rsqrt() * weight
+        x = x.permute(0, 2, 3, 1)
+        if self.body.bias is None:
+            x = x * (x.var(dim=-1, keepdim=True, correction=0) + self.body.eps).rsqrt() * self.body.weight
         else:
-            normed = F.layer_norm(channels_last, weight.shape, weight, bias, self.eps)
-        return normed.permute(0, 3, 1, 2)
+            x = self.body(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class GatedGelu(torch.autograd.Function):
@@ -93,10 +85,10 @@ class GatedFeedForward(nn.Module):
 class RestormerBlock(GradientCheckpointingLayer):
     """One transformer block: (B, C, H, W) to the same shape."""
 
-    def __init__(self, channels: int, heads: int, config: RestormerConfig) -> None:
+    def __init__(self, channels: int, level: int, config: RestormerConfig) -> None:
         super().__init__()
         self.norm1 = LayerNorm(channels, config.norm_bias)
-        self.attn = ChannelAttention(channels, heads, config.bias)
+        self.attn = ChannelAttention(channels, config.num_heads[level - 1], config.bias)
         self.norm2 = LayerNorm(channels, config.norm_bias)
         self.ffn = GatedFeedForward(channels, config)
 
@@ -107,44 +99,14 @@ class RestormerBlock(GradientCheckpointingLayer):
         return x + self.ffn(self.norm2(x))
 
 
-class PatchEmbedding(nn.Module):
-    """First features of each pixel: (B, C, H, W) to (B, width, H, W)."""
-
-    def __init__(self, config: RestormerConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.num_channels, config.width, kernel_size=3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+def conv3x3(channels: int, new_channels: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(channels, new_channels, kernel_size=3, padding=1, bias=bias)
 
 
-class Resampling(nn.Module):
-    """Step to twice the channels at half the resolution, or back: a 3 x 3 convolution and a reordering of pixels."""
-
-    def __init__(self, channels: int, down: bool) -> None:
-        super().__init__()
-        new_channels, rearrange = (channels // 2, nn.PixelUnshuffle(2)) if down else (channels * 2, nn.PixelShuffle(2))
-        self.body = nn.Sequential(nn.Conv2d(channels, new_channels, kernel_size=3, padding=1, bias=False), rearrange)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
-def pad_by_reflection(images: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) below and to the right up to a multiple, by mirroring about the last row and column.
-
-    Images smaller than their padding are mirrored back and forth, where `F.pad` would refuse.
-    """
-    height, width = images.shape[-2:]
-    if min(height, width) >= multiple:
-        return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="reflect")
-    for dim in (2, 3):
-        size = images.shape[dim]
-        last = size - 1
-        # Back and forth is 0 1 ... last ... 1 | 0 1 ...: a period of 2 * last pixels, of one pixel 0 0 0 ...
-        index = torch.arange(size + -size % multiple, device=images.device) % max(2 * last, 1)
-        images = images.index_select(dim, last - (last - index).abs())
-    return images
+def resampling(channels: int, new_channels: int, rearrange: nn.Module) -> nn.Sequential:
+    """Step to another resolution, under the names of the official state dict: (B, C, H, W) to (B, 2 C, H/2, W/2), or
+    to (B, C/2, 2 H, 2 W)."""
+    return nn.Sequential(OrderedDict(body=nn.Sequential(conv3x3(channels, new_channels), rearrange)))
 
 
 class RestormerForImageRestoration(RestorationBackbone):
@@ -167,39 +129,34 @@ class RestormerForImageRestoration(RestorationBackbone):
 
         def stage(channels: int, level: int, num_blocks: int | None = None) -> nn.Sequential:
             count = config.num_blocks[level - 1] if num_blocks is None else num_blocks
-            heads = config.num_heads[level - 1]
-            return nn.Sequential(*[RestormerBlock(channels, heads, config) for _ in range(count)])
+            return nn.Sequential(*[RestormerBlock(channels, level, config) for _ in range(count)])
 
         # Registered in the order in which they run: tables and figures list layers in this order.
-        self.patch_embed = PatchEmbedding(config)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=conv3x3(config.num_channels, c1)))
         self.encoder_level1 = stage(c1, 1)
-        self.down1_2 = Resampling(c1, down=True)
+        self.down1_2 = resampling(c1, c1 // 2, nn.PixelUnshuffle(2))
         self.encoder_level2 = stage(c2, 2)
-        self.down2_3 = Resampling(c2, down=True)
+        self.down2_3 = resampling(c2, c2 // 2, nn.PixelUnshuffle(2))
         self.encoder_level3 = stage(c3, 3)
-        self.down3_4 = Resampling(c3, down=True)
+        self.down3_4 = resampling(c3, c3 // 2, nn.PixelUnshuffle(2))
         self.latent = stage(c4, 4)
-        self.up4_3 = Resampling(c4, down=False)
+        self.up4_3 = resampling(c4, 2 * c4, nn.PixelShuffle(2))
         self.reduce_chan_level3 = nn.Conv2d(2 * c3, c3, kernel_size=1, bias=config.bias)
         self.decoder_level3 = stage(c3, 3)
-        self.up3_2 = Resampling(c3, down=False)
+        self.up3_2 = resampling(c3, 2 * c3, nn.PixelShuffle(2))
         self.reduce_chan_level2 = nn.Conv2d(2 * c2, c2, kernel_size=1, bias=config.bias)
         self.decoder_level2 = stage(c2, 2)
-        self.up2_1 = Resampling(c2, down=False)
+        self.up2_1 = resampling(c2, 2 * c2, nn.PixelShuffle(2))
         # At full resolution the skip connection's channels are kept, not mixed down.
         self.decoder_level1 = stage(2 * c1, 1)
         self.refinement = stage(2 * c1, 1, config.num_refinement_blocks)
         self.skip_conv = nn.Conv2d(c1, 2 * c1, kernel_size=1, bias=config.bias) if config.dual_pixel else None
-        self.output = nn.Conv2d(2 * c1, config.num_output_channels, kernel_size=3, padding=1, bias=config.bias)
+        self.output = conv3x3(2 * c1, config.num_output_channels, config.bias)
         self.post_init()
-
-    @property
-    def num_output_channels(self) -> int:
-        return self.config.num_output_channels
 
     def pad(self, images: Tensor) -> Tensor:
         """Images mirrored below and to the right, as in the official evaluation of the published weights."""
-        return pad_by_reflection(images, self.config.size_multiple)
+        return pad_to_multiple(images, self.config.size_multiple)
 
     def restore(self, images: Tensor) -> Tensor:
         first = self.patch_embed(images)
