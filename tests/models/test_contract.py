@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.backbones import BACKBONES, images, tiny_backbone
+from support.backbones import BACKBONES, adapted, images, state_is_equal, tiny_backbone
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageToImage
 from transformers.modeling_layers import GradientCheckpointingLayer
