@@ -1,4 +1,7 @@
-"""Images continued beyond their edges by reflection, however far."""
+"""Images continued beyond their edges by reflection, however far.
+
+(Restormer, which imports nothing from here, reflects by itself.)
+"""
 
 from __future__ import annotations
 
