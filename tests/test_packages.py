@@ -40,3 +40,8 @@ def test_docstrings_begin_with_a_verb_or_the_thing():
         if re.match(r"(Of|What|Around|That)\b", text)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_message_advises_a_package_that_no_index_has():
+    advice = re.compile(r"pip install [\"']?colora-peft")
+    assert not [source.path for source in FILES if advice.search((ROOT / source.path).read_text(encoding="utf-8"))]
