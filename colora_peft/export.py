@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from colora_peft.inference import needed_multiple, output_images, pad_to_multiple, reconstruct
-from colora_peft.utils import write_bytes
+from colora_peft.inference import needed_multiple, output_images, reconstruct
+from colora_peft.utils import pad_to_multiple, write_bytes
 
 __all__ = ["EXPORT_SUFFIXES", "ExportError", "ExportFormat", "ExportSettings", "SizeCheck", "export_network"]
 

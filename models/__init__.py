@@ -1,22 +1,21 @@
-"""Restoration backbones as Hugging Face models. Importing this registers them with transformers' Auto classes."""
+"""Restoration backbones as Hugging Face models.
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageToImage
+Importing this registers NAFNet and Restormer with transformers' Auto classes. `RestorationBackbone` is the base class
+for a backbone of your own. README.md in this folder states the contract that every backbone keeps.
+"""
 
+from .backbone import RestorationBackbone, register
 from .nafnet import NAFNetConfig, NAFNetForImageRestoration
 from .restormer import RestormerConfig, RestormerForImageRestoration
-
-# exist_ok: importing the package twice (reload, notebook) must not fail.
-for _config, _model in (
-    (NAFNetConfig, NAFNetForImageRestoration),
-    (RestormerConfig, RestormerForImageRestoration),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForImageToImage.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "NAFNetConfig",
     "NAFNetForImageRestoration",
+    "RestorationBackbone",
     "RestormerConfig",
     "RestormerForImageRestoration",
+    "register",
 ]
+
+register(NAFNetForImageRestoration)
+register(RestormerForImageRestoration)

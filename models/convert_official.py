@@ -22,14 +22,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from colora_peft.utils import digest_of_bytes, write_text, writing_folder
+from colora_peft.utils import digest_of_bytes, some, write_text, writing_folder
 
-from .official_architectures import Architecture, recognise, shapes_of, some
+from .official_architectures import Architecture, recognise, shapes_of
 
 WRAPPERS = ("params_ema", "params", "state_dict")
-"""Keys under which training codes put the weights; of several the first. Averaged weights are what gets published."""
+"""Keys under which training codes put the weights. The first one present counts: averages are what gets published."""
 
 
 def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
@@ -43,24 +43,22 @@ def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
     file, out = Path(file), Path(out)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}; name a checkpoint, such as a .pth of the authors.")
-    check_is_free(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and is not overwritten; name another folder or remove it.")
     try:
         weights = unwrap(read_checkpoint(file))
         architecture = recognise(weights)
         model = build_model(architecture, weights)
     except ValueError as error:
         raise ValueError(f"{file} cannot be converted: {error}.") from error
-    save(model, out, model_card(architecture, model, file, out.name))
+    with writing_folder(out) as folder:
+        model.save_pretrained(folder)
+        write_text(folder / "README.md", model_card(architecture, model, file, out.name))
     return model
 
 
-def check_is_free(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already and is not overwritten; name another folder or remove it.")
-
-
 def read_checkpoint(file: Path) -> Any:
-    """What is stored in `file`, by safetensors or by torch.load without the right to run code."""
+    """Content of `file`, by safetensors or by torch.load without the right to run code."""
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
@@ -71,26 +69,25 @@ def read_checkpoint(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
-            raise ValueError(
-                f"it holds more than weights, namely {code[1]}, which loading could run; it was not loaded"
-            ) from error
-        raise ValueError("it is no checkpoint of torch.save that holds weights alone") from error
+        if not code:
+            raise ValueError("it is no checkpoint of torch.save that holds weights alone") from error
+        raise ValueError(f"it holds more than weights, loading could run {code[1]}; it was not loaded") from error
     except (RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError, UnicodeDecodeError) as error:
         # Whatever torch's readers of its two formats stumble over in a file of another kind, or a truncated one.
         raise ValueError("it is no checkpoint of torch.save, or damaged") from error
 
 
 def unwrap(content: Any) -> dict[str, Tensor]:
-    """The state dict within `content`, however it is wrapped, without the `module.` of DataParallel."""
-    while isinstance(content, Mapping):
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            break
+    """State dict within `content`, however it is wrapped, without the `module.` of DataParallel."""
+    while wrapper := next((key for key in WRAPPERS if isinstance(content, Mapping) and key in content), None):
         content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise ValueError("it holds no weights under names, alone or under " + ", ".join(WRAPPERS))
-    others = [str(key) for key, value in content.items() if not is_weight(key, value)]
+    others = [
+        str(key)
+        for key, value in content.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point())
+    ]
     if others:
         raise ValueError(f"it is no state dict: {some(others)} are no weights, and none of {', '.join(WRAPPERS)} is")
     weights = dict(content)
@@ -99,57 +96,35 @@ def unwrap(content: Any) -> dict[str, Tensor]:
     return weights
 
 
-def is_weight(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
-
-
 def build_model(architecture: Architecture, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The network with exactly these weights, as float32."""
-    config = read_config(architecture, weights)
+    """Network with exactly these weights, as float32."""
+    found, looks_like = shapes_of(weights), f"it looks like {architecture.name}, but"
+    try:
+        config = architecture.read_config(found)
+    except KeyError as error:
+        raise ValueError(f"{looks_like} the key {error} is missing") from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{looks_like} no network has such shapes ({str(error).rstrip('.')})") from error
     with torch.device("meta"):
         model = architecture.model_class(config)
-    check_keys(architecture.name, shapes_of(model.state_dict()), shapes_of(weights))
+    expected = shapes_of(model.state_dict())
+    wrong = {
+        "missing": [key for key in expected if key not in found],
+        "left over": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key} ({found[key]}, not {shape})" for key, shape in expected.items() if found.get(key, shape) != shape
+        ],
+    }
+    complaints = [f"{what} are {some(keys)}" for what, keys in wrong.items() if keys]
+    if complaints:
+        raise ValueError(f"{looks_like} {'; '.join(complaints)}")
     # Copies: tensors of a checkpoint may share memory.
     own = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in weights.items()}
     model.load_state_dict(own, strict=True, assign=True)
     return model.eval()
 
 
-def read_config(architecture: Architecture, weights: Mapping[str, Tensor]) -> PretrainedConfig:
-    try:
-        return architecture.read_config(shapes_of(weights))
-    except KeyError as error:
-        raise ValueError(f"it looks like {architecture.name}, but the key {error} is missing") from error
-    except (ValueError, IndexError) as error:
-        reason = str(error).rstrip(".")
-        raise ValueError(f"it looks like {architecture.name}, but no network has such shapes ({reason})") from error
-
-
-def check_keys(name: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    wrong = {
-        "missing": [key for key in expected if key not in found],
-        "left over": [key for key in found if key not in expected],
-        "of another shape": [
-            f"{key} ({found[key]}, not {shape})"
-            for key, shape in expected.items()
-            if key in found and found[key] != shape
-        ],
-    }
-    complaints = [f"{what} are {some(keys)}" for what, keys in wrong.items() if keys]
-    if complaints:
-        raise ValueError(f"it looks like {name}, but {'; '.join(complaints)}")
-
-
-def save(model: PreTrainedModel, out: Path, card: str) -> None:
-    """Write the folder whole or not at all."""
-    with writing_folder(out) as folder:
-        model.save_pretrained(folder)
-        write_text(folder / "README.md", card)
-        check_is_free(out)
-
-
 def model_card(architecture: Architecture, model: PreTrainedModel, file: Path, name: str) -> str:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = digest_of_bytes(file.read_bytes())
     settings = inspect.signature(type(model.config).__init__).parameters.keys() - {"self", "kwargs"}
     rows = "\n".join(f"| {name} | {value} |" for name, value in vars(model.config).items() if name in settings)
@@ -162,7 +137,7 @@ tags: [image-restoration]
 
 # {name}
 
-{architecture.name}, {parameters / 1e6:.2f} M parameters, converted from the checkpoint `{file.name}`
+{architecture.name}, {model.num_parameters() / 1e6:.2f} M parameters, converted from the checkpoint `{file.name}`
 (sha256 `{digest}`) by `python -m colora_peft.models.convert_official`.
 
 **The task is unknown**: the checkpoint does not say what its network was trained for, and on which images.
@@ -188,7 +163,7 @@ model = AutoModelForImageToImage.from_pretrained("{name}")
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m colora_peft.models.convert_official",
-        description="Convert an official NAFNet or Restormer checkpoint to a folder that transformers loads.",
+        description=__doc__.splitlines()[0],
     )
     parser.add_argument("file", metavar="FILE", help="A .pth of the authors, or safetensors with the same keys.")
     parser.add_argument("out", metavar="OUT", help="The folder to write; it must not be there yet.")
@@ -197,11 +172,12 @@ def main() -> None:
         model = convert(args.file, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"convert_official: {error}")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__}, {parameters / 1e6:.2f} M parameters, task unknown. Saved in {args.out}.")
-    print(f"Licence: see {Path(args.out) / 'README.md'}. Load it with:\n")
-    print("import colora_peft.models\nfrom transformers import AutoModelForImageToImage")
-    print(f"model = AutoModelForImageToImage.from_pretrained({args.out!r})")
+    print(f"""{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, task unknown.
+Saved in {args.out}. Licence: see {Path(args.out) / "README.md"}. Load it with:
+
+import colora_peft.models
+from transformers import AutoModelForImageToImage
+model = AutoModelForImageToImage.from_pretrained({args.out!r})""")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""What the official NAFNet and Restormer checkpoints tell: which network they are of, and all its settings.
+"""Recognises official NAFNet and Restormer checkpoints and reads all settings of their networks.
 
 Names and shapes of a state dict fix every hyper-parameter but the epsilons of norms, which are constants.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+
+from colora_peft.utils import some
 
 from .nafnet import NAFNetConfig, NAFNetForImageRestoration
 from .restormer import RestormerConfig, RestormerForImageRestoration
@@ -20,16 +21,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that official checkpoints exist of.
+    """A network for which official checkpoints exist.
 
     Attributes:
-        name: As its authors write it.
-        model_class: Its class here.
-        signature: Keys of its state dict by which it is recognised: it has all of them.
-        read_config: From the shapes of a state dict to the configuration.
-        licence: What to say about the licence of the official weights.
-        licence_metadata: The same for the head of a model card on the Hub.
-        note: What else a user of the converted weights should know.
+        name: Name as its authors write it.
+        model_class: Class of the network here.
+        signature: Keys of a state dict by which the network is recognised, if all are there.
+        read_config: Function from the shapes of a state dict to the configuration.
+        licence: Sentences about the licence of the official weights.
+        licence_metadata: The licence for the head of a model card on the Hub.
+        note: Further sentences for a user of the converted weights.
     """
 
     name: str
@@ -46,9 +47,9 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def count(shapes: Shapes, prefix: str) -> int:
-    """How many modules are numbered `prefix`.0, `prefix`.1, ...: one more than the highest number."""
-    numbers = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
-    return max((int(match[1]) + 1 for match in map(numbers.match, shapes) if match), default=0)
+    """Number of the modules `prefix.0`, `prefix.1`, ... of which the last one has weights."""
+    numbers = [int(name[len(prefix) + 1 :].split(".")[0]) for name in shapes if name.startswith(f"{prefix}.")]
+    return max(numbers, default=-1) + 1
 
 
 def read_nafnet_config(shapes: Shapes) -> NAFNetConfig:
@@ -80,10 +81,10 @@ def read_restormer_config(shapes: Shapes) -> RestormerConfig:
 
 
 def _read_ffn_expansion(shapes: Shapes) -> float:
-    """The factor with the fewest decimals that gives every feed-forward network the width it has.
+    """Factor with the fewest decimals that gives every feed-forward network the width it has.
 
-    Widths are rounded down, so that a range of factors gives the same network; 2.66 is the only one of two decimals
-    for the published ones.
+    Widths are rounded down, so that a range of factors gives the same network. For the published networks 2.66 is the
+    only factor of two decimals.
     """
     projections = [shape[:2] for name, shape in shapes.items() if name.endswith(".ffn.project_out.weight")]
     for decimals in range(7):
@@ -91,9 +92,7 @@ def _read_ffn_expansion(shapes: Shapes) -> float:
         lowest = max(-(-hidden * step // channels) for channels, hidden in projections)
         if all(int(channels * (lowest / step)) == hidden for channels, hidden in projections):
             return lowest / step
-    raise ValueError(
-        "the feed-forward networks (keys *.ffn.project_out.weight) do not widen their inputs by one common factor"
-    )
+    raise ValueError("the feed-forward networks (*.ffn.project_out.weight) do not widen by one common factor")
 
 
 ARCHITECTURES = (
@@ -124,7 +123,7 @@ ARCHITECTURES = (
 
 
 def recognise(weights: Mapping[str, Tensor]) -> Architecture:
-    """The architecture that has its whole signature among the keys.
+    """Architecture that has its whole signature among the keys.
 
     Raises:
         ValueError: if there is none; the message says which keys were looked for, and some that were found.
@@ -134,9 +133,3 @@ def recognise(weights: Mapping[str, Tensor]) -> Architecture:
             return architecture
     looked_for = "; ".join(f"{known.name} has {', '.join(known.signature)}" for known in ARCHITECTURES)
     raise ValueError(f"it is of no known architecture: {looked_for}; its own keys are {some(sorted(weights))}")
-
-
-def some(names: list[str], limit: int = 8) -> str:
-    """The first names, and how many more there are."""
-    listed = ", ".join(names[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from colora_peft.utils import reflected_indices
+
 from .global_pooling import ImageStatistics, Rectangle
 from .local_pooling import local_pooling, pools_locally
-from .network import evaluation_mode, reconstruct, reflected_indices, tile_multiple
+from .network import evaluation_mode, reconstruct, tile_multiple
 from .self_ensemble import EIGHT, Transform
 from .tile_grid import TileAxis, check_tile, lay_tiles
 

@@ -17,6 +17,7 @@ from .files import (
     writing_folder,
     writing_result,
 )
+from .padding import pad_to_multiple, reflected_indices
 from .text import some, some_sentences
 from .wrappers import is_compiled, unwrapped
 
@@ -30,8 +31,10 @@ __all__ = [
     "digest_of_state",
     "digest_of_weights",
     "fill",
-    "is_compiled",
     "flag",
+    "is_compiled",
+    "pad_to_multiple",
+    "reflected_indices",
     "relative_path",
     "run_script",
     "share_weights",

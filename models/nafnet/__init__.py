@@ -1,4 +1,6 @@
-from .configuration_nafnet import NAFNetConfig
-from .modeling_nafnet import NAFNetForImageRestoration, NAFNetPreTrainedModel
+"""NAFNet (Chen et al., ECCV 2022, arXiv 2204.04676)."""
 
-__all__ = ["NAFNetConfig", "NAFNetForImageRestoration", "NAFNetPreTrainedModel"]
+from .configuration_nafnet import NAFNetConfig
+from .modeling_nafnet import NAFNetForImageRestoration
+
+__all__ = ["NAFNetConfig", "NAFNetForImageRestoration"]

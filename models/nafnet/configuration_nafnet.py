@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
+from colora_peft.models.backbone import check_counts
+
 
 class NAFNetConfig(PretrainedConfig):
-    """Shape of a [`NAFNetForImageRestoration`].
+    """Settings of a [`NAFNetForImageRestoration`].
 
     The encoder halves the resolution and doubles the channels once per stage, the decoder mirrors it. The defaults
     are the published width-32 network for deblurring (17.1 M parameters).
@@ -35,19 +37,12 @@ class NAFNetConfig(PretrainedConfig):
         decoder_blocks: Sequence[int] = (1, 1, 1, 1),
         **kwargs,  # noqa: ANN003 - the keys every PretrainedConfig carries (architectures, dtype, ...)
     ) -> None:
-        if num_channels < 1 or width < 1:
-            raise ValueError(
-                f"The settings num_channels and width must be at least 1, got {num_channels} and {width}."
-            )
+        check_counts(1, num_channels=num_channels, width=width)
+        check_counts(0, encoder_blocks=encoder_blocks, middle_blocks=middle_blocks, decoder_blocks=decoder_blocks)
         if len(encoder_blocks) != len(decoder_blocks):
             raise ValueError(
                 f"The setting encoder_blocks has {len(encoder_blocks)} stages but decoder_blocks has "
-                f"{len(decoder_blocks)}: give both the same number."
-            )
-        if min([*encoder_blocks, *decoder_blocks, middle_blocks], default=0) < 0:
-            raise ValueError(
-                f"The settings encoder_blocks {list(encoder_blocks)}, middle_blocks {middle_blocks} and "
-                f"decoder_blocks {list(decoder_blocks)} must not be negative."
+                f"{len(decoder_blocks)}; give both the same number."
             )
         self.num_channels = num_channels
         self.width = width

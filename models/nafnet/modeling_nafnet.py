@@ -13,30 +13,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageSuperResolutionOutput
+
+from colora_peft.models.backbone import RestorationBackbone
 
 from .configuration_nafnet import NAFNetConfig
 
 
-class LayerNorm2d(nn.Module):
+class LayerNorm2d(nn.LayerNorm):
     """Layer normalisation over the channels of each pixel: (B, C, H, W) to the same shape."""
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
     def forward(self, x: Tensor) -> Tensor:
-        channels_last = x.permute(0, 2, 3, 1)
-        normed = F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps)
-        return normed.permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def simple_gate(x: Tensor) -> Tensor:
-    """The product of the two halves of the channels, the only nonlinearity: (B, 2C, H, W) to (B, C, H, W)."""
+    """Product of the two halves of the channels, the only nonlinearity: (B, 2C, H, W) to (B, C, H, W)."""
     left, right = x.chunk(2, dim=1)
     return left * right
 
@@ -54,11 +46,16 @@ class NAFBlock(GradientCheckpointingLayer):
         self.conv3 = nn.Conv2d(channels, channels, kernel_size=1)
         self.conv4 = nn.Conv2d(channels, doubled, kernel_size=1)
         self.conv5 = nn.Conv2d(channels, channels, kernel_size=1)
-        self.norm1 = LayerNorm2d(channels)
-        self.norm2 = LayerNorm2d(channels)
-        # Zero at first, so that every block starts as the identity.
-        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.norm1 = LayerNorm2d(channels, eps=1e-6)
+        self.norm2 = LayerNorm2d(channels, eps=1e-6)
+        self.beta = nn.Parameter(torch.empty(1, channels, 1, 1))
+        self.gamma = nn.Parameter(torch.empty(1, channels, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make the block the identity, which it is at first."""
+        nn.init.zeros_(self.beta)
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         branch = simple_gate(self.conv2(self.conv1(self.norm1(x))))
@@ -72,31 +69,12 @@ def stage(channels: int, num_blocks: int) -> nn.Sequential:
     return nn.Sequential(*[NAFBlock(channels) for _ in range(num_blocks)])
 
 
-class NAFNetPreTrainedModel(PreTrainedModel):
-    config_class = NAFNetConfig
-    base_model_prefix = "nafnet"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["NAFBlock"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation, as the official code uses, instead of the normal one of transformers."""
-        if isinstance(module, nn.Conv2d):
-            module.reset_parameters()
-        elif isinstance(module, LayerNorm2d):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, NAFBlock):
-            nn.init.zeros_(module.beta)
-            nn.init.zeros_(module.gamma)
-
-
-class NAFNetForImageRestoration(NAFNetPreTrainedModel):
+class NAFNetForImageRestoration(RestorationBackbone):
     """NAFNet that maps degraded images to restored ones of the same size."""
 
-    # Prefixes of the modules after the bottleneck: what "decoder only" fine-tuning trains.
+    config_class = NAFNetConfig
+    base_model_prefix = "nafnet"
+    _no_split_modules = ["NAFBlock"]
     decoder_modules = ("ups", "decoders", "ending")
 
     def __init__(self, config: NAFNetConfig) -> None:
@@ -119,51 +97,14 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
         self.ending = nn.Conv2d(channels, config.num_channels, kernel_size=3, padding=1)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The first layer: transformers makes its output require a gradient where blocks are checkpointed."""
-        return self.intro
-
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
-    ) -> ImageSuperResolutionOutput | tuple[Tensor, ...]:
-        """Restore a batch of images of any size.
-
-        Args:
-            pixel_values: Degraded images (B, C, H, W) in [0, 1].
-            labels: Clean images of the same shape; if given, `loss` is their mean absolute difference to the
-                restored ones.
-            return_dict: `False` returns a tuple `(loss, reconstruction)` without the parts that are None.
-
-        Returns:
-            A ModelOutput with `loss` (scalar, or None without labels) and `reconstruction` (B, C, H, W), not clamped.
-
-        Raises:
-            ValueError: if `pixel_values` is not 4-D with `config.num_channels` channels, or `labels` differs in shape.
-        """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"The pixel_values must have the shape (batch, {self.config.num_channels}, height, width), "
-                f"got {tuple(pixel_values.shape)}."
-            )
-        if labels is not None and labels.shape != pixel_values.shape:
-            raise ValueError(
-                f"The labels must have the shape of pixel_values {tuple(pixel_values.shape)}, "
-                f"got {tuple(labels.shape)}."
-            )
-        reconstruction = self._restore(pixel_values)
-        loss = None if labels is None else F.l1_loss(reconstruction, labels)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        if not return_dict:
-            return (reconstruction,) if loss is None else (loss, reconstruction)
-        return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
-
-    def _restore(self, images: Tensor) -> Tensor:
+    def pad(self, images: Tensor) -> Tensor:
+        """Images with zeros below and to the right, as in the official code: its weights were tested that way."""
         height, width = images.shape[-2:]
         multiple = self.config.pads_to_multiple
-        # Zeros below and to the right, as in the official code: its published weights were tested that way.
-        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple))
-        x = self.intro(padded)
+        return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+
+    def restore(self, images: Tensor) -> Tensor:
+        x = self.intro(images)
         skips = []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
             x = encoder(x)
@@ -172,4 +113,4 @@ class NAFNetForImageRestoration(NAFNetPreTrainedModel):
         x = self.middle_blks(x)
         for up, skip, decoder in zip(self.ups, reversed(skips), self.decoders, strict=True):
             x = decoder(up(x) + skip)
-        return (self.ending(x) + padded)[..., :height, :width]
+        return self.ending(x) + images

@@ -1,4 +1,6 @@
-from .configuration_restormer import RestormerConfig
-from .modeling_restormer import RestormerForImageRestoration, RestormerPreTrainedModel
+"""Restormer (Zamir et al., CVPR 2022, arXiv 2111.09881)."""
 
-__all__ = ["RestormerConfig", "RestormerForImageRestoration", "RestormerPreTrainedModel"]
+from .configuration_restormer import RestormerConfig
+from .modeling_restormer import RestormerForImageRestoration
+
+__all__ = ["RestormerConfig", "RestormerForImageRestoration"]

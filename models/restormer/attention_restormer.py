@@ -19,9 +19,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-24
-"""The least mean square that queries and keys are divided by the root of."""
-
 
 class ChannelAttention(nn.Module):
     """Attention of each channel to those of its head: (B, C, H, W) to the same shape."""
@@ -29,13 +26,17 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, heads: int, bias: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.temperature = nn.Parameter(torch.empty(heads, 1, 1))
         self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1, bias=bias)
         self.qkv_dwconv = nn.Conv2d(
             3 * channels, 3 * channels, kernel_size=3, padding=1, groups=3 * channels, bias=bias
         )
         self.pixel_means = PixelMeans()
         self.project_out = nn.Conv2d(channels, channels, kernel_size=1, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         channels, height, width = x.shape[1:]
@@ -69,17 +70,16 @@ class ChannelAttention(nn.Module):
 
 
 class PixelMeans(nn.Module):
-    """What cosines between channels are made of, as means over the pixels. Without parameters."""
+    """Means over the pixels from which the cosines between channels follow; a module without parameters."""
 
     averages_over_pixels = True
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """Of queries and then keys, (B, c, H, W) for each head, to (B, heads, c, c + 2), in float32 at least.
+        """Mean products of queries and then keys, (B, c, H, W) for each head: (B, heads, c, c + 2), at least float32.
 
-        The mean products of queries (rows) and keys (columns); then a column of the mean squares of the queries, and
-        one of the keys.
+        Rows are queries, columns keys. The last two columns are the mean squares of the queries and of the keys.
         """
-        parts = tuple(pixels_by_channels(part) for part in parts)
+        parts = tuple(part.permute(0, 2, 3, 1).flatten(1, 2) for part in parts)  # (B, H W, c): views of channels_last
         heads, pixels, dtype = len(parts) // 2, parts[0].shape[1], parts[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
         squares = torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts], dim=1).square()
@@ -94,11 +94,6 @@ class PixelMeans(nn.Module):
 
 
 def cosines(means: Tensor) -> Tensor:
-    """(B, heads, c, c) between queries and keys, of `PixelMeans`; 0 for channels without any length."""
-    products, lengths = means[..., :-2], means[..., -2:].clamp_min(EPSILON).sqrt()
+    """Cosines (B, heads, c, c) of queries and keys, from `PixelMeans`; 0 for channels that are zero everywhere."""
+    products, lengths = means[..., :-2], means[..., -2:].clamp_min(1e-24).sqrt()
     return products / lengths[..., :1] / lengths[..., 1:].transpose(2, 3)
-
-
-def pixels_by_channels(features: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, H W, C); a view where they lie in memory as channels_last."""
-    return features.permute(0, 2, 3, 1).flatten(1, 2)

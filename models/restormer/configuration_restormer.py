@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
+from colora_peft.models.backbone import check_counts
+
 NUM_LEVELS = 4
 
 
 class RestormerConfig(PretrainedConfig):
-    """Shape of a [`RestormerForImageRestoration`].
+    """Settings of a [`RestormerForImageRestoration`].
 
     Four levels; each halves the resolution and doubles the channels. The defaults are the published network for
     deraining, deblurring and defocus of single RGB images (26.1 M parameters); its denoisers are without
@@ -55,13 +57,26 @@ class RestormerConfig(PretrainedConfig):
     ) -> None:
         if num_output_channels is None:
             num_output_channels = num_channels // 2 if dual_pixel else num_channels
-        _check_channels(num_channels, num_output_channels, width, dual_pixel)
-        _check_levels(num_blocks, num_heads, width)
-        if min(*num_blocks, num_refinement_blocks) < 0:
+        check_counts(1, num_channels=num_channels, num_output_channels=num_output_channels, num_heads=num_heads)
+        check_counts(0, num_blocks=num_blocks, num_refinement_blocks=num_refinement_blocks)
+        if width < 2 or width % 2:
+            raise ValueError(f"The setting width must be even and at least 2, got {width}.")
+        if not dual_pixel and num_output_channels != num_channels:
             raise ValueError(
-                f"The settings num_blocks {list(num_blocks)} and num_refinement_blocks {num_refinement_blocks} must "
-                "not be negative."
+                f"A network that adds the image to its output keeps the channels, but num_channels is {num_channels} "
+                f"and num_output_channels {num_output_channels}; set dual_pixel=True or make them equal."
             )
+        if len(num_blocks) != NUM_LEVELS or len(num_heads) != NUM_LEVELS:
+            raise ValueError(
+                f"The settings num_blocks {list(num_blocks)} and num_heads {list(num_heads)} must have {NUM_LEVELS} "
+                "entries each, one for each level."
+            )
+        for level, heads in enumerate(num_heads):
+            if width * 2**level % heads:
+                raise ValueError(
+                    f"The setting num_heads {list(num_heads)} asks for {heads} heads at level {level + 1}, which do "
+                    f"not divide its {width * 2**level} channels."
+                )
         if int(width * ffn_expansion) < 1:
             raise ValueError(
                 f"The setting ffn_expansion is {ffn_expansion}, which leaves no channel of {width}; make it larger."
@@ -82,33 +97,3 @@ class RestormerConfig(PretrainedConfig):
     def pads_to_multiple(self) -> int:
         """Height and width, in pixels, are padded up to a multiple of this inside the network."""
         return 2 ** (NUM_LEVELS - 1)
-
-
-def _check_channels(num_channels: int, num_output_channels: int, width: int, dual_pixel: bool) -> None:
-    if min(num_channels, num_output_channels) < 1:
-        raise ValueError(
-            f"The settings num_channels and num_output_channels must be at least 1, got {num_channels} and "
-            f"{num_output_channels}."
-        )
-    if width < 2 or width % 2:
-        raise ValueError(f"The setting width must be even and at least 2, got {width}.")
-    if not dual_pixel and num_output_channels != num_channels:
-        raise ValueError(
-            f"A network that adds the image to its output keeps the channels, but num_channels is {num_channels} "
-            f"and num_output_channels {num_output_channels}; set dual_pixel=True or make them equal."
-        )
-
-
-def _check_levels(num_blocks: Sequence[int], num_heads: Sequence[int], width: int) -> None:
-    if len(num_blocks) != NUM_LEVELS or len(num_heads) != NUM_LEVELS:
-        raise ValueError(
-            f"The settings num_blocks {list(num_blocks)} and num_heads {list(num_heads)} must have {NUM_LEVELS} "
-            "entries each, one for each level."
-        )
-    for level, heads in enumerate(num_heads):
-        channels = width * 2**level
-        if heads < 1 or channels % heads:
-            raise ValueError(
-                f"The setting num_heads {list(num_heads)} asks for {heads} heads at level {level + 1}, which do not "
-                f"divide its {channels} channels."
-            )

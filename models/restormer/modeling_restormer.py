@@ -11,12 +11,15 @@ norms and attention.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageSuperResolutionOutput
+
+from colora_peft.models.backbone import RestorationBackbone
+from colora_peft.utils import pad_to_multiple
 
 from .attention_restormer import ChannelAttention
 from .configuration_restormer import RestormerConfig
@@ -30,25 +33,19 @@ class LayerNorm(nn.Module):
 
     def __init__(self, channels: int, bias: bool, eps: float = 1e-5) -> None:
         super().__init__()
-        # The parameters alone: official state dicts name them `body.weight` and `body.bias`.
-        self.body = nn.Module()
-        self.body.weight = nn.Parameter(torch.ones(channels))
-        self.body.bias = nn.Parameter(torch.zeros(channels)) if bias else None
-        self.eps = eps
+        self.body = nn.LayerNorm(channels, eps, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.body.weight, self.body.bias
-        channels_last = x.permute(0, 2, 3, 1)
-        if bias is None:
-            variance = channels_last.var(dim=-1, keepdim=True, correction=0)
-            normed = channels_last * (variance + self.eps).rsqrt() * weight
+        x = x.permute(0, 2, 3, 1)
+        if self.body.bias is None:
+            x = x * (x.var(dim=-1, keepdim=True, correction=0) + self.body.eps).rsqrt() * self.body.weight
         else:
-            normed = F.layer_norm(channels_last, weight.shape, weight, bias, self.eps)
-        return normed.permute(0, 3, 1, 2)
+            x = self.body(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class GatedGelu(torch.autograd.Function):
-    """gelu(left) * right, of the two halves of the channels: (B, 2C, H, W) to (B, C, H, W).
+    """Product of gelu(left) and right, the two halves of the channels: (B, 2C, H, W) to (B, C, H, W).
 
     Keeps its input alone for the backward pass, which the convolution before has made anyway; autograd would keep
     gelu(left), too.
@@ -88,10 +85,10 @@ class GatedFeedForward(nn.Module):
 class RestormerBlock(GradientCheckpointingLayer):
     """One transformer block: (B, C, H, W) to the same shape."""
 
-    def __init__(self, channels: int, heads: int, config: RestormerConfig) -> None:
+    def __init__(self, channels: int, level: int, config: RestormerConfig) -> None:
         super().__init__()
         self.norm1 = LayerNorm(channels, config.norm_bias)
-        self.attn = ChannelAttention(channels, heads, config.bias)
+        self.attn = ChannelAttention(channels, config.num_heads[level - 1], config.bias)
         self.norm2 = LayerNorm(channels, config.norm_bias)
         self.ffn = GatedFeedForward(channels, config)
 
@@ -102,71 +99,25 @@ class RestormerBlock(GradientCheckpointingLayer):
         return x + self.ffn(self.norm2(x))
 
 
-class PatchEmbedding(nn.Module):
-    """The first features of each pixel: (B, C, H, W) to (B, width, H, W)."""
-
-    def __init__(self, config: RestormerConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.num_channels, config.width, kernel_size=3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+def conv3x3(channels: int, new_channels: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(channels, new_channels, kernel_size=3, padding=1, bias=bias)
 
 
-class Resampling(nn.Module):
-    """To twice the channels at half the resolution, or back: a 3 x 3 convolution and a rearrangement of pixels."""
-
-    def __init__(self, channels: int, down: bool) -> None:
-        super().__init__()
-        new_channels, rearrange = (channels // 2, nn.PixelUnshuffle(2)) if down else (channels * 2, nn.PixelShuffle(2))
-        self.body = nn.Sequential(nn.Conv2d(channels, new_channels, kernel_size=3, padding=1, bias=False), rearrange)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+def resampling(channels: int, new_channels: int, rearrange: nn.Module) -> nn.Sequential:
+    """Step to another resolution, under the names of the official state dict: (B, C, H, W) to (B, 2 C, H/2, W/2), or
+    to (B, C/2, 2 H, 2 W)."""
+    return nn.Sequential(OrderedDict(body=nn.Sequential(conv3x3(channels, new_channels), rearrange)))
 
 
-def pad_by_reflection(images: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) below and to the right up to a multiple, by mirroring about the last row and column.
+class RestormerForImageRestoration(RestorationBackbone):
+    """Restormer that maps degraded images to restored ones of the same size.
 
-    Images smaller than their padding are mirrored back and forth, where `F.pad` would refuse.
+    Images of a dual-pixel camera have the channels of the left view, then those of the right one.
     """
-    height, width = images.shape[-2:]
-    if min(height, width) >= multiple:
-        return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="reflect")
-    for dim in (2, 3):
-        size = images.shape[dim]
-        last = size - 1
-        # Back and forth is 0 1 ... last ... 1 | 0 1 ...: a period of 2 * last pixels, of one pixel 0 0 0 ...
-        index = torch.arange(size + -size % multiple, device=images.device) % max(2 * last, 1)
-        images = images.index_select(dim, last - (last - index).abs())
-    return images
 
-
-class RestormerPreTrainedModel(PreTrainedModel):
     config_class = RestormerConfig
     base_model_prefix = "restormer"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["RestormerBlock"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation, as the official code uses, instead of the normal one of transformers."""
-        if isinstance(module, nn.Conv2d):
-            module.reset_parameters()
-        elif isinstance(module, LayerNorm):
-            nn.init.ones_(module.body.weight)
-            if module.body.bias is not None:
-                nn.init.zeros_(module.body.bias)
-        elif isinstance(module, ChannelAttention):
-            nn.init.ones_(module.temperature)
-
-
-class RestormerForImageRestoration(RestormerPreTrainedModel):
-    """Restormer that maps degraded images to restored ones of the same size."""
-
-    # Prefixes of the modules after the bottleneck: what "decoder only" fine-tuning trains.
     decoder_modules = (
         "up4_3", "reduce_chan_level3", "decoder_level3", "up3_2", "reduce_chan_level2", "decoder_level2", "up2_1",
         "decoder_level1", "refinement", "skip_conv", "output",
@@ -178,80 +129,37 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
 
         def stage(channels: int, level: int, num_blocks: int | None = None) -> nn.Sequential:
             count = config.num_blocks[level - 1] if num_blocks is None else num_blocks
-            heads = config.num_heads[level - 1]
-            return nn.Sequential(*[RestormerBlock(channels, heads, config) for _ in range(count)])
+            return nn.Sequential(*[RestormerBlock(channels, level, config) for _ in range(count)])
 
         # Registered in the order in which they run: tables and figures list layers in this order.
-        self.patch_embed = PatchEmbedding(config)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=conv3x3(config.num_channels, c1)))
         self.encoder_level1 = stage(c1, 1)
-        self.down1_2 = Resampling(c1, down=True)
+        self.down1_2 = resampling(c1, c1 // 2, nn.PixelUnshuffle(2))
         self.encoder_level2 = stage(c2, 2)
-        self.down2_3 = Resampling(c2, down=True)
+        self.down2_3 = resampling(c2, c2 // 2, nn.PixelUnshuffle(2))
         self.encoder_level3 = stage(c3, 3)
-        self.down3_4 = Resampling(c3, down=True)
+        self.down3_4 = resampling(c3, c3 // 2, nn.PixelUnshuffle(2))
         self.latent = stage(c4, 4)
-        self.up4_3 = Resampling(c4, down=False)
+        self.up4_3 = resampling(c4, 2 * c4, nn.PixelShuffle(2))
         self.reduce_chan_level3 = nn.Conv2d(2 * c3, c3, kernel_size=1, bias=config.bias)
         self.decoder_level3 = stage(c3, 3)
-        self.up3_2 = Resampling(c3, down=False)
+        self.up3_2 = resampling(c3, 2 * c3, nn.PixelShuffle(2))
         self.reduce_chan_level2 = nn.Conv2d(2 * c2, c2, kernel_size=1, bias=config.bias)
         self.decoder_level2 = stage(c2, 2)
-        self.up2_1 = Resampling(c2, down=False)
+        self.up2_1 = resampling(c2, 2 * c2, nn.PixelShuffle(2))
         # At full resolution the skip connection's channels are kept, not mixed down.
         self.decoder_level1 = stage(2 * c1, 1)
         self.refinement = stage(2 * c1, 1, config.num_refinement_blocks)
         self.skip_conv = nn.Conv2d(c1, 2 * c1, kernel_size=1, bias=config.bias) if config.dual_pixel else None
-        self.output = nn.Conv2d(2 * c1, config.num_output_channels, kernel_size=3, padding=1, bias=config.bias)
+        self.output = conv3x3(2 * c1, config.num_output_channels, config.bias)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The first layer: transformers makes its output require a gradient where blocks are checkpointed."""
-        return self.patch_embed
+    def pad(self, images: Tensor) -> Tensor:
+        """Images mirrored below and to the right, as in the official evaluation of the published weights."""
+        return pad_to_multiple(images, self.config.pads_to_multiple)
 
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
-    ) -> ImageSuperResolutionOutput | tuple[Tensor, ...]:
-        """Restore a batch of images of any size.
-
-        Args:
-            pixel_values: Degraded images (B, C, H, W) in [0, 1]; of a dual-pixel camera the left view's channels,
-                then the right view's.
-            labels: Clean images (B, `config.num_output_channels`, H, W); if given, `loss` is their mean absolute
-                difference to the restored ones.
-            return_dict: `False` returns a tuple `(loss, reconstruction)` without the parts that are None.
-
-        Returns:
-            A ModelOutput with `loss` (scalar, or None without labels) and `reconstruction`
-            (B, `config.num_output_channels`, H, W), not clamped.
-
-        Raises:
-            ValueError: if `pixel_values` is not 4-D with `config.num_channels` channels, or `labels` is not of the
-                shape of the restored images.
-        """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"The pixel_values must have the shape (batch, {self.config.num_channels}, height, width), "
-                f"got {tuple(pixel_values.shape)}."
-            )
-        # No len(): it would fix the batch of a traced graph.
-        restored_shape = (pixel_values.shape[0], self.config.num_output_channels, *pixel_values.shape[2:])
-        if labels is not None and labels.shape != restored_shape:
-            raise ValueError(
-                f"The labels must have the shape of the restored images {restored_shape}, got {tuple(labels.shape)}."
-            )
-        reconstruction = self._restore(pixel_values)
-        loss = None if labels is None else F.l1_loss(reconstruction, labels)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        if not return_dict:
-            return (reconstruction,) if loss is None else (loss, reconstruction)
-        return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
-
-    def _restore(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        # By reflection, as in the official evaluation: its published weights were tested that way.
-        padded = pad_by_reflection(images, self.config.pads_to_multiple)
-        first = self.patch_embed(padded)
+    def restore(self, images: Tensor) -> Tensor:
+        first = self.patch_embed(images)
         skip1 = self.encoder_level1(first)
         skip2 = self.encoder_level2(self.down1_2(skip1))
         skip3 = self.encoder_level3(self.down2_3(skip2))
@@ -259,5 +167,4 @@ class RestormerForImageRestoration(RestormerPreTrainedModel):
         x = self.decoder_level3(self.reduce_chan_level3(torch.cat([self.up4_3(x), skip3], dim=1)))
         x = self.decoder_level2(self.reduce_chan_level2(torch.cat([self.up3_2(x), skip2], dim=1)))
         x = self.refinement(self.decoder_level1(torch.cat([self.up2_1(x), skip1], dim=1)))
-        restored = self.output(x) + padded if self.skip_conv is None else self.output(x + self.skip_conv(first))
-        return restored[..., :height, :width]
+        return self.output(x) + images if self.skip_conv is None else self.output(x + self.skip_conv(first))

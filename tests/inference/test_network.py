@@ -13,11 +13,10 @@ from torch import nn
 from colora_peft import CoLoRAConfig
 from colora_peft.inference.network import (
     needed_multiple,
-    pad_to_multiple,
     reconstruct,
-    reflected_indices,
     tile_multiple,
 )
+from colora_peft.utils import pad_to_multiple, reflected_indices
 
 
 class Halves(nn.Module):

@@ -1,18 +1,25 @@
-"""Restormer: official names, any image size, and the same function as a few independent lines."""
+"""Restormer: official names, and the same function as a few independent lines; traced, and with adapters."""
 
-import math
+import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.examples import EXAMPLES
 from support.official_shapes import PUBLISHED_RESTORMERS, random_weights, restormer_shapes
 from support.padding import check_reflection
 from support.tiny_networks import TINY_RESTORMER, tiny_restormer
-from transformers import AutoConfig, AutoModel, AutoModelForImageToImage
+from transformers import AutoModelForImageToImage
 
+from colora_peft.data.pairs import PairedImageFolder
+from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.export import ExportSettings, export_network
 from colora_peft.models import RestormerConfig, RestormerForImageRestoration
-from colora_peft.models.restormer.modeling_restormer import GatedGelu, LayerNorm, RestormerBlock, pad_by_reflection
+from colora_peft.models.restormer.modeling_restormer import GatedGelu, LayerNorm
 
 VARIANTS = {
     "norms with bias": {},
@@ -54,7 +61,7 @@ def test_published_networks_have_their_size(settings, parameters):
         ({"num_channels": 0}, "num_channels"),
         ({"width": 7}, "width"),
         ({"num_blocks": (1, 1, 1)}, "num_blocks"),
-        ({"num_blocks": (1, 1, 1, -1)}, "negative"),
+        ({"num_blocks": (1, 1, 1, -1)}, "num_blocks"),
         ({"num_heads": (1, 2)}, "num_heads"),
         ({"num_heads": (1, 2, 4, 5)}, "5 heads at level 4"),
         ({"ffn_expansion": 0.01}, "ffn_expansion"),
@@ -165,68 +172,13 @@ def test_the_norm_without_bias_keeps_the_mean():
 
 @pytest.mark.parametrize(("height", "width"), [(1, 2), (5, 16), (20, 9)])
 def test_padding_is_by_reflection(height, width):
-    check_reflection(pad_by_reflection, height, width)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 7), (16, 9)])
-def test_any_size_equals_the_padded_multiple(height, width):
-    model, x = tiny_restormer(), torch.rand(1, 3, height, width)
-    restored = model(x).reconstruction
-    assert restored.shape == x.shape
-    whole = model(pad_by_reflection(x, model.config.pads_to_multiple)).reconstruction
-    torch.testing.assert_close(restored, whole[..., :height, :width], rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_labels_give_the_mean_absolute_error():
-    model = tiny_restormer(num_channels=6, dual_pixel=True)
-    x, labels = torch.rand(2, 6, 9, 8), torch.rand(2, 3, 9, 8)
-    output = model(x, labels=labels)
-    torch.testing.assert_close(output.loss, (output.reconstruction - labels).abs().mean())
-    assert model(x).loss is None
-    loss, restored = model(x, labels, return_dict=False)
-    assert torch.equal(loss, output.loss) and torch.equal(restored, output.reconstruction)
-    assert len(model(x, return_dict=False)) == 1
-
-
-def test_wrong_shapes_are_refused():
-    model = tiny_restormer(num_channels=6, dual_pixel=True)
-    for shape in [(1, 3, 8, 8), (6, 8, 8)]:
-        with pytest.raises(ValueError, match="pixel_values"):
-            model(torch.rand(shape))
-    with pytest.raises(ValueError, match="labels"):
-        model(torch.rand(1, 6, 8, 8), labels=torch.rand(1, 6, 8, 8))
+    check_reflection(lambda x, _: tiny_restormer().pad(x), height, width)
 
 
 def gradients(model, x, labels):
     model.zero_grad()
     model(x, labels=labels).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # the name that 4.57 has, too
-def test_gradient_checkpointing_changes_no_number():
-    model, x, labels = tiny_restormer().train(), torch.rand(1, 3, 16, 8), torch.rand(1, 3, 16, 8)
-    calls = []
-    for module in model.modules():
-        if isinstance(module, RestormerBlock):
-            module.norm1.register_forward_hook(lambda *_: calls.append(1))
-    expected = gradients(model, x, labels)
-    assert len(calls) == 8
-    model.gradient_checkpointing_enable()
-    checkpointed = gradients(model, x, labels)
-    assert len(calls) == 8 + 16  # each of the eight blocks ran twice
-    for name, gradient in expected.items():
-        torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=1e-7)
-
-
-@torch.no_grad()
-def test_channels_last_changes_no_number():
-    model, x = tiny_restormer(), torch.rand(2, 3, 9, 8)
-    expected = model(x).reconstruction
-    restored = model.to(memory_format=torch.channels_last)(x).reconstruction
-    torch.testing.assert_close(restored, expected, rtol=0, atol=1e-5)
 
 
 def test_modules_are_registered_in_the_order_in_which_they_run():
@@ -261,33 +213,47 @@ def test_traced_as_one_graph_its_gradients_are_the_same():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-6)
 
 
-# --- initial weights, Hugging Face ----------------------------------------------------------------------------------
-
-
-def test_initial_weights_are_pytorchs_own():
-    torch.manual_seed(0)
-    model = AutoModelForImageToImage.from_config(RestormerConfig(**TINY_RESTORMER))
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Conv2d):
-            bound = 1 / math.sqrt(module.weight[0].numel())  # kaiming_uniform(a=sqrt(5))
-            assert 0.8 * bound < module.weight.abs().max().item() <= bound, name
-        elif isinstance(module, LayerNorm):
-            assert (module.body.weight == 1).all() and (module.body.bias == 0).all(), name
-    assert all((p == 1).all() for name, p in model.named_parameters() if name.endswith("temperature"))
+# --- with adapters ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageToImage])
-def test_saved_network_loads_through_the_auto_classes(auto, tmp_path):
-    model, x = tiny_restormer(norm_bias=False), torch.rand(1, 3, 8, 8)
-    model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(config, RestormerConfig)
-    assert (config.width, config.num_blocks, config.norm_bias, config.pads_to_multiple) == (8, [1, 1, 1, 1], False, 8)
+def test_lora_with_biases_merges_too():
+    """PEFT's own adapters see `project_out` called on the matrix of attention: that must be the same function."""
+    bare, x = tiny_restormer(), torch.rand(1, 3, 24, 16)
     torch.manual_seed(1)
-    loaded = auto.from_pretrained(tmp_path)
-    assert isinstance(loaded, RestormerForImageRestoration)
-    weights = model.state_dict()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
-    torch.testing.assert_close(loaded(x).reconstruction, model(x).reconstruction, rtol=0, atol=1e-6)
+    config = LoraConfig(r=2, target_modules=r".*\.project_out", init_lora_weights=False, lora_bias=True)
+    config_without = LoraConfig(r=2, target_modules=r".*\.project_out", init_lora_weights=False)
+    for settings in (config_without, config):
+        if settings.lora_bias:  # merging a bias needs one to merge into
+            bare = tiny_restormer(bias=True)
+        model = get_peft_model(copy.deepcopy(bare), settings).eval()
+        expected = model(x).reconstruction
+        assert not torch.allclose(expected, bare(x).reconstruction, atol=1e-3)
+        torch.testing.assert_close(model.merge_and_unload()(x).reconstruction, expected, rtol=0, atol=1e-5)
+
+
+# --- from a configuration to an adapter, as a user does it ---------------------------------------------------------
+
+
+def launch(script, *flags):
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(EXAMPLES / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_pretrained_then_adapted_by_the_scripts(train_dir, eval_dir, tmp_path):
+    RestormerConfig(**TINY_RESTORMER).save_pretrained(tmp_path / "config")
+    quick = ["--max_train_steps", 3, "--per_device_train_batch_size", 2, "--resolution", 32]
+    launch("pretrain.py", "--train_dir", train_dir / "target", "--config_name", tmp_path / "config", *quick,
+           "--output_dir", tmp_path / "network")  # fmt: skip
+    flags = ["--train_dir", train_dir, "--eval_dir", eval_dir, "--model_name_or_path", tmp_path / "network", *quick]
+    launch("finetune.py", *flags, "--probe_batches", 1, "--output_dir", tmp_path / "adapter")
+    metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text())
+    assert 0 < metrics["trainable_ratio"] <= 0.07
+    base = AutoModelForImageToImage.from_pretrained(tmp_path / "network")
+    assert isinstance(base, RestormerForImageRestoration) and base.config.width == TINY_RESTORMER["width"]
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    evaluated = evaluate(adapted, PairedImageFolder(eval_dir), torch.device("cpu"), "")
+    assert evaluated["psnr"] == pytest.approx(metrics["psnr_after"], abs=1e-3)

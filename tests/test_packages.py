@@ -1,0 +1,47 @@
+"""The packages as a whole: what is installed, what they say of themselves, how docstrings begin."""
+
+import ast
+import importlib
+import re
+from importlib.metadata import entry_points
+
+import pytest
+from support.sources import ROOT, docstrings, sources
+
+PACKAGES = [source for source in sources("colora_peft") + sources("models") if source.is_package]
+FILES = sources("colora_peft") + sources("models") + sources("examples")
+
+
+def test_every_folder_with_an_init_is_installed():
+    # Python 3.10 has no tomllib; the list is also one of Python.
+    listed = re.search(r"^packages = (\[.*?\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert sorted(ast.literal_eval(listed[1])) == sorted(source.name for source in PACKAGES)
+
+
+def test_backbones_register_under_the_group_that_other_packages_use():
+    """Packages outside this repository name the group, so it must not change."""
+    found = {entry_point.value for entry_point in entry_points(group="colora_peft.backbones")}
+    assert "colora_peft.models" in found
+
+
+@pytest.mark.parametrize("source", PACKAGES, ids=lambda source: source.name)
+def test_packages_say_what_they_are_and_what_is_public(source):
+    package = importlib.import_module(source.name)
+    assert package.__doc__ and package.__doc__.strip()
+    assert source.public_names and len(set(source.public_names)) == len(source.public_names)
+    assert not [name for name in source.public_names if not hasattr(package, name)]
+
+
+def test_docstrings_begin_with_a_verb_or_the_thing():
+    wrong = [
+        f"{source.path}:{line}: {text.splitlines()[0]}"
+        for source in FILES
+        for line, text in docstrings(source)
+        if re.match(r"(Of|What|Around|That)\b", text)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_message_advises_a_package_that_no_index_has():
+    advice = re.compile(r"pip install [\"']?colora-peft")
+    assert not [source.path for source in FILES if advice.search((ROOT / source.path).read_text(encoding="utf-8"))]
