@@ -180,7 +180,7 @@ def test_an_error_of_one_process_ends_all():
     for first_fails in (False, True):
         for second_fails in (False, True):
             accelerator = OneOfTwo(int(second_fails))
-            message = "own" if first_fails else r"^Process 1 of 2 failed.*mend" if second_fails else None
+            message = "own" if first_fails else r"^Process 1 of 2 failed.*correct" if second_fails else None
             with pytest.raises(ValueError, match=message) if message else nullcontext():
                 with Processes(accelerator).failing_together():
                     if first_fails:
