@@ -65,7 +65,7 @@ def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
-    """What `function` returns in a process of its own, which does not begin with the memory of this one."""
+    """Result of `function` in a process of its own, which does not begin with the memory of this one."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(function, *arguments).result()
 

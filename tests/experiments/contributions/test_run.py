@@ -34,7 +34,7 @@ def test_plan_runs_every_variant_once_and_colora_in_every_question():
 
 
 def test_variants_run_at_the_rate_of_their_method():
-    """Of the nearest budget that is tuned, whatever the scores and the exponent."""
+    """The rate is that of the nearest tuned budget, whatever the scores and the exponent."""
     args = arguments()
     default = plan.colora(args, "a")
     cases = {
