@@ -22,13 +22,12 @@ class RestorationBackbone(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-
     decoder_modules: tuple[str, ...] = ()
     """Prefixes of the modules after the bottleneck, which `--method decoder` trains."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Give a module PyTorch's own initial weights instead of the normal ones of transformers."""
+        """Gives a module PyTorch's own initial weights instead of the normal ones of transformers."""
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
@@ -47,7 +46,7 @@ class RestorationBackbone(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
     ) -> ImageSuperResolutionOutput | tuple[Tensor, ...]:
-        """Restore a batch of images of any size.
+        """Restores a batch of images of any size.
 
         Args:
             pixel_values: Degraded images (B, `config.num_channels`, H, W) in [0, 1].
@@ -81,7 +80,7 @@ class RestorationBackbone(PreTrainedModel):
 
 
 def register(backbone: type[RestorationBackbone]) -> None:
-    """Make transformers' Auto classes know a backbone by the `model_type` of its configuration."""
+    """Makes transformers' Auto classes know a backbone by the `model_type` of its configuration."""
     config = backbone.config_class
     # exist_ok: importing the package twice (reload, notebook) must not fail.
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -90,7 +89,7 @@ def register(backbone: type[RestorationBackbone]) -> None:
 
 
 def check_counts(least: int, **settings: int | Sequence[int]) -> None:
-    """Refuse settings of a configuration that are below `least`, or of which an entry is."""
+    """Refuses settings of a configuration that are below `least`, or of which an entry is."""
     for name, value in settings.items():
         if min([value] if isinstance(value, int) else value, default=least) < least:
             raise ValueError(f"The setting {name} must be at least {least} everywhere, got {value}.")

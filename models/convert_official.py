@@ -1,4 +1,4 @@
-"""Convert an official NAFNet or Restormer checkpoint to a folder that transformers loads.
+"""Converts an official NAFNet or Restormer checkpoint to a folder that transformers loads.
 
     python -m colora_peft.models.convert_official FILE OUT
 
@@ -33,7 +33,7 @@ WRAPPERS = ("params_ema", "params", "state_dict")
 
 
 def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
-    """Read `file`, write the folder `out` (config.json, model.safetensors, README.md) and return the network.
+    """Reads `file`, writes the folder `out` (config.json, model.safetensors, README.md) and returns the network.
 
     Raises:
         FileNotFoundError: `file` is not there.

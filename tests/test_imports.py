@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "hub": "tuner utils",
     "training": "utils ranks contribution tuner data inference evaluation hub",
     "restore": "hub tuner inference images evaluation utils",
-    "models": "inference utils",
+    "models": "utils",
     "": "tuner ranks contribution inference hub",
 }
 """For each package of colora_peft ("" is its own `__init__`), the packages that it may import.

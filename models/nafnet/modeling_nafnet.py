@@ -53,7 +53,7 @@ class NAFBlock(GradientCheckpointingLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make the block the identity, which it is at first."""
+        """Makes the block the identity, which it is at first."""
         nn.init.zeros_(self.beta)
         nn.init.zeros_(self.gamma)
 
