@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.backbones import BACKBONES, adapted, images, state_is_equal, tiny_backbone
+from support.backbones import BACKBONES, adapted, batch, images, state_is_equal, tiny_backbone
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageToImage
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -266,12 +266,6 @@ def test_contributions_in_the_configuration_decide_the_ranks(name):
     even = get_peft_model(tiny_backbone(name), CoLoRAConfig(parameter_budget=0.2)).peft_config["default"].ranks
     half = layers[len(layers) // 2 :]
     assert ranks != even and sum(ranks[path] for path in half) > sum(even[path] for path in half)
-
-
-def batch(model):
-    """A batch in double precision; the task is to take away a veil."""
-    x, labels = images(model, 16, 16)
-    return {"pixel_values": (0.3 + labels / 2).double(), "labels": labels.double()}
 
 
 @rgb_backbones
