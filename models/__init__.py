@@ -5,6 +5,7 @@ for a backbone of your own. README.md in this folder states the contract that ev
 """
 
 from .backbone import RestorationBackbone, register
+from .image_processing_restoration import RestorationImageProcessor
 from .nafnet import NAFNetConfig, NAFNetForImageRestoration
 from .restormer import RestormerConfig, RestormerForImageRestoration
 
@@ -12,6 +13,7 @@ __all__ = [
     "NAFNetConfig",
     "NAFNetForImageRestoration",
     "RestorationBackbone",
+    "RestorationImageProcessor",
     "RestormerConfig",
     "RestormerForImageRestoration",
     "register",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageToImage, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageToImage, PreTrainedModel
 from transformers.modeling_outputs import ImageSuperResolutionOutput
+
+from .image_processing_restoration import RestorationImageProcessor
 
 
 class RestorationBackbone(PreTrainedModel):
@@ -78,6 +81,11 @@ class RestorationBackbone(PreTrainedModel):
             return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
         return (reconstruction,) if loss is None else (loss, reconstruction)
 
+    def save_image_processor(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, by which `AutoImageProcessor` loads; networks of other than RGB have none."""
+        if self.config.num_channels == 3:
+            RestorationImageProcessor().save_pretrained(folder)
+
 
 def register(backbone: type[RestorationBackbone]) -> None:
     """Makes transformers' Auto classes know a backbone by the `model_type` of its configuration."""
@@ -86,6 +94,7 @@ def register(backbone: type[RestorationBackbone]) -> None:
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, backbone, exist_ok=True)
     AutoModelForImageToImage.register(config, backbone, exist_ok=True)
+    AutoImageProcessor.register(config, slow_image_processor_class=RestorationImageProcessor, exist_ok=True)
 
 
 def check_counts(least: int, **settings: int | Sequence[int]) -> None:

@@ -53,6 +53,7 @@ def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
         raise ValueError(f"{file} cannot be converted: {error}.") from error
     with writing_folder(out) as folder:
         model.save_pretrained(folder)
+        model.save_image_processor(folder)
         write_text(folder / "README.md", model_card(architecture, model, file, out.name))
     return model
 
