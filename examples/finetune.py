@@ -252,6 +252,8 @@ def save(
     before_after = restore_some(model, eval_pairs, count=4)
     with writing_result(output_dir):
         model.save_pretrained(output_dir)
+        if hasattr(network, "save_image_processor"):
+            network.save_image_processor(output_dir)
         save_before_after(before_after, output_dir / "before_after.png")
         write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
         write_json(output_dir / "metrics.json", asdict(metrics))

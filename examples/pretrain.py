@@ -228,6 +228,8 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, image
         # The model itself stays float32, so its config says float32 and that is how it loads.
         weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
         model.save_pretrained(args.output_dir, state_dict=weights)
+        if hasattr(model, "save_image_processor"):
+            model.save_image_processor(args.output_dir)
         write_text(Path(args.output_dir) / "README.md", card)
     print(f"\nSaved in {args.output_dir}.")
     if args.push_to_hub:

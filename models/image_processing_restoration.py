@@ -114,16 +114,26 @@ def _to_tensor(image: Any) -> Tensor:
 
 
 def _of_pil(image: Image.Image) -> Tensor:
-    """The same conversion as in `colora_peft.images`, which this package does not depend on."""
+    """The tensor that `colora_peft.images` gives, on which this package does not depend."""
+    image = _upright(image)
     if image.mode.startswith("I;16"):
-        return _as_rgb(_in_unit_range(torch.from_numpy(np.array(ImageOps.exif_transpose(image), np.uint16))))
+        return _as_rgb(_in_unit_range(torch.from_numpy(np.array(image, np.uint16))))
     if image.mode in ("I", "F"):
-        raise ValueError(f"A Pillow image of mode {image.mode} has no agreed white: give an array of floats in [0, 1].")
-    image = ImageOps.exif_transpose(image)
+        raise ValueError(
+            f"A Pillow image of mode {image.mode} has no agreed white: give an array of floats in [0, 1]."
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    # Pillow raises nearly anything on damaged EXIF, for which no image is refused.
+    except Exception:
+        return image
 
 
 def _in_unit_range(image: Tensor) -> Tensor:

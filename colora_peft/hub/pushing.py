@@ -11,7 +11,8 @@ from huggingface_hub import HfApi
 from .source import ADAPTER_FILES, CLIENT_ERRORS, NETWORK_FILES, Source, in_words
 
 # Files that a training run leaves for others; the images that its card shows are pushed, too.
-RESULT_FILES = (*ADAPTER_FILES, *NETWORK_FILES, "README.md", "metrics.json", "contributions.json")
+_ABOUT_IT = ("preprocessor_config.json", "README.md", "metrics.json", "contributions.json")
+RESULT_FILES = (*ADAPTER_FILES, *NETWORK_FILES, *_ABOUT_IT)
 
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 

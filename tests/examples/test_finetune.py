@@ -44,7 +44,13 @@ def test_launched_run_leaves_all_a_user_needs_and_its_snippet_loads_it(flags, ev
     assert done.returncode == 0, done.stderr
     output_dir = tmp_path / "out"
     files = {path.name for path in output_dir.iterdir()}
-    assert files >= {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "before_after.png"}
+    assert files >= {
+        "preprocessor_config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.json",
+        "before_after.png",
+    }
     assert files >= {"contribution.png", "contributions.json", "README.md", "train_log.jsonl", "checkpoint-4"}
     metrics = metrics_of(output_dir)
     assert 0 < metrics["trainable_ratio"] <= 0.07

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.examples import EXAMPLES, load_example
-from transformers import AutoModelForImageToImage, HfArgumentParser
+from transformers import AutoImageProcessor, AutoModelForImageToImage, HfArgumentParser
 
 from colora_peft.images.reading import list_images
+from colora_peft.models import RestorationImageProcessor
 
 pretrain = load_example("pretrain")
 
@@ -52,6 +53,7 @@ def test_launched_run_gives_a_loadable_network_with_a_card(flags, tmp_path):
     trained = load_file(output_dir / "checkpoint-4" / "model.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in stored.values())
     assert all(torch.equal(trained[name].half(), tensor) for name, tensor in stored.items())
+    assert isinstance(AutoImageProcessor.from_pretrained(output_dir), RestorationImageProcessor)
     card = (output_dir / "README.md").read_text()
     assert "noise of a test" in card and "mode `prod`" in card and "4 steps of 2 patches of 32x32" in card
 

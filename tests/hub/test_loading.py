@@ -394,6 +394,7 @@ def test_a_run_pushes_what_its_card_shows_and_the_snippet_of_the_card_works(
     card = files["README.md"].decode()
     assert {"before_after.png", "contribution.png"} == set(re.findall(r"!\[[^]]*\]\((.*?)\)", card)) < files.keys()
     pushed = {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "contributions.json", "README.md"}
+    pushed |= {"preprocessor_config.json"}
     assert files.keys() - {".gitattributes"} == pushed | {"before_after.png", "contribution.png"}
 
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

@@ -10,9 +10,9 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from support.official_shapes import PUBLISHED_NAFNETS, nafnet_shapes, random_weights, restormer_shapes
-from transformers import AutoModelForImageToImage
+from transformers import AutoImageProcessor, AutoModelForImageToImage
 
-from colora_peft.models import NAFNetForImageRestoration, RestormerForImageRestoration
+from colora_peft.models import NAFNetForImageRestoration, RestorationImageProcessor, RestormerForImageRestoration
 from colora_peft.models.convert_official import convert, main
 from colora_peft.models.official_architectures import read_nafnet_config, read_restormer_config
 
@@ -127,6 +127,7 @@ def assert_equal_weights(model, weights):
 def test_the_card_tells_the_licence_and_that_the_task_is_unknown(shapes, licence, words, tmp_path):
     torch.save(random_weights(shapes), tmp_path / "official.pth")
     convert(tmp_path / "official.pth", tmp_path / "out")
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path / "out"), RestorationImageProcessor)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == licence and words in card.content
     assert "task is unknown" in card.content and "`official.pth`" in card.content and "| width | 8 |" in card.content
