@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.examples import write_pairs
+from support.skipped_files import pytest_addoption, pytest_configure  # noqa: F401 - hooks of pytest
 
 # Nothing in the tests may ask the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
