@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ImageSuperResolutionOutput
 from transformers.pipelines import SUPPORTED_TASKS, pipeline
 
 import colora_peft
-from colora_peft.images.reading import from_pil, on_white, read_image
+from colora_peft.images.reading import on_white, read_image
 from colora_peft.models import RestorationImageProcessor
 
 PROCESSOR = RestorationImageProcessor()
@@ -22,6 +22,11 @@ RGB_BACKBONES = [name for name in BACKBONES if "dual" not in name]
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def from_pil(image):
+    """(3, H, W) of an RGB or grey image, by the shortest way."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
 
 
 def pixels_of(image):
