@@ -65,10 +65,10 @@ def test_damaged_exif_refuses_no_image(tmp_path):
 
 def test_grey_of_16_bits_keeps_them(tmp_path):
     values = noise(20, 30).astype(np.uint16) * 257 + 3
-    Image.fromarray(values).save(tmp_path / "image.png")
-    with Image.open(tmp_path / "image.png") as opened:
-        assert opened.mode.startswith("I;16")
-        assert torch.equal(pixels_of(opened), read_image(tmp_path / "image.png"))
+    image = Image.fromarray(values)
+    assert image.mode.startswith("I;16")
+    image.save(tmp_path / "image.png")
+    assert torch.equal(pixels_of(image), read_image(tmp_path / "image.png"))
 
 
 def test_arrays_and_tensors_give_what_the_image_gives():
