@@ -41,7 +41,7 @@ BLEND = "blend"
 SWITCHES = 30
 IMAGE_PX = 256
 # Photos of `--image`, by their adapter.
-EXAMPLES = {"underwater": ("76.jpg", "66.jpg", "89.jpg"), "rain": ("rocket.jpg",)}
+EXAMPLES = {"underwater": ("76", "66", "89"), "rain": ("rocket",)}
 CHOSEN = ("model_name_or_path", "train_dir", "max_train_samples", "max_train_steps", "resolution", "seed")
 
 

@@ -122,20 +122,11 @@ class Table:
 
 def report_of(rows: Sequence[Row], settings: Mapping[str, object]) -> dict[str, object]:
     """The report for programs: `settings`, and one entry in `results` for each line."""
-    results = [
-        {
-            "file": row.name,
-            "adapter": row.label,
-            "result": str(row.result),
-            "kept": row.kept,
-            "size": row.size,
-            "seconds": row.seconds,
-            **row.figures,
-            "notes": list(row.notes),
-            "error": row.error,
-        }
-        for row in rows
-    ]
+    results = []
+    for row in rows:
+        names = {"file": row.name, "adapter": row.label, "result": str(row.result)}
+        outcome = {"kept": row.kept, "size": row.size, "seconds": row.seconds, **row.figures}
+        results.append({**names, **outcome, "notes": list(row.notes), "error": row.error})
     return {"settings": dict(settings), "results": results}
 
 

@@ -1,10 +1,9 @@
-"""Engines, which step a network over all processes of a run: Accelerate here, DeepSpeed in engine_deepspeed.py."""
+"""Engine that steps a network over all processes of a run by Accelerate; engine_deepspeed.py has that of DeepSpeed."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -18,51 +17,21 @@ from .arguments import TrainArguments
 OptimizerState = dict[nn.Parameter, dict[str, Tensor]]
 
 
-class Engine(ABC):
-    """A network and the AdamW of its trained parameters.
-
-    Attributes:
-        network: Module to call in place of the model: it may be wrapped for several processes, autocast or
-            torch.compile.
-        state: Adam's state by parameter: sharded as the parameters are, else whole. Every process must ask for it.
-    """
-
-    network: nn.Module
-    state: OptimizerState
-
-    @abstractmethod
-    def set_learning_rate(self, rate: float) -> None: ...
-
-    @abstractmethod
-    def batch(self, is_last: bool) -> AbstractContextManager[None]:
-        """Context manager for the forward and backward pass of each batch of a step."""
-
-    @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the loss divided by the number of batches of a step: the mean over them."""
-
-    @abstractmethod
-    def clip(self) -> Tensor:
-        """Clip the gradients, at the latest in the step to come; return their norm before, over all processes."""
-
-    @abstractmethod
-    def step(self) -> None:
-        """Step and forget the gradients."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """Unwrap the model."""
-
-
-class AccelerateEngine(Engine):
-    """One process, several by DDP, or a network that FSDP 2 has sharded.
+class Engine:
+    """A network and the AdamW of its trained parameters: one process, several by DDP, or sharded by FSDP 2.
 
     Args:
         model: The network, on its device.
         optimizer: AdamW of the parameters that require gradients.
         args: The run's settings.
-        accelerator: The run's.
+        accelerator: That of the run.
+
+    Attributes:
+        network: Module to call in place of the model: it may be wrapped for several processes, autocast or
+            torch.compile.
     """
+
+    network: nn.Module
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainArguments, accelerator: Accelerator
@@ -75,6 +44,7 @@ class AccelerateEngine(Engine):
 
     @property
     def state(self) -> OptimizerState:
+        """Adam's state by parameter: sharded as the parameters are, else whole. Every process must ask for it."""
         return self._optimizer.optimizer.state
 
     @state.setter
@@ -82,25 +52,31 @@ class AccelerateEngine(Engine):
         self._optimizer.optimizer.state = state
 
     def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the step to come."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
     @contextmanager
     def batch(self, is_last: bool) -> Iterator[None]:
+        """Context manager for the forward and backward pass of each batch of a step."""
         self._accelerator.sync_gradients = is_last
         # The gradients of the processes meet once, in the last batch.
         with nullcontext() if is_last else self._accelerator.no_sync(self.network):
             yield
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss divided by the number of batches of a step: the mean over them."""
         self._accelerator.backward(loss)
 
     def clip(self) -> Tensor:
+        """Clip the gradients, at the latest in the step to come; return their norm before, over all processes."""
         return whole(self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm).detach())
 
     def step(self) -> None:
+        """Step and forget the gradients."""
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def release(self) -> None:
+        """Unwrap the model."""
         self._accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)

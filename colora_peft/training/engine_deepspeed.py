@@ -94,7 +94,7 @@ class ZeroEngine(Engine):
         import deepspeed
 
         _check_float32(model)
-        self._model, self._adam, self._parameters = model, optimizer, optimizer.param_groups[0]["params"]
+        self._model, self._optimizer, self._parameters = model, optimizer, optimizer.param_groups[0]["params"]
         # Not by Accelerate: its backward pass steps, before the gradient was looked at.
         self.network, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_configuration(args, accelerator)
@@ -108,7 +108,7 @@ class ZeroEngine(Engine):
     def state(self) -> OptimizerState:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        own = self._adam.state.get(self._share)
+        own = self._optimizer.state.get(self._share)
         if own is None:
             return {}
         state = {parameter: {"step": own["step"].clone()} for parameter in self._parameters}
@@ -126,19 +126,15 @@ class ZeroEngine(Engine):
         """Sets the moments, and takes over the weights that the network has now."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        self._adam.state.clear()
+        self._optimizer.state.clear()
         if state:
             own = {"step": max(of_one["step"] for of_one in state.values()).clone()}
             for key in _MOMENTS:
                 for parameter in self._parameters:  # one without a state never had a gradient
                     safe_set_full_fp32_param(parameter, state.get(parameter, {}).get(key, torch.zeros_like(parameter)))
                 own[key] = self._share.detach().clone()
-            self._adam.state[self._share] = own
+            self._optimizer.state[self._share] = own
         self.network.optimizer.refresh_fp32_params()
-
-    def set_learning_rate(self, rate: float) -> None:
-        for group in self._adam.param_groups:
-            group["lr"] = rate
 
     @contextmanager
     def batch(self, is_last: bool) -> Iterator[None]:

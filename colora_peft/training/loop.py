@@ -28,7 +28,7 @@ from colora_peft.inference import reconstruct
 from colora_peft.utils import Processes
 
 from .arguments import TrainArguments
-from .engine import AccelerateEngine, Engine
+from .engine import Engine
 from .engine_deepspeed import ZeroEngine, is_zero
 from .fsdp import WholeNetwork, is_sharding
 from .run import StepFigures, TrainingRun
@@ -80,7 +80,7 @@ def train(
     network = WholeNetwork(model, accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    engine = (ZeroEngine if is_zero(accelerator) else AccelerateEngine)(model, optimizer, args, accelerator)
+    engine = (ZeroEngine if is_zero(accelerator) else Engine)(model, optimizer, args, accelerator)
     run = TrainingRun(model, engine, args, accelerator, dataset, network)
     first_step = run.resume(checkpoint)
     # The signals first: workers of the data loader that are forked must not have handlers of somebody else.

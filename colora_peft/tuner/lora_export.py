@@ -11,12 +11,9 @@ exported and runs, but `merge_and_unload` of the LoRA adapter raises an error.
 """
 
 import copy
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +24,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from colora_peft.utils import share_weights, unwrapped
+from colora_peft.utils import unwrapped, writing_folder
 
 from .config import CoLoRAConfig
 from .layer import CoLoRALayer
@@ -79,7 +76,7 @@ def save_as_lora(
             base_layer = base.get_submodule(name)
             base_layer.weight = nn.Parameter(base_layer.weight + layers[name].get_delta_weight(adapter_name))
     lora_config.base_model_name_or_path, lora_config.revision = str(merged_base), None
-    with _written_whole(merged_base) as folder:
+    with writing_folder(merged_base, keep_others=True) as folder:
         _write_base(folder, base)
         _write_adapter(path, lora_config, tensors)
     return lora_config
@@ -286,22 +283,8 @@ def _unwrap_children(module: nn.Module) -> None:
             _unwrap_children(child)
 
 
-@contextmanager
-def _written_whole(folder: str | Path) -> Iterator[Path]:
-    """Context that yields an empty folder, whose files move into `folder` if the block ends without an error.
-
-    Other files in `folder` stay.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        yield Path(partial)
-        share_weights(partial)
-        for file in Path(partial).iterdir():
-            os.replace(file, Path(folder) / file.name)
-
-
 def _write_adapter(path: str | Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    with _written_whole(path) as folder:
+    with writing_folder(path, keep_others=True) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
 

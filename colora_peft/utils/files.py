@@ -49,11 +49,15 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 @contextmanager
-def writing_folder(path: str | Path) -> Iterator[Path]:
+def writing_folder(path: str | Path, keep_others: bool = False) -> Iterator[Path]:
     """Context manager that yields an empty folder, which replaces `path` if the block ends without an error.
 
     The files are on the disk by then and have the permissions of new files. After an error whatever was at `path` is
     as it was, and nothing else is left.
+
+    Args:
+        path: The folder to write; it need not exist.
+        keep_others: Whether files of other names stay in `path`. The new ones then go there one by one.
     """
     path, partial = Path(path), partial_path(path)
     partial.mkdir(parents=True)
@@ -61,6 +65,10 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
         yield partial
         share_weights(partial)
         _flush(partial)
+        if keep_others and path.is_dir():
+            for file in partial.iterdir():
+                os.replace(file, path / file.name)
+            return
         old = path.rename(partial_path(path).with_suffix(f".old{PARTIAL}")) if path.exists() else None
         os.replace(partial, path)
         if old is not None:

@@ -153,4 +153,4 @@ def test_example_photos_are_ones_that_no_training_pair_shows():
     for task, names in tasks.EXAMPLES.items():
         train, test = (EXAMPLES / "data" / task / side / "input" for side in ("train", "test"))
         trained_on = {path.stem for path in train.iterdir()} if train.is_dir() else set()
-        assert all((test / name).is_file() and name.partition(".")[0] not in trained_on for name in names)
+        assert all((test / f"{name}.jpg").is_file() and name not in trained_on for name in names)

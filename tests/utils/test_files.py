@@ -117,6 +117,14 @@ def test_a_folder_is_replaced_whole_with_the_permissions_of_new_files(tmp_path, 
     assert (path / "model.safetensors").stat().st_mode == (tmp_path / "file").stat().st_mode
 
 
+def test_other_files_of_a_folder_can_be_kept(tmp_path):
+    for name in ("old", "both"):
+        (tmp_path / name).write_text("old")
+    with writing_folder(tmp_path, keep_others=True) as folder:
+        (folder / "both").write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old": "old", "both": "new"}
+
+
 def test_a_folder_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path):
     (tmp_path / "result").mkdir()
     (tmp_path / "result" / "old").touch()
