@@ -35,6 +35,8 @@ _FREE = frozenset(
     | {"allow_changed_dataset", "max_skipped_share", "check_pictures"}
     | {"data_card", "half_precision_weights", "eval_dir"}
 )
+# What may change while the learning rate has not begun to fall (`_may_change_length`).
+_LENGTH = frozenset({"max_train_steps", "lr_decay_steps"})
 _DATA = frozenset({"train_dir", "dataset_name", "dataset_config_name", "image_column"})
 _INPUTS = ("train_dir", "eval_dir", "dataset_name", "model_name_or_path", "config_name", "contributions")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -199,6 +201,8 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     # A flag that is newer than the checkpoint cannot have been set: the run had its default.
     before = {setting.name: saved.get(setting.name, setting.default) for setting in fields(args)}
     free = _FREE | _DATA if args.allow_changed_dataset or _knows_its_data(state) else _FREE
+    if _may_change_length(args, before, state["step"]):
+        free |= _LENGTH
     changed = [
         f"--{key} was {before[key]!r}, now {now!r}"
         for key, now in asdict(args).items()
@@ -206,6 +210,13 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     ]
     if changed:
         raise ValueError(f"{checkpoint} is from a run with other settings ({'; '.join(changed)}); use the same ones.")
+
+
+def _may_change_length(args: TrainArguments, before: dict[str, Any], step: int) -> bool:
+    """Whether a run of the new length has the same first steps, as the learning rate has not begun to fall."""
+    if args.lr_scheduler != "warmup_stable_decay":
+        return False
+    return step <= min(before["max_train_steps"] - before["lr_decay_steps"], args.first_decay_step)
 
 
 def _knows_its_data(state: dict[str, Any]) -> bool:
