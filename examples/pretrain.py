@@ -50,7 +50,7 @@ class PretrainArguments(TrainArguments):
     max_train_steps: int = field(default=36_000, metadata={"help": "Optimiser steps of the whole run."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches a step on each process."})
     resolution: int = field(default=64, metadata={"help": "Side of the square training patches in pixels."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; decays to zero."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; it falls to zero."})
     lr_warmup_steps: int = field(default=500, metadata={"help": "Steps over which the learning rate rises."})
     checkpointing_steps: int = field(default=2_000, metadata={"help": "Steps between checkpoints."})
     train_dir: str | None = field(
@@ -87,6 +87,13 @@ class PretrainArguments(TrainArguments):
         default="prod",
         metadata={"help": "prod: random subsets in random order; single: one at a time; fixed: all, in one order."},
     )
+    untouched_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the patches left as they are: the network learns to spare good photos."},
+    )
+    light_share: float = field(
+        default=0.0, metadata={"help": "Share of the patches degraded lightly, as a good camera does."}
+    )
     config_name: str = field(
         default=SMALL_NAFNET, metadata={"help": "Folder or Hub id with the network's config.json; new weights."}
     )
@@ -111,10 +118,16 @@ class PretrainArguments(TrainArguments):
         check_at_least(self, "shuffle_block_size", 1)
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"--max_skipped_share must be between 0 and 1, got {self.max_skipped_share}.")
+        self.degradation()  # refuses wrong shares before anything is loaded
         if (self.eval_dir is None) != (self.validation_steps == 0):
             raise ValueError("--validation_steps and --eval_dir need each other: give both or none.")
         if self.validation_steps:
             check_at_least(self, "resolution", SSIM_WINDOW_PX)
+
+    def degradation(self) -> RandomOrderDegradation:
+        return RandomOrderDegradation(
+            mode=self.mode, untouched_share=self.untouched_share, light_share=self.light_share
+        )
 
 
 def build_model(args: PretrainArguments) -> torch.nn.Module:
@@ -162,7 +175,7 @@ def open_split(args: PretrainArguments) -> Any:
 
 def open_patches(args: PretrainArguments, accelerator: Accelerator) -> DegradedPatches | StreamPatches:
     """The training samples, and what was found wrong before any is made."""
-    degradation = RandomOrderDegradation(mode=args.mode)
+    degradation = args.degradation()
     if not args.streaming:
         pictures = open_pictures(args)
         return DegradedPatches(pictures, degradation, args.resolution, args.seed, args.max_skipped_share)

@@ -1,7 +1,7 @@
 """PROD, pre-training with random order degradations."""
 
 from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, Rain
-from .random_order import Mode, RandomOrderDegradation, Recipe, default_degradations
+from .random_order import Mode, RandomOrderDegradation, Recipe, default_degradations, light_degradations
 
 __all__ = [
     "JPEG",
@@ -14,4 +14,5 @@ __all__ = [
     "RandomOrderDegradation",
     "Recipe",
     "default_degradations",
+    "light_degradations",
 ]

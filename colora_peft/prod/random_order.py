@@ -3,6 +3,9 @@
 From a clean picture a random subset of the degradations is applied in random order. Our sources (the project page and
 its figures) do not say how subsets are drawn; here each degradation takes part with probability 1/2, so all subsets
 are equally likely, the empty one (learn to leave a good picture alone) included.
+
+That is one picture in 32, and few others are nearly clean: a network trained so alters pictures that it should leave
+alone. `untouched_share` and `light_share` set aside more of both. They are our addition and off by default.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, Parameters, Rain
+from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, Parameters, Rain, uniform
 
 Mode = Literal["prod", "single", "fixed"]
 # The steps that were drawn for one picture, in order: {"degradation": name, **parameters}. Plain JSON.
@@ -26,6 +29,17 @@ def default_degradations() -> tuple[Degradation, ...]:
     return (GaussianBlur(), Noise(), Rain(), JPEG(), MotionBlur())
 
 
+def light_degradations() -> tuple[Degradation, ...]:
+    """The five of PROD at the weak end of their ranges, what a good camera leaves behind. Our choice."""
+    return (
+        GaussianBlur(sigma_px=(0.2, 0.8)),
+        Noise(std_255=(0.5, 8.0)),
+        Rain(density=(0.0005, 0.002), opacity=(0.1, 0.4)),
+        JPEG(quality=(75, 98)),
+        MotionBlur(length_px=(1.5, 4.0)),
+    )
+
+
 @dataclass(frozen=True)
 class RandomOrderDegradation:
     """Draws recipes and applies them.
@@ -33,10 +47,16 @@ class RandomOrderDegradation:
     degradations: the pool.
     mode: "prod" a random subset in random order; "single" one at a time; "fixed" all of them, always in the pool's
         order. The last two are PROD's comparisons as we read them from a figure of the project page.
+    untouched_share: share of the pictures that are left alone, besides those for which no degradation is drawn.
+    light_share: share of the pictures whose degradations are drawn from `light`.
+    light: weak degradations with names from the pool, in its order.
     """
 
     degradations: Sequence[Degradation] = default_degradations()
     mode: Mode = "prod"
+    untouched_share: float = 0.0
+    light_share: float = 0.0
+    light: Sequence[Degradation] = light_degradations()
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -44,13 +64,31 @@ class RandomOrderDegradation:
         names = [degradation.name for degradation in self.degradations]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"The degradations must be one or more with different names, got {names}.")
+        if not (self.untouched_share >= 0 and self.light_share >= 0 and self.untouched_share + self.light_share <= 1):
+            raise ValueError(
+                "The untouched and the light share must not be negative and together at most 1, got "
+                f"{self.untouched_share} and {self.light_share}."
+            )
+        unknown = sorted({degradation.name for degradation in self.light} - {*names})
+        if self.light_share and unknown:
+            raise ValueError(f"The light degradations {unknown} are not among the degradations, which are {names}.")
 
     def draw(self, generator: torch.Generator) -> Recipe:
         """Choose which degradations, in which order, with which parameters."""
-        return [_step(self.degradations[i], generator) for i in self._draw_order(generator)]
+        pool = self._draw_pool(generator)
+        return [_step(pool[i], generator) for i in self._draw_order(len(pool), generator)]
 
-    def _draw_order(self, generator: torch.Generator) -> list[int]:
-        count = len(self.degradations)
+    def _draw_pool(self, generator: torch.Generator) -> Sequence[Degradation]:
+        if not self.untouched_share and not self.light_share:  # no draw: the pictures are those of earlier releases
+            return self.degradations
+        place = uniform((0.0, 1.0), generator)
+        if place < self.untouched_share:
+            return ()
+        return self.light if place < self.untouched_share + self.light_share else self.degradations
+
+    def _draw_order(self, count: int, generator: torch.Generator) -> list[int]:
+        if count == 0:
+            return []
         if self.mode == "fixed":
             return list(range(count))
         if self.mode == "single":
