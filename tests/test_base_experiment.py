@@ -1,6 +1,7 @@
 """examples/experiments/base: the comparison of pre-trained networks, and the check of their training photos."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from colora_peft.images import to_pil
 
+adapt_base = load_example("experiments/base/adapt_base")
 check_scenes = load_example("experiments/base/check_scenes")
 evaluate_base = load_example("experiments/base/evaluate_base")
 
@@ -44,7 +46,7 @@ def scene_arguments(tmp_path, photos, test_photo):
 def test_other_scenes_pass_and_the_highest_correlation_is_kept(tmp_path, photos):
     check_scenes.main(scene_arguments(tmp_path, photos, photo(9)))
     row = json.loads((tmp_path / "scenes.json").read_text())["haze"]
-    assert row["correlation"] < 0.9 and row["test_picture"] == "target/a.jpg" and row["test_pictures"] == 1
+    assert row["correlation"] < 0.9 and row["test_image"] == "target/a.jpg" and row["test_images"] == 1
 
 
 @pytest.mark.parametrize("is_mirrored", [False, True])
@@ -98,3 +100,39 @@ def test_networks_are_compared_on_the_same_pictures(photos, networks, tmp_path):
 def test_networks_of_one_name_are_refused():
     with pytest.raises(ValueError, match="different names"):
         evaluate_base.BaseArguments(["a/net", "b/net"], ["photos"])
+
+
+# --------------------------------------------------------------------------------------------------------- adaptation
+
+
+def test_a_cell_is_a_run_of_finetune_that_is_not_made_again(train_dir, networks, tmp_path, capsys):
+    task = tmp_path / "tasks" / "haze"
+    for part in ("train", "test"):
+        shutil.copytree(train_dir, task / part)
+    sizes = {"max_train_steps": 2, "resolution": 16, "per_device_train_batch_size": 2, "parameter_budget": 0.5}
+    args = adapt_base.AdaptArguments(
+        networks, str(tmp_path / "tasks"), ["haze"], draws=1, output_dir=str(tmp_path / "out"), **sizes
+    )
+    adapt_base.main(args)
+    found = json.loads((tmp_path / "out" / "adapt.json").read_text())
+    assert [cell["network"] for cell in found] == ["old", "new"] and found[0]["psnr_after"] != found[1]["psnr_after"]
+    assert "| haze | 1 |" in capsys.readouterr().out
+    seconds = [cell["seconds"] for cell in found]
+    adapt_base.main(args)
+    assert [cell["seconds"] for cell in json.loads((tmp_path / "out" / "adapt.json").read_text())] == seconds
+
+
+def test_a_failed_adaptation_says_why(networks, tmp_path):
+    (tmp_path / "tasks" / "haze" / "train" / "target").mkdir(parents=True)
+    args = adapt_base.AdaptArguments(networks, str(tmp_path / "tasks"), ["haze"], output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="'task': 'haze'.* failed: finetune.py:"):
+        adapt_base.main(args)
+
+
+def test_draws_that_a_network_lacks_do_not_count():
+    found = [
+        {"task": "rain", "draw": draw, "network": name, "psnr_after": psnr}
+        for draw, name, psnr in [(0, "old", 20.0), (0, "new", 22.0), (1, "old", 30.0)]
+    ]
+    assert "| rain | 1 | 20.00 | 22.00 | +2.00 |" in adapt_base.table(found)
+    assert "| mean of the tasks |  | 20.00 | 22.00 | +2.00 |" in adapt_base.table(found)

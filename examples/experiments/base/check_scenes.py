@@ -2,7 +2,7 @@
 
     python examples/experiments/base/check_scenes.py --train_dir path/to/photos --tasks_dir path/to/tasks
 
-Small grey copies of all pictures are compared, those of the training photos as they are and mirrored. Two pictures of
+Small grey copies of all images are compared, those of the training photos as they are and mirrored. Two images of
 one scene correlate nearly perfectly, however they are scaled or compressed. The highest value of each task is printed.
 """
 
@@ -30,15 +30,15 @@ class SceneArguments:
     train_dir: str = field(metadata={"help": "Folder of training photos, those in folders below it included."})
     tasks_dir: str = field(metadata={"help": "Folder whose folders TASK/test hold input/ and target/."})
     highest_correlation: float = field(
-        default=0.95, metadata={"help": "Correlation above which two pictures count as one scene, below 1."}
+        default=0.95, metadata={"help": "Correlation above which two images count as one scene, below 1."}
     )
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the highest value of each task."})
 
 
 def thumbnail(path: Path) -> np.ndarray:
-    """Small grey copy of a picture as a vector of mean 0 and length 1; zeros where the picture has one colour."""
-    with Image.open(path) as picture:
-        small = picture.convert("L").resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+    """Small grey copy of an image as a vector of mean 0 and length 1; zeros where the image has one colour."""
+    with Image.open(path) as image:
+        small = image.convert("L").resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
     values = np.asarray(small, np.float32)
     values = values - values.mean()
     return (values / max(float(np.linalg.norm(values)), 1e-6)).ravel()
@@ -53,14 +53,14 @@ def mirrored(vectors: np.ndarray) -> np.ndarray:
 
 
 def closest(train: np.ndarray, test: np.ndarray) -> tuple[float, int, int]:
-    """Highest correlation between a training photo, mirrored or not, and a test picture, and the numbers of both."""
+    """Highest correlation between a training photo, mirrored or not, and a test image, and the numbers of both."""
     correlations = np.maximum(train @ test.T, mirrored(train) @ test.T)
     first, second = np.unravel_index(correlations.argmax(), correlations.shape)
     return float(correlations[first, second]), int(first), int(second)
 
 
 def compare_tasks(args: SceneArguments) -> dict[str, dict[str, object]]:
-    """The closest pair of pictures by task.
+    """The closest pair of images by task.
 
     Raises:
         ValueError: there is no task.
@@ -69,12 +69,12 @@ def compare_tasks(args: SceneArguments) -> dict[str, dict[str, object]]:
     train, rows = thumbnails(train_paths, "training photos"), {}
     for folder in sorted(Path(args.tasks_dir).glob("*/test")):
         paths = list_images(folder, nested=True)
-        value, photo, picture = closest(train, thumbnails(paths, folder.parent.name))
+        value, photo, image = closest(train, thumbnails(paths, folder.parent.name))
         rows[folder.parent.name] = {
             "correlation": round(value, 4),
             "training_photo": str(train_paths[photo].relative_to(args.train_dir)),
-            "test_picture": str(paths[picture].relative_to(folder)),
-            "test_pictures": len(paths),
+            "test_image": str(paths[image].relative_to(folder)),
+            "test_images": len(paths),
         }
     if not rows:
         raise ValueError(f"{args.tasks_dir} has no folder TASK/test.")
@@ -85,11 +85,11 @@ def main(args: SceneArguments) -> None:
     """Print the table.
 
     Raises:
-        ValueError: a test picture is too close to a training photo.
+        ValueError: a test image is too close to a training photo.
     """
     rows = compare_tasks(args)
     for task, row in rows.items():
-        print(f"{task:12} {row['correlation']:.3f}  {row['training_photo']}  {row['test_picture']}")
+        print(f"{task:12} {row['correlation']:.3f}  {row['training_photo']}  {row['test_image']}")
     if args.output_file is not None:
         write_json(Path(args.output_file), rows)
     shared = {task: row for task, row in rows.items() if row["correlation"] > args.highest_correlation}

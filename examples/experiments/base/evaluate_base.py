@@ -3,7 +3,7 @@
     python examples/experiments/base/evaluate_base.py --networks path/to/old path/to/new \
         --clean_dirs path/to/kodak --noise_dir path/to/noise/test --output_dir outputs/base
 
-Every network restores the same pictures: clean photos with each degradation of PROD at three strengths, with random
+Every network restores the same images: clean photos with each degradation of PROD at three strengths, with random
 recipes of PROD, and untouched, and real pairs of noisy photos. The table has the PSNR of inputs and networks.
 """
 
@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from colora_peft.backbones import load_backbone
-from colora_peft.cards import command_line
 from colora_peft.corpus import ImageFiles
 from colora_peft.evaluation import evaluation_mode
 from colora_peft.files import write_json, write_text
@@ -36,7 +35,7 @@ from colora_peft.reconstruction import reconstruct
 
 KINDS = ("blur", "noise", "rain", "jpeg", "motion")
 Figures = dict[str, dict[str, float]]
-"""Figure of a condition to its value by network; `input` is the degraded pictures themselves."""
+"""Figure of a condition to its value by network; `input` is the degraded images themselves."""
 
 
 @dataclass
@@ -60,7 +59,7 @@ class BaseArguments:
 
 
 def conditions(args: BaseArguments) -> Iterator[tuple[str, int, Callable[[int], Pair]]]:
-    """Names of what is restored, the number of its pictures, and how to make each: (input, target)."""
+    """Names of what is restored, the number of its images, and how to make each: (input, target)."""
     photos = ImageFiles([path for folder in args.clean_dirs for path in list_images(folder, nested=True)])
     for kind in KINDS:
         for strength, share in STRENGTHS.items():
@@ -94,7 +93,7 @@ def random_crop(photos: ImageFiles, resolution: int, number: int) -> Pair:
 
 @torch.inference_mode()
 def measure(networks: Mapping[str, nn.Module], count: int, pair_of: Callable[[int], Pair]) -> dict[str, list[float]]:
-    """PSNR of each picture, in dB, of the input and by network."""
+    """PSNR of each image, in dB, of the input and by network."""
     values: dict[str, list[float]] = {name: [] for name in ("input", *networks)}
     for index in range(count):
         degraded, target = (image[None] for image in pair_of(index))
@@ -115,9 +114,9 @@ def compare(args: BaseArguments) -> Figures:
     figures: Figures = {}
     for name, count, pair_of in tqdm(list(conditions(args)), desc="conditions"):
         values = measure(networks, count, pair_of)
-        figures[name] = {column: mean(of_pictures) for column, of_pictures in values.items()}
+        figures[name] = {column: mean(of_images) for column, of_images in values.items()}
         if name == "untouched":
-            figures["untouched, worst photo"] = {column: min(of_pictures) for column, of_pictures in values.items()}
+            figures["untouched, worst photo"] = {column: min(of_images) for column, of_images in values.items()}
     return figures
 
 
@@ -140,7 +139,7 @@ def main(args: BaseArguments) -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "base.json", {"resolution": args.resolution, "draws": args.draws, "psnr": figures})
-    page = f"PSNR in dB, the mean over the pictures.\n\n{table(figures)}\n\n```\n{command_line()}\n```\n"
+    page = f"PSNR in dB, the mean over the images.\n\n{table(figures)}\n"
     write_text(output_dir / "base.md", page)
     print(page)
 
