@@ -105,6 +105,7 @@ def test_networks_of_one_name_are_refused():
 # --------------------------------------------------------------------------------------------------------- adaptation
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_run_of_finetune_that_is_not_made_again(train_dir, networks, tmp_path, capsys):
     task = tmp_path / "tasks" / "haze"
     for part in ("train", "test"):
