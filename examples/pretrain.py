@@ -94,6 +94,11 @@ class PretrainArguments(TrainArguments):
     light_share: float = field(
         default=0.0, metadata={"help": "Share of the patches degraded lightly, as a good camera does."}
     )
+    enlarged_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the patches that are enlarged with their targets: the network learns that photos "
+                  "may be soft, and does not sharpen them."},
+    )  # fmt: skip
     config_name: str = field(
         default=SMALL_NAFNET, metadata={"help": "Folder or Hub id with the network's config.json; new weights."}
     )
@@ -118,6 +123,8 @@ class PretrainArguments(TrainArguments):
         check_at_least(self, "shuffle_block_size", 1)
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"--max_skipped_share must be between 0 and 1, got {self.max_skipped_share}.")
+        if not 0 <= self.enlarged_share <= 1:
+            raise ValueError(f"--enlarged_share must be between 0 and 1, got {self.enlarged_share}.")
         self.degradation()  # refuses wrong shares before anything is loaded
         if (self.eval_dir is None) != (self.validation_steps == 0):
             raise ValueError("--validation_steps and --eval_dir need each other: give both or none.")
@@ -175,14 +182,14 @@ def open_split(args: PretrainArguments) -> Any:
 
 def open_patches(args: PretrainArguments, accelerator: Accelerator) -> DegradedPatches | StreamPatches:
     """The training samples, and what was found wrong before any is made."""
-    degradation = args.degradation()
+    degradation, shares = args.degradation(), (args.max_skipped_share, args.enlarged_share)
     if not args.streaming:
         pictures = open_pictures(args)
-        return DegradedPatches(pictures, degradation, args.resolution, args.seed, args.max_skipped_share)
+        return DegradedPatches(pictures, degradation, args.resolution, args.seed, *shares)
     stream = PictureStream(open_split(args), args.image_column, args.seed, args.shuffle_block_size)
     with Processes(accelerator).failing_together():
         stream.check(args.resolution, accelerator.process_index, accelerator.num_processes)
-    return StreamPatches(stream, degradation, args.resolution, args.max_skipped_share)
+    return StreamPatches(stream, degradation, args.resolution, *shares)
 
 
 def main(args: PretrainArguments) -> None:
