@@ -295,3 +295,5 @@ def test_shares_of_untouched_patches_change_the_run_and_wrong_ones_are_refused(f
     assert any(not torch.equal(plain[name], tensor) for name, tensor in spared.items())
     with pytest.raises(ValueError, match="together at most 1"):
         run(*flags, "--untouched_share", "0.6", "--light_share", "0.6")
+    with pytest.raises(ValueError, match="--enlarged_share must be between 0 and 1, got 1.5"):
+        run(*flags, "--enlarged_share", "1.5")
