@@ -4,6 +4,7 @@
 
 Small grey copies of all images are compared, those of the training photos as they are and mirrored. Two images of
 one scene correlate nearly perfectly, however they are scaled or compressed. The highest value of each task is printed.
+An image that shows only a part of a training photo is not found.
 """
 
 from __future__ import annotations
