@@ -66,7 +66,7 @@ class PretrainArguments(TrainArguments):
     max_train_steps: int = flag(36_000, "Number of optimiser steps of the whole run.")
     per_device_train_batch_size: int = flag(8, "Number of patches in a batch of each process.")
     resolution: int = flag(64, "Side of the square training patches in pixels.")
-    learning_rate: float = flag(1e-3, "Peak learning rate of AdamW; it decays to zero along a cosine.")
+    learning_rate: float = flag(1e-3, "Peak learning rate of AdamW; it falls to zero along a cosine.")
     lr_warmup_steps: int = flag(500, "Number of steps over which the learning rate rises from zero.")
     checkpointing_steps: int = flag(2_000, "Number of steps between checkpoints.")
     train_dir: Annotated[str | None, OnResume.DATA, OnResume.INPUT] = flag(
@@ -97,6 +97,15 @@ class PretrainArguments(TrainArguments):
     mode: Literal["prod", "single", "fixed"] = flag(
         "prod", "prod: random subsets in random order; single: one at a time; fixed: all, in one order."
     )
+    untouched_share: float = flag(
+        0.0, "Share of the patches left as they are: the network learns to spare good images."
+    )
+    light_share: float = flag(0.0, "Share of the patches degraded lightly, as a good camera does.")
+    enlarged_share: float = flag(
+        0.0,
+        "Share of the patches that are enlarged with their targets: the network learns that images may be soft, and "
+        "does not sharpen them.",
+    )
     config_name: Annotated[str, OnResume.INPUT] = flag(
         SMALL_NAFNET, "Folder or Hub id with the network's config.json; its weights are new."
     )
@@ -121,10 +130,18 @@ class PretrainArguments(TrainArguments):
         check_at_least(self, "shuffle_block_size", 1)
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"--max_skipped_share must be between 0 and 1, got {self.max_skipped_share}.")
+        if not 0 <= self.enlarged_share <= 1:
+            raise ValueError(f"--enlarged_share must be between 0 and 1, got {self.enlarged_share}.")
+        self.degradation()  # refuses wrong shares before anything is loaded
         if (self.eval_dir is None) != (self.validation_steps == 0):
             raise ValueError("--validation_steps and --eval_dir need each other: give both or none.")
         if self.validation_steps:
             check_at_least(self, "resolution", SSIM_WINDOW_PX)
+
+    def degradation(self) -> RandomOrderDegradation:
+        return RandomOrderDegradation(
+            mode=self.mode, untouched_share=self.untouched_share, light_share=self.light_share
+        )
 
 
 def build_model(args: PretrainArguments) -> torch.nn.Module:
@@ -172,14 +189,14 @@ def open_split(args: PretrainArguments) -> Any:
 
 def open_patches(args: PretrainArguments, accelerator: Accelerator) -> DegradedPatches | StreamPatches:
     """The training samples; their images are checked where that does not take long."""
-    degradation = RandomOrderDegradation(mode=args.mode)
+    degradation, shares = args.degradation(), (args.max_skipped_share, args.enlarged_share)
     if not args.streaming:
         images = open_images(args)
-        return DegradedPatches(images, degradation, args.resolution, args.seed, args.max_skipped_share)
+        return DegradedPatches(images, degradation, args.resolution, args.seed, *shares)
     stream = ImageStream(open_split(args), args.image_column, args.seed, args.shuffle_block_size)
     with Processes(accelerator).failing_together():
         stream.check(args.resolution, accelerator.process_index, accelerator.num_processes)
-    return StreamPatches(stream, degradation, args.resolution, args.max_skipped_share)
+    return StreamPatches(stream, degradation, args.resolution, *shares)
 
 
 def main(args: PretrainArguments) -> None:

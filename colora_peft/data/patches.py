@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from colora_peft.images import as_float
-from colora_peft.prod import RandomOrderDegradation
+from colora_peft.prod import RandomOrderDegradation, uniform
 
 from .pairs import Pair, PairSource
 from .sources import Candidate, ImageSource, check_size, first_usable
@@ -26,6 +27,7 @@ from .sources import Candidate, ImageSource, check_size, first_usable
 Sample = dict[str, Any]
 Batch = dict[str, Any]  # the same of several samples, (B, 3, S, S), always with "skipped"; "position" after the last
 Position = list[int]  # where in a stream a process stands
+_LARGEST_ENLARGEMENT = 2.0
 _REPLACEMENTS = 8  # images tried in place of one that cannot be used
 
 
@@ -100,6 +102,7 @@ class DegradedPatches(PatchDataset):
         resolution: Side of the square patch in pixels.
         seed: Seed of the whole run.
         max_skipped_share: Share of the samples that may be replaced before training stops.
+        enlarged_share: Share of the patches that are enlarged after they were degraded, see `degraded_sample`.
     """
 
     def __init__(
@@ -109,11 +112,13 @@ class DegradedPatches(PatchDataset):
         resolution: int,
         seed: int,
         max_skipped_share: float = 0.0,
+        enlarged_share: float = 0.0,
     ) -> None:
         super().__init__(len(images), resolution, seed)
         self.images = images
         self.degradation = degradation
         self.max_skipped_share = max_skipped_share
+        self.enlarged_share = enlarged_share
 
     @property
     def fingerprint(self) -> str | None:
@@ -123,7 +128,7 @@ class DegradedPatches(PatchDataset):
         epoch, index = self.locate(number)
         generator = sample_generator(self.seed, epoch, index)
         candidates = self._candidates(index, generator)
-        return degraded_sample(candidates, self.degradation, self.resolution, generator)
+        return degraded_sample(candidates, self.degradation, self.resolution, generator, self.enlarged_share)
 
     def _candidates(self, index: int, generator: torch.Generator) -> Iterator[Candidate]:
         for _ in range(1 + _REPLACEMENTS):
@@ -132,17 +137,40 @@ class DegradedPatches(PatchDataset):
 
 
 def degraded_sample(
-    candidates: Iterable[Candidate], degradation: RandomOrderDegradation, resolution: int, generator: torch.Generator
+    candidates: Iterable[Candidate],
+    degradation: RandomOrderDegradation,
+    resolution: int,
+    generator: torch.Generator,
+    enlarged_share: float = 0.0,
 ) -> Sample:
     """Returns a patch of the first usable candidate, degraded, and under `skipped` why others were not, if any.
+
+    A share of the patches is cut smaller, degraded and then enlarged with its target, up to twice. It is soft and its
+    noise is coarse, as in photos of cameras at their full resolution. A network that knows sharp photos alone takes
+    these for blurred.
 
     Raises:
         ValueError: None can be used; the reasons are given.
     """
     image, name, skipped = first_usable(candidates, resolution)
-    clean = as_float(random_patch((image,), resolution, generator, name)[0])
-    sample: Sample = {"pixel_values": degradation.apply(clean, degradation.draw(generator)), "labels": clean}
+    side = _side_before_enlarging(resolution, enlarged_share, generator)
+    clean = as_float(random_patch((image,), side, generator, name)[0])
+    degraded = degradation.apply(clean, degradation.draw(generator))
+    sample: Sample = {"pixel_values": _enlarge(degraded, resolution), "labels": _enlarge(clean, resolution)}
     return {**sample, "skipped": skipped} if skipped else sample
+
+
+def _side_before_enlarging(resolution: int, enlarged_share: float, generator: torch.Generator) -> int:
+    if not enlarged_share or uniform((0.0, 1.0), generator) >= enlarged_share:
+        return resolution
+    return max(1, round(resolution / uniform((1.0, _LARGEST_ENLARGEMENT), generator)))
+
+
+def _enlarge(image: Tensor, side: int) -> Tensor:
+    """Returns the square image (3, S, S) with `side` pixels on each side."""
+    if image.shape[-1] == side:
+        return image
+    return F.interpolate(image[None], (side, side), mode="bicubic")[0].clamp(0, 1)
 
 
 class DegradedImages:

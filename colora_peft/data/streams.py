@@ -163,6 +163,7 @@ class StreamPatches(Dataset):
         resolution: Side of the square patch in pixels.
         max_skipped_share: Share of the samples that may be replaced before training stops. The substitute is of the
             same block, chosen by (seed, epoch, shard, row).
+        enlarged_share: Share of the patches that are enlarged after they were degraded, see `degraded_sample`.
     """
 
     def __init__(
@@ -171,18 +172,20 @@ class StreamPatches(Dataset):
         degradation: RandomOrderDegradation,
         resolution: int,
         max_skipped_share: float = 0.0,
+        enlarged_share: float = 0.0,
     ) -> None:
         self._seed = stream.seed
         self._stream = stream
         self.degradation = degradation
         self.resolution = resolution
         self.max_skipped_share = max_skipped_share
+        self.enlarged_share = enlarged_share
         self.fingerprint = stream.fingerprint
 
     def __getitem__(self, drawn: Drawn) -> Sample:
         generator = sample_generator(self._seed, drawn.epoch, drawn.cell.shard, drawn.cell.row)
         candidates = map(_candidate, self._cells(drawn, generator))
-        sample = degraded_sample(candidates, self.degradation, self.resolution, generator)
+        sample = degraded_sample(candidates, self.degradation, self.resolution, generator, self.enlarged_share)
         return {**sample, "position": drawn.position}
 
     def _cells(self, drawn: Drawn, generator: torch.Generator) -> Iterator[Cell]:

@@ -6,9 +6,9 @@ draws a contact sheet of them.
 """
 
 from .degradations import JPEG, Degradation, GaussianBlur, MotionBlur, Noise, default_degradations
-from .parameters import Parameters
+from .parameters import Parameters, uniform
 from .rain import Rain
-from .random_order import Mode, RandomOrderDegradation, Recipe
+from .random_order import Mode, RandomOrderDegradation, Recipe, light_degradations
 
 __all__ = [
     "JPEG",
@@ -22,4 +22,6 @@ __all__ = [
     "RandomOrderDegradation",
     "Recipe",
     "default_degradations",
+    "light_degradations",
+    "uniform",
 ]

@@ -19,6 +19,7 @@ class OnResume(Enum):
 
     FREE = "may change, because the weights do not depend on it"
     DATA = "may change where the images themselves are compared, or --allow_changed_dataset is given"
+    LENGTH = "may change while the learning rate has not begun to fall"
     INPUT = "is read by the run, so that it must not lie in the folder that the run empties"
 
 
@@ -35,14 +36,22 @@ class TrainArguments:
     """Flags that every training script has. Names follow the scripts of diffusers."""
 
     output_dir: Annotated[str, OnResume.FREE] = flag(help="Path to the folder for checkpoints, logs and the result.")
-    max_train_steps: int = flag(help="Number of optimiser steps of the whole run.")
+    max_train_steps: Annotated[int, OnResume.LENGTH] = flag(help="Number of optimiser steps of the whole run.")
     # Batch size and accumulation may change because processes may. Training checks their product when it starts.
     per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
         help="Number of patches in a batch of each process."
     )
     resolution: int = flag(help="Side of the square training patches in pixels.")
-    learning_rate: float = flag(help="Peak learning rate of AdamW; it decays to zero along a cosine.")
+    learning_rate: float = flag(help="Peak learning rate of AdamW; it falls to zero along a cosine.")
     lr_warmup_steps: int = flag(0, "Number of steps over which the learning rate rises from zero.")
+    lr_scheduler: Literal["cosine", "warmup_stable_decay"] = flag(
+        "cosine",
+        "cosine: the learning rate falls from the warm-up to the end; warmup_stable_decay: it stays at its peak until "
+        "the last --lr_decay_steps, and until then the run may be prolonged on resume.",
+    )
+    lr_decay_steps: Annotated[int, OnResume.LENGTH] = flag(
+        0, "Number of last steps in which warmup_stable_decay lowers the learning rate."
+    )
     gradient_accumulation_steps: Annotated[int, OnResume.FREE] = flag(
         1,
         "Number of batches whose gradients each process adds up for a step: like a batch this many times larger, in "
@@ -86,10 +95,23 @@ class TrainArguments:
         for name in ("max_train_steps", "per_device_train_batch_size", "resolution", "checkpointing_steps"):
             check_at_least(self, name, 1)
         check_at_least(self, "gradient_accumulation_steps", 1)
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "checkpoints_total_limit", "validation_steps"):
+        for name in (
+            "lr_warmup_steps",
+            "lr_decay_steps",
+            "dataloader_num_workers",
+            "checkpoints_total_limit",
+            "validation_steps",
+        ):
             check_at_least(self, name, 0)
         check_seed(self.seed)
-        if self.lr_warmup_steps >= self.max_train_steps:
+        if self.lr_decay_steps and self.lr_scheduler != "warmup_stable_decay":
+            raise ValueError("--lr_decay_steps has no effect without --lr_scheduler warmup_stable_decay: add it.")
+        if self.lr_decay_steps and self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
+            raise ValueError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} and --lr_decay_steps {self.lr_decay_steps} are together "
+                f"more than the {self.max_train_steps} steps of the run; lower one of them."
+            )
+        if self.lr_scheduler == "cosine" and self.lr_warmup_steps >= self.max_train_steps:
             warnings.warn(
                 f"The learning rate rises over --lr_warmup_steps {self.lr_warmup_steps}, and the run ends after "
                 f"{self.max_train_steps} steps: it will not decay. Lower the one or raise the other.",
@@ -108,9 +130,16 @@ class TrainArguments:
         """Whether what happens every so many steps (0: never) happens after `done` steps, the last of all included."""
         return every_steps > 0 and (done % every_steps == 0 or done == self.max_train_steps)
 
+    @property
+    def first_decay_step(self) -> int:
+        """Step from which on the learning rate falls along a cosine that reaches zero after the last step."""
+        return self.lr_warmup_steps if self.lr_scheduler == "cosine" else self.max_train_steps - self.lr_decay_steps
+
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine that reaches zero after the last step."""
+        """Linear warm-up, the peak until `first_decay_step`, then half a cosine."""
         if step < self.lr_warmup_steps:
             return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
+        if step < self.first_decay_step:
+            return self.learning_rate
+        progress = (step - self.first_decay_step) / max(1, self.max_train_steps - self.first_decay_step)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -190,6 +190,8 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     free = flags_with(OnResume.FREE, args)
     if args.allow_changed_dataset or _knows_its_data(state):
         free += flags_with(OnResume.DATA, args)
+    if _may_change_length(args, before, state["step"]):
+        free += flags_with(OnResume.LENGTH, args)
     changed = [
         f"--{key} was {before[key]!r}, now {now!r}"
         for key, now in asdict(args).items()
@@ -197,6 +199,13 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     ]
     if changed:
         raise ValueError(f"{checkpoint} is from a run with other settings ({'; '.join(changed)}); use the same ones.")
+
+
+def _may_change_length(args: TrainArguments, before: dict[str, Any], step: int) -> bool:
+    """Returns whether a run of the new length has the same first steps: the learning rate has not begun to fall."""
+    if args.lr_scheduler != "warmup_stable_decay":
+        return False
+    return step <= min(before["max_train_steps"] - before["lr_decay_steps"], args.first_decay_step)
 
 
 def _knows_its_data(state: dict[str, Any]) -> bool:

@@ -213,3 +213,27 @@ def test_an_image_smaller_than_the_patch_is_named():
 def test_impossible_settings_are_refused(count, resolution, seed, culprit):
     with pytest.raises(ValueError, match=culprit):
         PairedPatches(AlignedPairs(count), resolution, seed)
+
+
+def roughness(image):
+    """Mean difference of neighbours."""
+    return (image[:, 1:] - image[:, :-1]).abs().mean()
+
+
+def untouched(enlarged_share):
+    degradation = RandomOrderDegradation(untouched_share=1.0)
+    return DegradedPatches(Images(), degradation, 16, seed=2, enlarged_share=enlarged_share)
+
+
+def test_enlarged_patches_are_soft_on_both_sides_and_as_large_as_the_others():
+    for number in range(6):
+        sharp, soft = untouched(0.0)[number], untouched(1.0)[number]
+        assert torch.equal(soft["pixel_values"], soft["labels"])
+        assert soft["labels"].shape == sharp["labels"].shape == (3, 16, 16)
+        assert roughness(soft["labels"]) < roughness(sharp["labels"])
+        assert 0 <= soft["labels"].min() and soft["labels"].max() <= 1
+
+
+def test_a_share_of_the_patches_is_enlarged():
+    enlarged = sum(roughness(untouched(0.25)[number]["labels"]) < 0.14 for number in range(400))
+    assert 60 < enlarged < 120  # some are enlarged by less than the eye sees

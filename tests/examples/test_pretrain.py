@@ -289,3 +289,13 @@ def test_processes_without_an_image_end_the_run_together(flags, dataset, tmp_pat
     assert "The dataset has no image for process 1 of 2" in done.stderr
     assert "Process 1 of 2 failed, so this one stops, too" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_shares_of_untouched_patches_change_the_run_and_wrong_ones_are_refused(flags, tmp_path):
+    plain = load_file(run(*flags) / "model.safetensors")
+    spared = load_file(run(*flags, "--overwrite_output_dir", "--untouched_share", "1") / "model.safetensors")
+    assert any(not torch.equal(plain[name], tensor) for name, tensor in spared.items())
+    with pytest.raises(ValueError, match="together at most 1"):
+        run(*flags, "--untouched_share", "0.6", "--light_share", "0.6")
+    with pytest.raises(ValueError, match="--enlarged_share must be between 0 and 1, got 1.5"):
+        run(*flags, "--enlarged_share", "1.5")

@@ -10,7 +10,14 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from colora_peft.prod import JPEG, GaussianBlur, Noise, RandomOrderDegradation
+from colora_peft.prod import (
+    JPEG,
+    GaussianBlur,
+    Noise,
+    RandomOrderDegradation,
+    default_degradations,
+    light_degradations,
+)
 
 # A fair draw falls below this once in a million; the seed is fixed, so a pass stays a pass.
 UNLIKELY = 1e-6
@@ -132,3 +139,45 @@ def test_an_unknown_mode_is_refused():
 def test_an_empty_or_ambiguous_pool_is_refused(pool):
     with pytest.raises(ValueError, match="different names"):
         RandomOrderDegradation(pool)
+
+
+def test_shares_are_untouched_and_light_and_the_rest_is_prod():
+    degradation = RandomOrderDegradation(POOL, untouched_share=0.25, light_share=0.25, light=(Add(3),))
+    drawn = orders_drawn(degradation, 4000)
+    untouched = 4000 * (1 / 4 + 1 / 4 / 2 + 1 / 2 / 8)  # left alone, light with nothing drawn, PROD with nothing drawn
+    only_the_third = 4000 * (1 / 4 / 2 + 1 / 2 / 8)
+    rest = 4000 - drawn[()] - drawn["add 3",]
+    expected = [untouched, only_the_third, 4000 - untouched - only_the_third]
+    assert chisquare([drawn[()], drawn["add 3",], rest], expected).pvalue > UNLIKELY
+
+
+def test_without_shares_every_draw_is_as_before_them():
+    """The recipe that this seed gave when there were no shares."""
+    recipe = RandomOrderDegradation().draw(generator(3))
+    assert recipe == RandomOrderDegradation(light=()).draw(generator(3))
+    source = generator(3)
+    chosen, order = torch.rand(5, generator=source) < 0.5, torch.randperm(5, generator=source).tolist()
+    pool = default_degradations()
+    first = next(pool[i] for i in order if chosen[i])
+    assert recipe[0] == {"degradation": first.name, **first.draw(source)}
+
+
+def test_light_degradations_are_weaker_on_the_mean_in_every_kind():
+    image = torch.rand(3, 64, 64, generator=generator()) * 0.8 + 0.1
+    for strong, light in zip(default_degradations(), light_degradations(), strict=True):
+        errors = [
+            sum((kind.apply(image, **kind.draw(generator(seed))) - image).abs().mean() for seed in range(20))
+            for kind in (strong, light)
+        ]
+        assert strong.name == light.name and errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("shares", [{"untouched_share": -0.1}, {"light_share": 0.6, "untouched_share": 0.5}])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="together at most 1"):
+        RandomOrderDegradation(**shares)
+
+
+def test_light_degradations_that_could_not_be_replayed_are_refused():
+    with pytest.raises(ValueError, match="'add 1'.* not among"):
+        RandomOrderDegradation(light=(Add(1),), light_share=0.5)

@@ -47,6 +47,7 @@ def test_command_line_gives_the_same_settings_as_python():
         ("ema_decay", 1.0),
         ("ema_decay", float("nan")),
         ("lr_warmup_steps", -1),
+        ("lr_decay_steps", -1),
         ("dataloader_num_workers", -1),
         ("seed", -1),
         ("seed", 2**32),
@@ -83,3 +84,25 @@ def test_a_warm_up_that_takes_the_whole_run_is_pointed_out(steps, warns):
         warnings.simplefilter("always")
         TrainArguments(**{**REQUIRED, "max_train_steps": steps, "lr_warmup_steps": 4})
     assert len(caught) == warns and all("ends after 4 steps" in str(each.message) for each in caught)
+
+
+def test_warmup_stable_decay_stays_at_the_peak_until_the_last_steps():
+    schedule = {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 2, "lr_decay_steps": 4}
+    args = TrainArguments(**{**REQUIRED, **schedule})
+    half = 0.5**0.5
+    decay = [0.5, 0.25 * (1 + half), 0.25, 0.25 * (1 - half), 0.0]
+    expected = [0.25, 0.5, 0.5, 0.5, 0.5, 0.5, *decay]
+    assert [args.learning_rate_at(step) for step in range(11)] == pytest.approx(expected)
+
+
+def test_warmup_stable_decay_without_a_decay_ends_at_the_peak():
+    args = TrainArguments(**{**REQUIRED, "lr_scheduler": "warmup_stable_decay"})
+    assert {args.learning_rate_at(step) for step in range(10)} == {0.5}
+
+
+def test_a_decay_without_its_schedule_or_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="--lr_decay_steps has no effect without --lr_scheduler warmup_stable_decay"):
+        TrainArguments(**{**REQUIRED, "lr_decay_steps": 4})
+    too_long = {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 7, "lr_decay_steps": 4}
+    with pytest.raises(ValueError, match="7 and --lr_decay_steps 4 are together more than the 10 steps"):
+        TrainArguments(**{**REQUIRED, **too_long})

@@ -110,6 +110,15 @@ def test_result_is_the_average_of_the_weights_of_the_steps(tmp_path):
     assert not torch.equal(result["intro.weight"], weights["intro.weight"])
 
 
+def test_a_prolonged_run_ends_as_one_that_was_as_long_from_the_beginning(tmp_path):
+    stable = {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 1, "use_ema": True}
+    expected = run(tmp_path / "whole", nafnet(), max_train_steps=8, lr_decay_steps=3, **stable)
+    run(tmp_path / "parts", nafnet(), max_train_steps=4, **stable)
+    flags = {"max_train_steps": 8, "lr_decay_steps": 3, "resume_from_checkpoint": "latest", **stable}
+    assert_equal(run(tmp_path / "parts", nafnet(), **flags), expected)
+    assert rows(tmp_path / "parts")[-1]["learning_rate"] < 0.01
+
+
 def test_adapters_are_averaged_and_resumed_and_the_base_is_not_stored(tmp_path):
     def adapted():
         torch.manual_seed(1)

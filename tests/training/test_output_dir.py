@@ -147,6 +147,30 @@ def test_resume_with_other_settings_names_the_flag(tmp_path, changed):
     assert_refused(tmp_path, tmp_path, f"--{flag} was", resume_from_checkpoint="latest", **changed)
 
 
+STABLE = {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 4}  # of the 9 steps the first 5 are at the peak
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"max_train_steps": 20}, {"max_train_steps": 20, "lr_decay_steps": 8}, {"lr_decay_steps": 0}]
+    + [{"max_train_steps": 8}],
+)
+def test_before_its_learning_rate_falls_a_run_may_be_prolonged_or_shortened(tmp_path, changed):
+    path = checkpoint(tmp_path, 4, **STABLE)
+    assert prepare(tmp_path, resume_from_checkpoint="latest", **(STABLE | changed)) == path
+
+
+@pytest.mark.parametrize(
+    ("step", "changed"),
+    [(6, {"max_train_steps": 20}), (5, {"max_train_steps": 8}), (5, {"lr_decay_steps": 5})]
+    + [(4, {"max_train_steps": 20, "seed": 1}), (4, {"lr_scheduler": "cosine", "lr_decay_steps": 0})],
+)
+def test_once_the_learning_rate_falls_a_run_keeps_its_length_and_other_settings_always(tmp_path, step, changed):
+    checkpoint(tmp_path, step, **STABLE)
+    flag = list(changed)[-1] if "seed" in changed else list(changed)[0]
+    assert_refused(tmp_path, tmp_path, f"--{flag} was", resume_from_checkpoint="latest", **(STABLE | changed))
+
+
 def test_resume_may_change_what_does_not_change_the_result(tmp_path):
     path = checkpoint(tmp_path, 3)
     free = {"checkpointing_steps": 7, "checkpoints_total_limit": 0, "dataloader_num_workers": 1}

@@ -1,0 +1,130 @@
+"""Compare pre-trained networks by what a short adaptation to real tasks makes of them.
+
+    python examples/experiments/base/adapt_base.py --networks path/to/old path/to/new --tasks_dir path/to/tasks \
+        --tasks rain noise underwater --output_dir outputs/base
+
+Every cell is a launch of examples/finetune.py: a task, a draw of its training pairs, a network. All networks get the
+same pairs, patches and settings. Cells are kept in adapt.json and not run again, so that the table grows over calls.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from colora_peft.files import write_json, write_text
+
+FINETUNE = Path(__file__).parents[2] / "finetune.py"
+Cell = dict[str, object]
+
+
+@dataclass
+class AdaptArguments:
+    """Flags of the comparison."""
+
+    networks: list[str] = field(metadata={"help": "Folders or Hub ids of the networks, the reference first."})
+    tasks_dir: str = field(metadata={"help": "Folder whose folders TASK/train and TASK/test hold pairs."})
+    tasks: list[str] = field(metadata={"help": "Names of the tasks."})
+    draws: int = field(default=3, metadata={"help": "Draws of training pairs for each task."})
+    max_train_samples: int = field(default=64, metadata={"help": "Number of training pairs, where there are so many."})
+    max_train_steps: int = field(default=200, metadata={"help": "Optimiser steps of each adaptation."})
+    resolution: int = field(default=128, metadata={"help": "Side of the training patches in pixels."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step."})
+    parameter_budget: float = field(default=0.07, metadata={"help": "Trained share of the adapted weights."})
+    output_dir: str = field(default="outputs/base", metadata={"help": "Folder for adapt.json and adapt.md."})
+
+    def __post_init__(self) -> None:
+        names = [Path(network).name for network in self.networks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--networks must have different names at their ends, got {', '.join(names)}.")
+
+    def finetune_flags(self) -> Cell:
+        """Flags that all cells share."""
+        names = ("max_train_steps", "resolution", "per_device_train_batch_size", "parameter_budget")
+        return {name: getattr(self, name) for name in names}
+
+
+def cells(args: AdaptArguments) -> Iterator[tuple[Cell, str]]:
+    """Settings of each cell and the path of its network; the networks of a task and a draw follow each other."""
+    for draw, task, network in product(range(args.draws), args.tasks, args.networks):
+        yield {"task": task, "draw": draw, "network": Path(network).name, **args.finetune_flags()}, network
+
+
+def adapt(args: AdaptArguments, cell: Cell, network: str) -> Cell:
+    """Run one cell.
+
+    Raises:
+        ValueError: the run failed; it says why.
+    """
+    task_dir = Path(args.tasks_dir) / str(cell["task"])
+    pairs = min(args.max_train_samples, len(list((task_dir / "train" / "target").iterdir())))
+    flags = args.finetune_flags() | {
+        "model_name_or_path": network,
+        "train_dir": task_dir / "train",
+        "eval_dir": task_dir / "test",
+        "max_train_samples": pairs,
+        "seed": cell["draw"],
+        "checkpointing_steps": args.max_train_steps,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(FINETUNE), "--output_dir", folder]
+        command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ValueError(f"The adaptation {cell} failed: {done.stderr.strip().splitlines()[-1]}")
+        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    names = ("psnr_input", "psnr_before", "psnr_after", "ssim_after", "seconds", "learning_rate")
+    return {**cell, "train_pairs": pairs, **{name: metrics[name] for name in names}}
+
+
+def table(found: list[Cell]) -> str:
+    """Mean PSNR over the draws by task and network, in Markdown; draws that not all networks have do not count."""
+    networks = list(dict.fromkeys(cell["network"] for cell in found))
+    values = {(cell["task"], cell["draw"], cell["network"]): cell["psnr_after"] for cell in found}
+    draws: dict[object, list[object]] = {}
+    for task, draw in dict.fromkeys((cell["task"], cell["draw"]) for cell in found):
+        if all((task, draw, network) in values for network in networks):
+            draws.setdefault(task, []).append(draw)
+    rows = [[mean(values[task, draw, name] for draw in own) for name in networks] for task, own in draws.items()]
+    heads = ["task", "draws", *networks, "last - first"]
+    lines = [f"| {' | '.join(map(str, heads))} |", f"|{'---|' * len(heads)}"]
+    for task, own, row in zip(draws, draws.values(), rows, strict=True):
+        lines.append(_line(task, len(own), row))
+    if rows:
+        lines.append(_line("mean of the tasks", "", [mean(column) for column in zip(*rows, strict=True)]))
+    return "\n".join(lines)
+
+
+def _line(name: object, draws: object, row: list[float]) -> str:
+    return f"| {name} | {draws} | {' | '.join(f'{value:.2f}' for value in row)} | {row[-1] - row[0]:+.2f} |"
+
+
+def main(args: AdaptArguments) -> None:
+    path = Path(args.output_dir) / "adapt.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found: list[Cell] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    for cell, network in tqdm(list(cells(args)), desc="adaptations"):
+        if any(cell.items() <= other.items() for other in found):
+            continue
+        found.append(adapt(args, cell, network))
+        write_json(path, found)
+    page = f"PSNR in dB of the test images after the adaptation.\n\n{table(found)}\n"
+    write_text(path.with_suffix(".md"), page)
+    print(page)
+
+
+if __name__ == "__main__":
+    try:
+        main(HfArgumentParser(AdaptArguments).parse_args_into_dataclasses()[0])
+    except (ValueError, OSError) as error:
+        sys.exit(f"adapt_base.py: {error}")

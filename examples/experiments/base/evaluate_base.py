@@ -1,0 +1,151 @@
+"""Compare pre-trained networks, bare, on photos that none of them was trained on.
+
+    python examples/experiments/base/evaluate_base.py --networks path/to/old path/to/new \
+        --clean_dirs path/to/kodak --noise_dir path/to/noise/test --output_dir outputs/base
+
+Every network restores the same images: clean photos with each degradation of PROD at three strengths, with random
+recipes of PROD, and untouched, and real pairs of noisy photos. The table has the PSNR of inputs and networks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from colora_peft.backbones import load_backbone
+from colora_peft.corpus import ImageFiles
+from colora_peft.evaluation import evaluation_mode
+from colora_peft.files import write_json, write_text
+from colora_peft.images import as_float, list_images
+from colora_peft.metrics import psnr
+from colora_peft.pairs import Pair, PairedImageFolder
+from colora_peft.patches import degraded_sample, sample_generator
+from colora_peft.prod import RandomOrderDegradation
+from colora_peft.prod.contact_sheet import STRENGTHS, setting
+from colora_peft.reconstruction import reconstruct
+
+KINDS = ("blur", "noise", "rain", "jpeg", "motion")
+Figures = dict[str, dict[str, float]]
+"""Figure of a condition to its value by network; `input` is the degraded images themselves."""
+
+
+@dataclass
+class BaseArguments:
+    """Flags of the comparison."""
+
+    networks: list[str] = field(metadata={"help": "Folders or Hub ids of the networks, the reference first."})
+    clean_dirs: list[str] = field(metadata={"help": "Folders of clean photos that no network was trained on."})
+    noise_dir: str | None = field(default=None, metadata={"help": "Folder with input/ and target/ of real noise."})
+    resolution: int = field(default=256, metadata={"help": "Side of the degraded crops in pixels."})
+    draws: int = field(default=3, metadata={"help": "Random recipes of PROD for each photo."})
+    output_dir: str = field(default="outputs/base", metadata={"help": "Folder for base.json and base.md."})
+
+    def __post_init__(self) -> None:
+        names = [Path(network).name for network in self.networks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--networks must have different names at their ends, got {', '.join(names)}.")
+
+
+# -------------------------------------------------------------------------------------------------------- conditions
+
+
+def conditions(args: BaseArguments) -> Iterator[tuple[str, int, Callable[[int], Pair]]]:
+    """Names of what is restored, the number of its images, and how to make each: (input, target)."""
+    photos = ImageFiles([path for folder in args.clean_dirs for path in list_images(folder, nested=True)])
+    for kind in KINDS:
+        for strength, share in STRENGTHS.items():
+            yield f"{kind}, {strength}", len(photos), partial(degraded_crop, photos, kind, share, args.resolution)
+    yield "random recipes of PROD", len(photos) * args.draws, partial(random_crop, photos, args.resolution)
+    yield "untouched", len(photos), lambda index: (as_float(photos[index]),) * 2
+    if args.noise_dir is not None:
+        pairs = PairedImageFolder(args.noise_dir)
+        yield "real noise", len(pairs), pairs.__getitem__
+
+
+def degraded_crop(photos: ImageFiles, kind: str, share: float, resolution: int, index: int) -> Pair:
+    """The middle of a photo under one degradation at a place in its ranges; the photo's number seeds it."""
+    photo = photos[index]
+    top, left = ((side - resolution) // 2 for side in photo.shape[-2:])
+    clean = as_float(photo[:, top : top + resolution, left : left + resolution].contiguous())
+    recipe = [{"degradation": kind, **setting(kind, share, seed=index)}]
+    return RandomOrderDegradation().apply(clean, recipe), clean
+
+
+def random_crop(photos: ImageFiles, resolution: int, number: int) -> Pair:
+    """A random square of a photo under a random recipe of PROD."""
+    draw, index = divmod(number, len(photos))
+    candidates = [(photos.name(index), partial(photos.__getitem__, index))]
+    sample = degraded_sample(candidates, RandomOrderDegradation(), resolution, sample_generator(draw, index))
+    return sample["pixel_values"], sample["labels"]
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+@torch.inference_mode()
+def measure(networks: Mapping[str, nn.Module], count: int, pair_of: Callable[[int], Pair]) -> dict[str, list[float]]:
+    """PSNR of each image, in dB, of the input and by network."""
+    values: dict[str, list[float]] = {name: [] for name in ("input", *networks)}
+    for index in range(count):
+        degraded, target = (image[None] for image in pair_of(index))
+        values["input"].append(psnr(degraded, target).item())
+        for name, network in networks.items():
+            values[name].append(psnr(restored_by(network, degraded), target).item())
+    return values
+
+
+def restored_by(network: nn.Module, degraded: Tensor) -> Tensor:
+    with evaluation_mode(network):
+        return reconstruct(network, degraded).float()
+
+
+def compare(args: BaseArguments) -> Figures:
+    """Mean PSNR of every condition, and the lowest of the untouched photos."""
+    networks = {Path(name).name: load_backbone(name).to(memory_format=torch.channels_last) for name in args.networks}
+    figures: Figures = {}
+    for name, count, pair_of in tqdm(list(conditions(args)), desc="conditions"):
+        values = measure(networks, count, pair_of)
+        figures[name] = {column: mean(of_images) for column, of_images in values.items()}
+        if name == "untouched":
+            figures["untouched, worst photo"] = {column: min(of_images) for column, of_images in values.items()}
+    return figures
+
+
+def table(figures: Figures) -> str:
+    """The figures in Markdown, with the last network minus the first where there are several."""
+    columns = list(next(iter(figures.values())))
+    compares = len(columns) > 2
+    heads = ["condition", *columns, *(["last - first"] if compares else [])]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for name, row in figures.items():
+        cells = [f"{row[column]:.2f}" for column in columns]
+        if compares:
+            cells.append(f"{row[columns[-1]] - row[columns[1]]:+.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(args: BaseArguments) -> None:
+    figures = compare(args)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "base.json", {"resolution": args.resolution, "draws": args.draws, "psnr": figures})
+    page = f"PSNR in dB, the mean over the images.\n\n{table(figures)}\n"
+    write_text(output_dir / "base.md", page)
+    print(page)
+
+
+if __name__ == "__main__":
+    try:
+        main(HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0])
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate_base.py: {error}")
