@@ -40,7 +40,7 @@ REPORT_FILE = "tasks.md"
 BLEND = "blend"
 SWITCHES = 30
 IMAGE_PX = 256
-# Photos of `--image`, by their adapter.
+# Photos of `--picture`, by their adapter.
 EXAMPLES = {"underwater": ("76", "66", "89"), "rain": ("rocket",)}
 CHOSEN = ("model_name_or_path", "train_dir", "max_train_samples", "max_train_steps", "resolution", "seed")
 
@@ -64,7 +64,7 @@ class TasksArguments:
     blend_samples: int | None = flag(
         None, "Number of test pairs of each to measure on, drawn by the seed. Default: all."
     )
-    image: str | None = flag(
+    picture: str | None = flag(
         None, "Path of an image to draw of the shipped example photos, each restored by its adapter."
     )
     max_train_samples: int | None = flag(
@@ -246,8 +246,8 @@ def main(args: TasksArguments) -> None:
     adapters = AdapterSet(network, {})
     parts = [overview(args, adapters), switching(adapters, device)]
     print("\n" + "\n\n".join(parts))
-    if args.image is not None:
-        draw_examples(adapters, args.image)
+    if args.picture is not None:
+        draw_examples(adapters, args.picture)
     if args.data_dir is not None and len(args.tasks) > 1:
         parts.append(blending(args, adapters, device))
         print(f"\n{parts[-1]}")
