@@ -6,15 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import load_example
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from colora_peft.images import to_pil
-
-adapt_base = load_example("experiments/base/adapt_base")
-check_scenes = load_example("experiments/base/check_scenes")
-evaluate_base = load_example("experiments/base/evaluate_base")
+from examples.experiments.base import adapt, evaluate, scenes
 
 
 def photo(seed, height=80, width=96):
@@ -40,11 +36,11 @@ def scene_arguments(tmp_path, photos, test_photo):
     folder.mkdir(parents=True)
     test_photo.save(folder / "a.jpg", quality=60)
     output = str(tmp_path / "scenes.json")
-    return check_scenes.SceneArguments(str(photos), str(tmp_path / "tasks"), output_file=output)
+    return scenes.SceneArguments(str(photos), str(tmp_path / "tasks"), output_file=output)
 
 
 def test_other_scenes_pass_and_the_highest_correlation_is_kept(tmp_path, photos):
-    check_scenes.main(scene_arguments(tmp_path, photos, photo(9)))
+    scenes.main(scene_arguments(tmp_path, photos, photo(9)))
     row = json.loads((tmp_path / "scenes.json").read_text())["haze"]
     assert row["correlation"] < 0.9 and row["test_image"] == "target/a.jpg" and row["test_images"] == 1
 
@@ -54,13 +50,13 @@ def test_a_scaled_and_compressed_copy_is_found(tmp_path, photos, is_mirrored):
     copy = photo(3).resize((64, 40))
     copy = copy.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else copy
     with pytest.raises(ValueError, match="share a scene with the training photos: haze"):
-        check_scenes.main(scene_arguments(tmp_path, photos, copy))
+        scenes.main(scene_arguments(tmp_path, photos, copy))
     assert json.loads((tmp_path / "scenes.json").read_text())["haze"]["training_photo"] == "more/3.png"
 
 
 def test_a_picture_of_one_colour_correlates_with_nothing(tmp_path):
     Image.new("RGB", (40, 40), "grey").save(tmp_path / "grey.png")
-    assert not check_scenes.thumbnail(tmp_path / "grey.png").any()
+    assert not scenes.thumbnail(tmp_path / "grey.png").any()
 
 
 # --------------------------------------------------------------------------------------------------------- comparison
@@ -84,10 +80,10 @@ def test_networks_are_compared_on_the_same_pictures(photos, networks, tmp_path):
     for side in ("input", "target"):
         (pair / side).mkdir(parents=True)
         photo(5 if side == "target" else 6).save(pair / side / "a.png")
-    args = evaluate_base.BaseArguments(
+    args = evaluate.BaseArguments(
         networks, [str(photos)], str(pair), resolution=32, draws=2, output_dir=str(tmp_path / "out")
     )
-    evaluate_base.main(args)
+    evaluate.main(args)
     figures = json.loads((tmp_path / "out" / "base.json").read_text())["psnr"]
     assert len(figures) == 5 * 3 + 4
     for row in figures.values():  # this network returns its input
@@ -99,7 +95,7 @@ def test_networks_are_compared_on_the_same_pictures(photos, networks, tmp_path):
 
 def test_networks_of_one_name_are_refused():
     with pytest.raises(ValueError, match="different names"):
-        evaluate_base.BaseArguments(["a/net", "b/net"], ["photos"])
+        evaluate.BaseArguments(["a/net", "b/net"], ["photos"])
 
 
 # --------------------------------------------------------------------------------------------------------- adaptation
@@ -111,23 +107,23 @@ def test_a_cell_is_a_run_of_finetune_that_is_not_made_again(train_dir, networks,
     for part in ("train", "test"):
         shutil.copytree(train_dir, task / part)
     sizes = {"max_train_steps": 2, "resolution": 16, "per_device_train_batch_size": 2, "parameter_budget": 0.5}
-    args = adapt_base.AdaptArguments(
+    args = adapt.AdaptArguments(
         networks, str(tmp_path / "tasks"), ["haze"], draws=1, output_dir=str(tmp_path / "out"), **sizes
     )
-    adapt_base.main(args)
+    adapt.main(args)
     found = json.loads((tmp_path / "out" / "adapt.json").read_text())
     assert [cell["network"] for cell in found] == ["old", "new"] and found[0]["psnr_after"] != found[1]["psnr_after"]
     assert "| haze | 1 |" in capsys.readouterr().out
     seconds = [cell["seconds"] for cell in found]
-    adapt_base.main(args)
+    adapt.main(args)
     assert [cell["seconds"] for cell in json.loads((tmp_path / "out" / "adapt.json").read_text())] == seconds
 
 
 def test_a_failed_adaptation_says_why(networks, tmp_path):
     (tmp_path / "tasks" / "haze" / "train" / "target").mkdir(parents=True)
-    args = adapt_base.AdaptArguments(networks, str(tmp_path / "tasks"), ["haze"], output_dir=str(tmp_path / "out"))
+    args = adapt.AdaptArguments(networks, str(tmp_path / "tasks"), ["haze"], output_dir=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="'task': 'haze'.* failed: finetune.py:"):
-        adapt_base.main(args)
+        adapt.main(args)
 
 
 def test_draws_that_a_network_lacks_do_not_count():
@@ -135,5 +131,5 @@ def test_draws_that_a_network_lacks_do_not_count():
         {"task": "rain", "draw": draw, "network": name, "psnr_after": psnr}
         for draw, name, psnr in [(0, "old", 20.0), (0, "new", 22.0), (1, "old", 30.0)]
     ]
-    assert "| rain | 1 | 20.00 | 22.00 | +2.00 |" in adapt_base.table(found)
-    assert "| mean of the tasks |  | 20.00 | 22.00 | +2.00 |" in adapt_base.table(found)
+    assert "| rain | 1 | 20.00 | 22.00 | +2.00 |" in adapt.table(found)
+    assert "| mean of the tasks |  | 20.00 | 22.00 | +2.00 |" in adapt.table(found)

@@ -1,6 +1,6 @@
 """Compare pre-trained networks, bare, on photos that none of them was trained on.
 
-    python examples/experiments/base/evaluate_base.py --networks path/to/old path/to/new \
+    python -m examples.experiments.base.evaluate --networks path/to/old path/to/new \
         --clean_dirs path/to/kodak --noise_dir path/to/noise/test --output_dir outputs/base
 
 Every network restores the same images: clean photos with each degradation of PROD at three strengths, with random
@@ -9,9 +9,8 @@ recipes of PROD, and untouched, and real pairs of noisy photos. The table has th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -19,21 +18,18 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from colora_peft.backbones import load_backbone
-from colora_peft.corpus import ImageFiles
-from colora_peft.evaluation import evaluation_mode
-from colora_peft.files import write_json, write_text
+from colora_peft.data import ImageFiles, Pair, PairedImageFolder, sample_generator
+from colora_peft.data.patches import degraded_sample
+from colora_peft.evaluation import psnr
+from colora_peft.hub import load_backbone
 from colora_peft.images import as_float, list_images
-from colora_peft.metrics import psnr
-from colora_peft.pairs import Pair, PairedImageFolder
-from colora_peft.patches import degraded_sample, sample_generator
-from colora_peft.prod import RandomOrderDegradation
-from colora_peft.prod.contact_sheet import STRENGTHS, setting
-from colora_peft.reconstruction import reconstruct
+from colora_peft.inference import evaluation_mode, reconstruct
+from colora_peft.prod import Degradation, RandomOrderDegradation, default_degradations
+from colora_peft.prod.contact_sheet import STRENGTHS
+from colora_peft.utils import flag, run_script, write_json, write_text
+from examples.experiments.tables import markdown_table
 
-KINDS = ("blur", "noise", "rain", "jpeg", "motion")
 Figures = dict[str, dict[str, float]]
 """Figure of a condition to its value by network; `input` is the degraded images themselves."""
 
@@ -42,12 +38,12 @@ Figures = dict[str, dict[str, float]]
 class BaseArguments:
     """Flags of the comparison."""
 
-    networks: list[str] = field(metadata={"help": "Folders or Hub ids of the networks, the reference first."})
-    clean_dirs: list[str] = field(metadata={"help": "Folders of clean photos that no network was trained on."})
-    noise_dir: str | None = field(default=None, metadata={"help": "Folder with input/ and target/ of real noise."})
-    resolution: int = field(default=256, metadata={"help": "Side of the degraded crops in pixels."})
-    draws: int = field(default=3, metadata={"help": "Random recipes of PROD for each photo."})
-    output_dir: str = field(default="outputs/base", metadata={"help": "Folder for base.json and base.md."})
+    networks: list[str] = flag(help="Folders or Hub ids of the networks, the reference first.")
+    clean_dirs: list[str] = flag(help="Folders of clean photos that no network was trained on.")
+    noise_dir: str | None = flag(None, "Folder with input/ and target/ of real noise.")
+    resolution: int = flag(256, "Side of the degraded crops in pixels.")
+    draws: int = flag(3, "Random recipes of PROD for each photo.")
+    output_dir: str = flag("outputs/base", "Folder for base.json and base.md.")
 
     def __post_init__(self) -> None:
         names = [Path(network).name for network in self.networks]
@@ -61,9 +57,10 @@ class BaseArguments:
 def conditions(args: BaseArguments) -> Iterator[tuple[str, int, Callable[[int], Pair]]]:
     """Names of what is restored, the number of its images, and how to make each: (input, target)."""
     photos = ImageFiles([path for folder in args.clean_dirs for path in list_images(folder, nested=True)])
-    for kind in KINDS:
-        for strength, share in STRENGTHS.items():
-            yield f"{kind}, {strength}", len(photos), partial(degraded_crop, photos, kind, share, args.resolution)
+    for degradation in default_degradations():
+        for label, strength in STRENGTHS.items():
+            crop = partial(degraded_crop, photos, degradation, strength, args.resolution)
+            yield f"{degradation.name}, {label}", len(photos), crop
     yield "random recipes of PROD", len(photos) * args.draws, partial(random_crop, photos, args.resolution)
     yield "untouched", len(photos), lambda index: (as_float(photos[index]),) * 2
     if args.noise_dir is not None:
@@ -71,13 +68,12 @@ def conditions(args: BaseArguments) -> Iterator[tuple[str, int, Callable[[int], 
         yield "real noise", len(pairs), pairs.__getitem__
 
 
-def degraded_crop(photos: ImageFiles, kind: str, share: float, resolution: int, index: int) -> Pair:
+def degraded_crop(photos: ImageFiles, degradation: Degradation, strength: float, resolution: int, index: int) -> Pair:
     """The middle of a photo under one degradation at a place in its ranges; the photo's number seeds it."""
     photo = photos[index]
     top, left = ((side - resolution) // 2 for side in photo.shape[-2:])
     clean = as_float(photo[:, top : top + resolution, left : left + resolution].contiguous())
-    recipe = [{"degradation": kind, **setting(kind, share, seed=index)}]
-    return RandomOrderDegradation().apply(clean, recipe), clean
+    return degradation.apply(clean, **degradation.setting(strength, seed=index)), clean
 
 
 def random_crop(photos: ImageFiles, resolution: int, number: int) -> Pair:
@@ -125,13 +121,13 @@ def table(figures: Figures) -> str:
     columns = list(next(iter(figures.values())))
     compares = len(columns) > 2
     heads = ["condition", *columns, *(["last - first"] if compares else [])]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    rows = []
     for name, row in figures.items():
         cells = [f"{row[column]:.2f}" for column in columns]
         if compares:
             cells.append(f"{row[columns[-1]] - row[columns[1]]:+.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown_table(heads, rows)
 
 
 def main(args: BaseArguments) -> None:
@@ -145,7 +141,4 @@ def main(args: BaseArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate_base.py: {error}")
+    run_script(main, BaseArguments)

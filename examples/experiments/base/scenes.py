@@ -1,6 +1,6 @@
 """Check that no test scene of any task is among the training photos.
 
-    python examples/experiments/base/check_scenes.py --train_dir path/to/photos --tasks_dir path/to/tasks
+    python -m examples.experiments.base.scenes --train_dir path/to/photos --tasks_dir path/to/tasks
 
 Small grey copies of all images are compared, those of the training photos as they are and mirrored. Two images of
 one scene correlate nearly perfectly, however they are scaled or compressed. The highest value of each task is printed.
@@ -9,17 +9,15 @@ An image that shows only a part of a training photo is not found.
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from colora_peft.files import write_json
 from colora_peft.images import list_images
+from colora_peft.utils import flag, run_script, write_json
 
 SIDE_PX = 32
 
@@ -28,12 +26,10 @@ SIDE_PX = 32
 class SceneArguments:
     """Flags of the check."""
 
-    train_dir: str = field(metadata={"help": "Folder of training photos, those in folders below it included."})
-    tasks_dir: str = field(metadata={"help": "Folder whose folders TASK/test hold input/ and target/."})
-    highest_correlation: float = field(
-        default=0.95, metadata={"help": "Correlation above which two images count as one scene, below 1."}
-    )
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the highest value of each task."})
+    train_dir: str = flag(help="Folder of training photos, those in folders below it included.")
+    tasks_dir: str = flag(help="Folder whose folders TASK/test hold input/ and target/.")
+    highest_correlation: float = flag(0.95, "Correlation above which two images count as one scene, below 1.")
+    output_file: str | None = flag(None, "JSON file for the highest value of each task.")
 
 
 def thumbnail(path: Path) -> np.ndarray:
@@ -101,7 +97,4 @@ def main(args: SceneArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(SceneArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
-        sys.exit(f"check_scenes.py: {error}")
+    run_script(main, SceneArguments)

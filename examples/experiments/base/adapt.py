@@ -1,6 +1,6 @@
 """Compare pre-trained networks by what a short adaptation to real tasks makes of them.
 
-    python examples/experiments/base/adapt_base.py --networks path/to/old path/to/new --tasks_dir path/to/tasks \
+    python -m examples.experiments.base.adapt --networks path/to/old path/to/new --tasks_dir path/to/tasks \
         --tasks rain noise underwater --output_dir outputs/base
 
 Every cell is a launch of examples/finetune.py: a task, a draw of its training pairs, a network. All networks get the
@@ -14,15 +14,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from colora_peft.files import write_json, write_text
+from colora_peft.utils import flag, run_script, write_json, write_text
+from examples.experiments.tables import markdown_table
 
 FINETUNE = Path(__file__).parents[2] / "finetune.py"
 Cell = dict[str, object]
@@ -32,16 +32,16 @@ Cell = dict[str, object]
 class AdaptArguments:
     """Flags of the comparison."""
 
-    networks: list[str] = field(metadata={"help": "Folders or Hub ids of the networks, the reference first."})
-    tasks_dir: str = field(metadata={"help": "Folder whose folders TASK/train and TASK/test hold pairs."})
-    tasks: list[str] = field(metadata={"help": "Names of the tasks."})
-    draws: int = field(default=3, metadata={"help": "Draws of training pairs for each task."})
-    max_train_samples: int = field(default=64, metadata={"help": "Number of training pairs, where there are so many."})
-    max_train_steps: int = field(default=200, metadata={"help": "Optimiser steps of each adaptation."})
-    resolution: int = field(default=128, metadata={"help": "Side of the training patches in pixels."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Patches a step."})
-    parameter_budget: float = field(default=0.07, metadata={"help": "Trained share of the adapted weights."})
-    output_dir: str = field(default="outputs/base", metadata={"help": "Folder for adapt.json and adapt.md."})
+    networks: list[str] = flag(help="Folders or Hub ids of the networks, the reference first.")
+    tasks_dir: str = flag(help="Folder whose folders TASK/train and TASK/test hold pairs.")
+    tasks: list[str] = flag(help="Names of the tasks.")
+    draws: int = flag(3, "Draws of training pairs for each task.")
+    max_train_samples: int = flag(64, "Number of training pairs, where there are so many.")
+    max_train_steps: int = flag(200, "Optimiser steps of each adaptation.")
+    resolution: int = flag(128, "Side of the training patches in pixels.")
+    per_device_train_batch_size: int = flag(4, "Patches a step.")
+    parameter_budget: float = flag(0.07, "Trained share of the adapted weights.")
+    output_dir: str = flag("outputs/base", "Folder for adapt.json and adapt.md.")
 
     def __post_init__(self) -> None:
         names = [Path(network).name for network in self.networks]
@@ -97,16 +97,14 @@ def table(found: list[Cell]) -> str:
             draws.setdefault(task, []).append(draw)
     rows = [[mean(values[task, draw, name] for draw in own) for name in networks] for task, own in draws.items()]
     heads = ["task", "draws", *networks, "last - first"]
-    lines = [f"| {' | '.join(map(str, heads))} |", f"|{'---|' * len(heads)}"]
-    for task, own, row in zip(draws, draws.values(), rows, strict=True):
-        lines.append(_line(task, len(own), row))
+    lines = [_cells(task, len(own), row) for (task, own), row in zip(draws.items(), rows, strict=True)]
     if rows:
-        lines.append(_line("mean of the tasks", "", [mean(column) for column in zip(*rows, strict=True)]))
-    return "\n".join(lines)
+        lines.append(_cells("mean of the tasks", "", [mean(column) for column in zip(*rows, strict=True)]))
+    return markdown_table(heads, lines)
 
 
-def _line(name: object, draws: object, row: list[float]) -> str:
-    return f"| {name} | {draws} | {' | '.join(f'{value:.2f}' for value in row)} | {row[-1] - row[0]:+.2f} |"
+def _cells(name: object, draws: object, row: list[float]) -> list[object]:
+    return [name, draws, *(f"{value:.2f}" for value in row), f"{row[-1] - row[0]:+.2f}"]
 
 
 def main(args: AdaptArguments) -> None:
@@ -124,7 +122,4 @@ def main(args: AdaptArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(AdaptArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
-        sys.exit(f"adapt_base.py: {error}")
+    run_script(main, AdaptArguments)
