@@ -181,7 +181,7 @@ def switching(adapters: AdapterSet, device: torch.device) -> str:
     """Time from one adapter to the next, and of the first run after it, which builds the weights."""
     image = torch.rand(1, 3, IMAGE_PX, IMAGE_PX, device=device)
     labels = adapters.labels
-    with torch.inference_mode():
+    with torch.no_grad():
         times = [switch_once(adapters, labels[turn % len(labels)], image) for turn in range(SWITCHES)]
     times = times[len(labels) :]  # the first time takes longer
     (change, first, following), (busy, *_) = (

@@ -8,11 +8,12 @@ from tqdm.auto import tqdm
 
 from colora_peft.data import PairSource
 from colora_peft.inference import evaluation_mode, reconstruct
+from colora_peft.utils import alone_with
 
 from .metrics import psnr, ssim
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a module may keep what it makes, and is trained later
 def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, description: str) -> dict[str, float]:
     """Returns the mean PSNR (dB) and SSIM of whole restored images, `psnr` and `ssim`, and of the inputs, `*_input`.
 
@@ -26,7 +27,7 @@ def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, descript
         description: Label of a progress bar; an empty one shows none.
     """
     rows = []
-    with evaluation_mode(model):
+    with alone_with(model), evaluation_mode(model):
         bar = tqdm(range(len(pairs)), desc=description, unit="image", leave=False, disable=not description)
         for index in bar:
             degraded, target = (image.to(device)[None] for image in pairs[index])
@@ -37,12 +38,12 @@ def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, descript
     return dict(zip(("psnr", "ssim", "psnr_input", "ssim_input"), means, strict=True))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def restore_some(model: nn.Module, pairs: PairSource, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Returns (input, restored, target), each (3, H, W) in [0, 1] on the CPU, of `count` pairs spread over the set."""
     device = next(model.parameters()).device
     rows = []
-    with evaluation_mode(model):
+    with alone_with(model), evaluation_mode(model):
         for index in torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().int().tolist():
             degraded, target = pairs[index]
             restored = reconstruct(model, degraded[None].to(device))[0].float().clamp(0, 1).cpu()

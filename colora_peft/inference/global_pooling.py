@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from colora_peft.utils import is_compiled
+from colora_peft.utils import is_compiled, register_for_this_thread
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """Part of an image: [first, end) of its rows and of its columns."""
@@ -58,8 +58,8 @@ class ImageStatistics:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Context in which the layers return the means of the last finished pass, or those gathered so far."""
-        handles = [layer.register_forward_hook(self._hook) for layer in self._layers]
+        """Context in which the layers return, in this thread, the means of the last finished pass or those so far."""
+        handles = [register_for_this_thread(layer.register_forward_hook, self._hook) for layer in self._layers]
         try:
             yield
         finally:

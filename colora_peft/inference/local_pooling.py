@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colora_peft.utils import alone_with, register_for_this_thread
+
 from .global_pooling import is_global_pool
 from .network import evaluation_mode, reconstruct, tile_multiple
 
@@ -32,7 +34,7 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
 
     The network must multiply or add what it has pooled to feature maps, with only 1 x 1 convolutions and activations
     between. A window as large as the image gives exactly the network itself. Layers are watched, not replaced:
-    adapters work as usual, and afterwards the network is as before.
+    adapters work as usual, and afterwards the network is as before. Meanwhile it pools locally in every thread.
 
     Args:
         model: The network, bare or with adapters, not compiled.
@@ -43,6 +45,26 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
         ValueError: The window is not positive; the network runs no such layer, or one at several resolutions; what it
             does with a pooled value is impossible with a map; or local pooling is on already.
     """
+    with _hooked(_local_means(model, window), all_threads=True):
+        yield
+
+
+@contextmanager
+def local_pooling_of_this_thread(model: nn.Module, window: int) -> Iterator[None]:
+    """Context as `local_pooling`, in which calls from other threads go on as before."""
+    with _hooked(_local_means(model, window)):
+        yield
+
+
+def pools_locally(model: nn.Module) -> bool:
+    """Whether `local_pooling` of the network is on."""
+    # As tuples: another thread may add a hook meanwhile.
+    hooks = (hook for module in model.modules() for hook in tuple(module._forward_hooks.values()))
+    return any(isinstance(hook, LocalMean) for hook in hooks)
+
+
+def _local_means(model: nn.Module, window: int) -> dict[nn.Module, LocalMean]:
+    """Returns the hook of each pooling layer."""
     if window < 1:
         raise ValueError(f"The window of local pooling must be at least 1 pixel, got {window}.")
     if pools_locally(model):
@@ -51,16 +73,9 @@ def local_pooling(model: nn.Module, window: int) -> Iterator[None]:
     # A network pads images to its size multiple: a window as large as the image must cover the padding, too.
     multiple = tile_multiple(model)
     window = math.ceil(window / multiple) * multiple
-    windows = {
+    return {
         layer: LocalMean(math.ceil(window / rows), math.ceil(window / cols)) for layer, (rows, cols) in scales.items()
     }
-    with _hooked(windows):
-        yield
-
-
-def pools_locally(model: nn.Module) -> bool:
-    """Whether `local_pooling` of the network is on."""
-    return any(isinstance(hook, LocalMean) for module in model.modules() for hook in module._forward_hooks.values())
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ def _pixels_per_feature(model: nn.Module) -> dict[nn.Module, tuple[float, float]
         return inputs[0]  # a map in place of one mean, as local pooling gives
 
     try:
-        with evaluation_mode(model), _hooked(dict.fromkeys(names, measure)):
+        with alone_with(model), evaluation_mode(model), _hooked(dict.fromkeys(names, measure)):
             reconstruct(model, probe)
     except RuntimeError as error:
         raise ValueError(
@@ -139,8 +154,11 @@ def _probe(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _hooked(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
+def _hooked(hooks: Mapping[nn.Module, Any], all_threads: bool = False) -> Iterator[None]:
+    """Context in which the hooks act on calls from this thread, or from all."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
-            stack.callback(module.register_forward_hook(hook).remove)
+            register = module.register_forward_hook
+            handle = register(hook) if all_threads else register_for_this_thread(register, hook)
+            stack.callback(handle.remove)
         yield

@@ -6,16 +6,16 @@ import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from colora_peft.utils import reflected_indices
+from colora_peft.utils import alone_with, reflected_indices
 
 from .global_pooling import ImageStatistics, Rectangle
-from .local_pooling import local_pooling, pools_locally
+from .local_pooling import local_pooling_of_this_thread, pools_locally
 from .network import evaluation_mode, reconstruct, tile_multiple
 from .self_ensemble import EIGHT, Transform
 from .tile_grid import TileAxis, check_tile, lay_tiles
@@ -44,7 +44,7 @@ def restore_image(
     Overlapping tiles are blended by smooth weights that sum to one. At its lower and right border the image is
     extended by reflection, up to a multiple of what the network halves. The image and the result may lie on the CPU
     while the network is on a GPU; besides them, memory holds no more than `batch_size` tiles need. The network is in
-    evaluation mode meanwhile and as before afterwards.
+    evaluation mode meanwhile and as before afterwards. Of several threads with one network each waits for its turn.
 
     `tile=None, size_multiple=1` gives what `colora_peft.evaluation.evaluate` measures: the whole image as it is.
 
@@ -73,7 +73,7 @@ def restore_image(
         ValueError: `image` is not a float image (3, H, W) in [0, 1], is empty or holds NaN; a setting is impossible;
             or the network changes the shape, or returns NaN or infinite values.
         RuntimeError: No pooling layer of a compiled network that has some can be watched.
-        TypeError: The network returns no images.
+        TypeError: `image` is no tensor, such as a NumPy array; or the network returns no images.
     """
     _check_image(image)
     _check_choice(model, pooling, pooling_window, statistics_passes, batch_size)
@@ -90,9 +90,10 @@ def restore_image(
     restored = torch.zeros_like(image, dtype=torch.float32, memory_format=torch.contiguous_format)
     total = len(transforms) * (passes + 1) * run.tiles
     with ExitStack() as stack:
+        stack.enter_context(alone_with(model))
         stack.enter_context(evaluation_mode(model))
         if pooling == "local":
-            stack.enter_context(local_pooling(model, pooling_window))
+            stack.enter_context(local_pooling_of_this_thread(model, pooling_window))
         bar = stack.enter_context(tqdm(total=total, desc="restoring", unit="tile", leave=False, disable=not progress))
         for transform in transforms:
             with _statistics(run, transform, passes, bar) as statistics:
@@ -104,6 +105,8 @@ def restore_image(
 
 
 def _check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(_not_a_tensor(image))
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"The image must be (3, H, W) and not empty, got shape {tuple(image.shape)}.")
     if not image.is_floating_point():
@@ -114,6 +117,24 @@ def _check_image(image: Tensor) -> None:
             f"The image has values from {low:g} to {high:g}; it must lie in [0, 1] without NaN: clamp it, or divide "
             "8-bit images by 255."
         )
+
+
+def _not_a_tensor(image: Any) -> str:
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape is None or dtype is None:
+        return (
+            f"The image is of type {type(image).__name__}: pass a float tensor (3, H, W) in [0, 1], such as "
+            "colora_peft.images.read_image(path) returns."
+        )
+    is_channels_first = len(shape) == 3 and shape[0] == 3 != shape[2]
+    colours = "image[..., :3]" if len(shape) == 3 and shape[2] == 4 and not is_channels_first else "image"
+    order = ".expand(3, -1, -1)" if len(shape) == 2 else "" if is_channels_first else ".permute(2, 0, 1)"
+    scale = {"uint8": " / 255", "uint16": ".float() / 65535"}.get(str(dtype), ".float()")
+    return (
+        f"The image is an array of shape {tuple(shape)} and dtype {dtype}: pass a float tensor (3, H, W) in [0, 1], "
+        f"here torch.from_numpy({colours}){order}{scale}. Of an array of OpenCV, which is BGR, take "
+        "image[..., ::-1].copy() first."
+    )
 
 
 def _check_choice(

@@ -11,7 +11,9 @@ for the gradient of the input: neither W nor anything of u is kept from the forw
 """
 
 import math
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from .offloading import is_offloaded
 MINIMUM_MULTIPLICATIONS = 100_000_000
 """Number of multiplications in the gradient of a whole weight from which on that of its factors is faster."""
 
+_weights_in_place = threading.RLock()
 _convolution_backward = torch.ops.aten.convolution_backward
 
 
@@ -41,8 +44,15 @@ def is_plain(layer: nn.Module) -> bool:
     return kind.forward in _PLAIN_RUNS and getattr(kind, "_conv_forward", None) in _PLAIN_CONV_FORWARDS
 
 
+def alone_with_weights() -> AbstractContextManager[Any]:
+    """Returns a context that one thread at a time is in, for what writes W0 or puts another weight in its place."""
+    return nullcontext() if torch.compiler.is_compiling() else _weights_in_place
+
+
 def run_with_weight(layer: nn.Module, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Returns the output of `layer` for `x` as if `weight` were its weight; the rest goes to `layer.forward`.
+
+    Where the layer is not plain, no other thread may read its weight meanwhile: see `alone_with_weights`.
 
     Raises:
         NotImplementedError: An offloaded layer has a forward pass of its own.

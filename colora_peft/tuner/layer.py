@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .deltas import DeltaStore
-from .functional import factors_save_time, run_with_factors, run_with_weight
+from .functional import alone_with_weights, factors_save_time, is_plain, run_with_factors, run_with_weight
 from .offloading import is_offloaded, onloaded
 from .weight_cache import KeptWeight, keep_weight
 
@@ -38,6 +38,12 @@ class CoLoRALayer(DeltaStore):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Runs the base layer with the effective weight, or with that of another adapter for each sample."""
+        if is_plain(self.base_layer):
+            return self._run(x, *args, adapter_names=adapter_names, **kwargs)
+        with alone_with_weights():  # the effective weight takes the place of W0 for a moment
+            return self._run(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _run(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         # Not read while compiling: whether there is one would be a reason to compile again.
         kept = None if torch.compiler.is_compiling() else self._kept
         if kept is not None and adapter_names is None and kept.is_current(self.scaling):
@@ -149,11 +155,12 @@ class CoLoRALayer(DeltaStore):
         Subtraction gives W0 up to one rounding of W0 + delta: 1e-7 of it in float32, but 4e-3 in bfloat16. A copy of
         W0 would be exact at the price of a second network in memory.
         """
-        while self.merged_adapters:
-            adapter = self.merged_adapters[-1]
-            if adapter in self.scaling:
-                self.get_base_layer().weight.data -= self.get_delta_weight(adapter).detach()
-            self.merged_adapters.pop()
+        with alone_with_weights():  # a forward pass without adapters unmerges, and there may be several at once
+            while self.merged_adapters:
+                adapter = self.merged_adapters[-1]
+                if adapter in self.scaling:
+                    self.get_base_layer().weight.data -= self.get_delta_weight(adapter).detach()
+                self.merged_adapters.pop()
         self._weights_changed()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from colora_peft.utils import some
+from colora_peft.utils import register_for_this_thread, some
 
 from .layer import CoLoRALayer, adapted_layers
 from .peft_internals import adapters_with_own_copy
@@ -20,14 +20,15 @@ BASE_NAME = "__base__"
 
 @contextmanager
 def adapters_by_sample(tuner: BaseTuner, adapter_names: list[str]) -> Iterator[None]:
-    """Context in which each layer of the network is called with `adapter_names`, one name for each sample."""
+    """Context in which this thread calls each layer of the network with `adapter_names`, one for each sample."""
     _check_mixed_batch(tuner, adapter_names)
     hooks = []
     try:
         for name, module in tuner.model.named_modules():
             if isinstance(module, CoLoRALayer | AuxiliaryTrainingWrapper):
                 hook = partial(_pass_adapter_names, name, list(adapter_names))
-                hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                register = partial(module.register_forward_pre_hook, with_kwargs=True)
+                hooks.append(register_for_this_thread(register, hook))
         yield
     finally:
         for hook in hooks:

@@ -1,7 +1,7 @@
 """Small helpers that know nothing of images, networks or adapters.
 
-Wording of messages, whole files, processes of a launch, digests and command lines. Every other package may import this
-one; it imports none of them.
+Wording of messages, whole files, processes of a launch, threads, digests and command lines. Every other package may
+import this one; it imports none of them.
 """
 
 from .cli import check_at_least, check_seed, flag, run_script
@@ -19,11 +19,14 @@ from .files import (
 )
 from .padding import pad_to_multiple, reflected_indices
 from .text import some, some_sentences
+from .threads import SharedSettings, alone_with, register_for_this_thread
 from .wrappers import is_compiled, unwrapped
 
 __all__ = [
     "PARTIAL",
     "Processes",
+    "SharedSettings",
+    "alone_with",
     "check_at_least",
     "check_seed",
     "default_device",
@@ -35,6 +38,7 @@ __all__ = [
     "is_compiled",
     "pad_to_multiple",
     "reflected_indices",
+    "register_for_this_thread",
     "relative_path",
     "run_script",
     "share_weights",

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from colora_peft import restoration_loss, restore_image
 from colora_peft.evaluation.evaluate import evaluate, restore_some
+from colora_peft.inference import local_pooling
 
 
 class Shift(nn.Module):
@@ -91,3 +93,44 @@ def test_shown_images_are_restored_and_in_range():
     assert torch.equal(restored, torch.ones(3, 12, 16))  # 0.2 + 0.9, clamped
     ((_, restored, _),) = restore_some(Shift(0.3), Pairs([0.5]), 1)
     torch.testing.assert_close(restored, torch.full((3, 12, 16), 0.5))
+
+
+class Late(nn.Module):
+    """Makes a constant at its first use and keeps it, as many networks do with masks and positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.factor = nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), None
+
+    def forward(self, x):
+        if self.factor is None:
+            self.factor = torch.full((1, 3, 1, 1), 0.5, device=x.device)
+        return self.conv(x) * self.factor + self.pool(x)
+
+
+def pool_locally(model):
+    with local_pooling(model, window=4):
+        pass
+
+
+FIRST_USES = {
+    "evaluate": lambda model: evaluate(model, Pairs([0.1]), torch.device("cpu"), ""),
+    "restore_some": lambda model: restore_some(model, Pairs([0.1]), 1),
+    "restore_image": lambda model: restore_image(model, torch.full((3, 24, 24), 0.3), tile=16, overlap=4),
+    "local_pooling": pool_locally,
+}
+
+
+@pytest.mark.parametrize("use", FIRST_USES.values(), ids=FIRST_USES)
+def test_a_network_that_was_first_used_here_can_be_trained(use):
+    torch.manual_seed(0)
+    model, untouched = Late().train(), Late().train()
+    untouched.load_state_dict(model.state_dict())
+    state = torch.get_rng_state()
+    use(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    batch = {"pixel_values": torch.rand(2, 3, 8, 8), "labels": torch.rand(2, 3, 8, 8)}
+    for each in (model, untouched):
+        restoration_loss(each, batch).backward()
+    assert torch.equal(model.conv.weight.grad, untouched.conv.weight.grad)

@@ -1,9 +1,11 @@
 """colora_peft/inference/tiling.py: laws of restored images, then errors."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from PIL import Image
 from support.tiny_networks import tiny_nafnet, tiny_restormer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -263,3 +265,34 @@ def test_statistics_and_local_pooling_exclude_each_other():
         with pytest.raises(ValueError, match='pass pooling="tile" inside'):
             restore_image(model, image)
         assert torch.equal(restore_image(model, image, tile=16, overlap=8, pooling="tile"), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "remedy"),
+    [
+        ((8, 9, 3), np.uint8, "torch.from_numpy(image).permute(2, 0, 1) / 255"),
+        ((8, 9, 3), np.uint16, "torch.from_numpy(image).permute(2, 0, 1).float() / 65535"),
+        ((8, 9, 3), np.float64, "torch.from_numpy(image).permute(2, 0, 1).float()"),
+        ((3, 8, 9), np.uint8, "torch.from_numpy(image) / 255"),
+        ((3, 3, 3), np.uint8, "torch.from_numpy(image).permute(2, 0, 1) / 255"),
+        ((8, 9, 4), np.uint8, "torch.from_numpy(image[..., :3]).permute(2, 0, 1) / 255"),
+        ((8, 9), np.float32, "torch.from_numpy(image).expand(3, -1, -1).float()"),
+    ],
+    ids=str,
+)
+def test_an_array_is_refused_with_what_makes_an_image_of_it(shape, dtype, remedy):
+    image = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+    with pytest.raises(TypeError) as error:
+        restore_image(Identity(), image)
+    assert f"an array of shape {shape} and dtype {np.dtype(dtype)}: pass a float tensor (3, H, W)" in str(error.value)
+    assert f"here {remedy}. Of an array of OpenCV" in str(error.value)
+    restored = restore_image(Identity(), eval(remedy, {"torch": torch, "image": image}))
+    assert restored.shape == (3, *(shape[1:] if shape[0] == 3 != shape[-1] else shape[:2]))
+
+
+def test_what_is_no_image_is_refused_by_its_type():
+    for image, kind in (("photo.png", "str"), (Image.new("RGB", (8, 8)), "Image"), ([[0.5]], "list")):
+        with pytest.raises(
+            TypeError, match=rf"of type {kind}: pass .* such as colora_peft\.images\.read_image\(path\)"
+        ):
+            restore_image(Identity(), image)

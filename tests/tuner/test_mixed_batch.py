@@ -1,6 +1,7 @@
 """One batch, another adapter for each sample: every sample comes out as if it were alone with its adapter."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -118,3 +119,26 @@ def test_names_must_be_a_list_of_some(adapter_names):
     model = get_peft_model(bare, CoLoRAConfig(ranks=1), "haze").eval()
     with pytest.raises(ValueError, match="give a list with one name for each sample"):
         model(x, adapter_names=adapter_names)
+
+
+def test_each_thread_has_the_names_of_its_own_batch():
+    bare, model, x = adapted()
+    batches = [["haze", "rain", "__base__", "rain", "haze"], ["rain", "haze"], None]
+    samples = [x, x[:2], x[:3]]
+    model.set_adapter("rain")
+    expected = [
+        model(each, **({"adapter_names": names} if names else {}))
+        for each, names in zip(samples, batches, strict=True)
+    ]
+    others = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def call_in_the_middle(*_):
+            handle.remove()
+            others.append(pool.submit(lambda: model(samples[1], adapter_names=batches[1])).result())
+            others.append(pool.submit(lambda: model(samples[2])).result())
+
+        handle = model.get_base_model().blocks[0].norm.register_forward_hook(call_in_the_middle)
+        output = model(samples[0], adapter_names=batches[0])
+    for each, alone_output in zip([output, *others], expected, strict=True):
+        assert torch.equal(each, alone_output)
