@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from colora_peft.tuner import CoLoRAConfig, CoLoRAModel, base_fingerprint, is_other_base
+from colora_peft.tuner import CoLoRAConfig, CoLoRAModel, base_fingerprint, check_not_compiled, is_other_base
 
 from .networks import load_backbone, load_from_folder
 from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
@@ -175,6 +175,7 @@ def _find_base(config: PeftConfig, folder: Path, source: Source) -> nn.Module:
 
 def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name: str, source: Source) -> nn.Module:
     """Put the adapter onto the network, if that is the one it was trained on."""
+    check_not_compiled(network)
     adapted = isinstance(network, PeftModel)
     if adapted and not isinstance(network.base_model, CoLoRAModel):
         raise ValueError("The base carries adapters of another PEFT method: pass the bare network.")

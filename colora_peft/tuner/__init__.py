@@ -15,7 +15,7 @@ from .model import CoLoRAModel
 from .registration import register_colora
 from .renaming import rename_adapter
 from .scaling import adapter_scaling
-from .targets import resolve_ranks
+from .targets import check_not_compiled, resolve_ranks
 
 __all__ = [
     "CoLoRAConfig",
@@ -25,6 +25,7 @@ __all__ = [
     "PRIOR_CONTRIBUTIONS",
     "adapter_scaling",
     "base_fingerprint",
+    "check_not_compiled",
     "factors_save_time",
     "hotswap_adapter",
     "is_other_base",

@@ -19,7 +19,7 @@ from .load_checks import check_state_dict, place_weights
 from .mixed_batch import adapters_by_sample
 from .offloading import check_nothing_offloaded, is_offloaded
 from .peft_internals import replace_layer
-from .targets import check_not_offloaded, matches, resolve_ranks
+from .targets import check_not_compiled, check_not_offloaded, matches, resolve_ranks
 
 
 class CoLoRAModel(BaseTuner):
@@ -42,6 +42,7 @@ class CoLoRAModel(BaseTuner):
         try:
             for name in names:
                 check_adapter_name(name)
+            check_not_compiled(model)
             peft_config.ranks = resolve_ranks(peft_config, model)
             if not peft_config.inference_mode:
                 check_not_offloaded(peft_config.ranks, model)

@@ -196,6 +196,20 @@ def _check_used_once(targets: dict[str, nn.Module], model: nn.Module) -> None:
             )
 
 
+def check_not_compiled(model: nn.Module) -> None:
+    """Checks that no part of the network is wrapped by `torch.compile`: its layers would be named after the wrapper.
+
+    An adapter with such names fits no bare network. `Module.compile()` changes no names and may come before.
+    """
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise ValueError(
+                f"{f'The module {name!r}' if name else 'The network'} is compiled, and its adapter would fit no "
+                "network that is not: adapt the network first, then compile what get_peft_model or colora_peft.load "
+                "returns."
+            )
+
+
 def check_not_offloaded(ranks: dict[str, int], model: nn.Module) -> None:
     """Checks that the weight of every layer with a rank is in memory: PEFT puts the adapter where the weight is."""
     for name, rank in ranks.items():

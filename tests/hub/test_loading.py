@@ -214,6 +214,13 @@ def test_the_wrong_base_is_an_error_and_stays_as_it_is(hub, base, adapter_files)
     assert [name for name, _ in base.named_modules()] == names
 
 
+def test_a_compiled_base_is_refused_bare_and_adapted(hub, base, adapter_files):
+    hub.add("someone/adapter", adapter_files)
+    for network in (base, colora_peft.load("someone/adapter", base=base)):
+        with pytest.raises(ValueError, match="^The network is compiled.*then compile what.*load returns"):
+            colora_peft.load("someone/adapter", base=torch.compile(network), adapter_name="other")
+
+
 @pytest.mark.parametrize("unknown", ["in the adapter", "in the base"])
 def test_what_cannot_be_compared_is_said(hub, base, adapter_files, unknown):
     if unknown == "in the adapter":

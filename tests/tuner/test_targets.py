@@ -268,3 +268,28 @@ def test_second_adapter_on_wrapped_layers_is_no_second_place():
     model = get_peft_model(network()[0], CoLoRAConfig(ranks=1))
     model.add_adapter("rain", CoLoRAConfig(ranks=2))
     assert list(model.peft_config["rain"].ranks) == EVERY_LAYER
+
+
+@pytest.mark.parametrize(
+    ("compiled", "what"),
+    [
+        (lambda: torch.compile(nn.Sequential(nn.Conv2d(3, 3, 1))), "The network is compiled"),
+        (lambda: nn.Sequential(torch.compile(nn.Sequential(nn.Conv2d(3, 3, 1)))), "The module '0' is compiled"),
+    ],
+    ids=["whole", "part"],
+)
+def test_a_compiled_network_is_refused_and_left_as_it_was(compiled, what):
+    model = compiled()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=f"^{what}, .* adapt the network first, then compile what"):
+        get_peft_model(model, CoLoRAConfig(ranks=1))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_network_that_was_compiled_in_place_keeps_its_names():
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1)), torch.rand(1, 3, 4, 4)
+    model.compile(backend="eager")
+    bare = model(x)
+    adapted = get_peft_model(model, CoLoRAConfig(ranks=1, init_weights=False))
+    assert set(adapted.peft_config["default"].ranks) == {"0"}
+    assert not torch.allclose(adapted(x), bare)
