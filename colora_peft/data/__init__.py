@@ -17,6 +17,7 @@ from .patches import (
     random_patch,
     sample_generator,
 )
+from .profiles import note_on_profiles
 from .sources import ImageFiles, ImageSource, check_images
 from .streams import ImageStream, StreamPatches
 
@@ -41,6 +42,7 @@ __all__ = [
     "check_pairs",
     "collate",
     "draw_pairs",
+    "note_on_profiles",
     "random_patch",
     "sample_generator",
 ]

@@ -60,12 +60,20 @@ class PairedImageFolder:
         sides = f"{self._inputs.fingerprint} and {self._targets.fingerprint}"
         return fingerprint_of(f"{len(self)} pairs", (sides,))
 
+    def files(self, index: int) -> tuple[Path, Path]:
+        """Returns the files of a pair."""
+        return self._inputs.paths[index], self._targets.paths[index]
+
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:
-        degraded, target = (as_float(side[index]) for side in (self._inputs, self._targets))
-        return check_pair(self.names[index], degraded, target)
+        degraded, target = self.stored(index)
+        return as_float(degraded), as_float(target)
+
+    def stored(self, index: int) -> Pair:
+        """Returns a pair as it is stored, uint8 where its files have 8 bits: in a quarter of the memory."""
+        return check_pair(self.names[index], self._inputs[index], self._targets[index])
 
 
 def _sides(folder: Path) -> tuple[Path, Path]:
@@ -108,12 +116,22 @@ class PairedHubDataset:
         lines = (line for side in ("input", "target") for line in column_lines(split, side))
         self.fingerprint = fingerprint_of(f"{len(split)} pairs", lines)
 
+    def files(self, index: int) -> list[str | bytes | None]:
+        """Returns the files of a pair: their content, or the paths or addresses where they lie."""
+        row = self._split[index]
+        return [row[side] and (row[side]["bytes"] or row[side]["path"]) for side in ("input", "target")]
+
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, index: int) -> Pair:
+        degraded, target = self.stored(index)
+        return as_float(degraded), as_float(target)
+
+    def stored(self, index: int) -> Pair:
+        """Returns a pair as it is stored, uint8 where its files have 8 bits: in a quarter of the memory."""
         row, name = self._split[index], self.names[index]
-        degraded, target = (as_float(read_cell(row[side], f"{name}, {side}")) for side in ("input", "target"))
+        degraded, target = (read_cell(row[side], f"{name}, {side}") for side in ("input", "target"))
         return check_pair(name, degraded, target)
 
 
@@ -125,6 +143,11 @@ def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
             f"{target.shape[2]}x{target.shape[1]}; both must have the same size."
         )
     return degraded, target
+
+
+def stored_pair(pairs: PairSource, index: int) -> Pair:
+    """Returns a pair as it is stored, uint8 or float, where the source can give it so."""
+    return pairs.stored(index) if hasattr(pairs, "stored") else pairs[index]
 
 
 def check_pairs(pairs: PairSource, smallest_px: int, reason: str) -> None:
@@ -141,7 +164,7 @@ def check_pairs(pairs: PairSource, smallest_px: int, reason: str) -> None:
     culprits = []
     for index, name in enumerate(pairs.names):
         try:
-            height, width = pairs[index][1].shape[-2:]
+            height, width = stored_pair(pairs, index)[1].shape[-2:]
         except ValueError as error:
             culprits.append(str(error))
             continue
@@ -164,11 +187,20 @@ class PairSubset:
         whole = getattr(self._pairs, "fingerprint", None)
         return whole and fingerprint_of(f"{len(self)} pairs", (whole, *map(str, self._indices)))
 
+    def files(self, index: int) -> Sequence[str | Path | bytes | None]:
+        """Returns the files of a pair as far as the other source knows them."""
+        of_whole = getattr(self._pairs, "files", None)
+        return (None, None) if of_whole is None else of_whole(self._indices[index])
+
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Pair:
         return self._pairs[self._indices[index]]
+
+    def stored(self, index: int) -> Pair:
+        """Returns a pair as it is stored, if the other source can give it so."""
+        return stored_pair(self._pairs, self._indices[index])
 
 
 def draw_pairs(pairs: PairSource, count: int, seed: int) -> tuple[PairSubset, PairSubset]:

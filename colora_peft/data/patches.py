@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from colora_peft.images import as_float
 from colora_peft.prod import RandomOrderDegradation, uniform
 
-from .pairs import Pair, PairSource
+from .pairs import Pair, PairSource, stored_pair
 from .sources import Candidate, ImageSource, check_size, first_usable
 
 # "pixel_values" and "labels", (3, S, S) in [0, 1]; "skipped", why images were, if any; of a stream "position".
@@ -211,8 +211,9 @@ class PairedPatches(PatchDataset):
 
     def sample(self, index: int, generator: torch.Generator) -> Pair:
         name = f"The pair {self.pairs.names[index]}"
-        degraded, target = random_patch(self.pairs[index], self.resolution, generator, name)
-        return degraded, target
+        # Cut first, then made floats: large photos would take four times the memory.
+        degraded, target = random_patch(stored_pair(self.pairs, index), self.resolution, generator, name)
+        return as_float(degraded), as_float(target)
 
 
 def random_patch(

@@ -5,8 +5,9 @@ A tensor is float32 RGB (3, H, W) in [0, 1]. `read_image` and `to_pil` convert v
 """
 
 from .formats import FORMATS, format_of
-from .icc import fitting_profile
-from .image_file import DEFAULT_MAX_PIXELS, ImageFile, encode_image_file, read_image_file, write_image_file
+from .icc import describe_same_colours, fitting_profile, profile_name, read_profile
+from .image_file import ImageFile, encode_image_file, read_image_file, write_image_file
+from .limits import DEFAULT_MAX_PIXELS, without_pillow_s_limit
 from .reading import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
@@ -28,18 +29,22 @@ __all__ = [
     "ImageFile",
     "as_float",
     "decode_stored",
+    "describe_same_colours",
     "encode_image_file",
     "encode_sheet",
     "fitting_profile",
     "format_of",
     "list_images",
     "paint_sheet",
+    "profile_name",
     "read_bytes",
     "read_image",
     "read_image_file",
+    "read_profile",
     "read_stored",
     "save_comparison",
     "save_sheet",
     "to_pil",
+    "without_pillow_s_limit",
     "write_image_file",
 ]

@@ -1,11 +1,18 @@
-"""Colour profile of a restored image: that of its input, if it is whole and describes what is written."""
+"""Colour profiles of files: whether one fits a restored image, and whether two describe the same colours."""
 
 from __future__ import annotations
 
 import io
 import struct
+from pathlib import Path
 
-from PIL import ImageCms
+import numpy as np
+from PIL import Image, ImageCms
+
+from .limits import without_pillow_s_limit
+
+_DIFFERENCE = 2  # of 255; profiles that are all called sRGB differ by less on average
+_STEPS = np.linspace(0, 255, 6).round().astype(np.uint8)  # of each channel, for a sample of all colours
 
 _WRITTEN = {1: ("GRAY", "grey"), 3: ("RGB", "RGB")}
 
@@ -37,3 +44,44 @@ def _size_of_whole(profile: bytes) -> int | None:
     size, tags = struct.unpack_from(">I", profile)[0], struct.unpack_from(">I", profile, 128)[0]
     ends = (sum(struct.unpack_from(">II", profile, 136 + 12 * tag)) for tag in range(tags))
     return size if size <= len(profile) and all(end <= size for end in ends) else None
+
+
+def read_profile(file: str | Path | bytes) -> bytes | None:
+    """Returns the profile in an image file, given by its path or content, or None. Pixels are not decoded."""
+    try:
+        with without_pillow_s_limit, Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            return opened.info.get("icc_profile") or None
+    # Pillow raises nearly anything on damaged files, which others report.
+    except Exception:
+        return None
+
+
+def profile_name(profile: bytes | None) -> str:
+    """Returns what a profile calls itself."""
+    if profile is None:
+        return "no profile"
+    try:
+        return ImageCms.getProfileDescription(io.BytesIO(profile)).strip() or "a profile without a name"
+    except (OSError, ImageCms.PyCMSError):
+        return "a damaged profile"
+
+
+def describe_same_colours(profile: bytes | None, other: bytes | None) -> bool:
+    """Returns whether equal RGB values mean nearly the same colours by both profiles; None is sRGB.
+
+    True also where that is not known, of profiles that are damaged or not of RGB.
+    """
+    if profile == other:
+        return True
+    values = np.stack(np.meshgrid(_STEPS, _STEPS, _STEPS), -1).reshape(1, -1, 3)
+    try:
+        ours, theirs = (
+            ImageCms.createProfile("sRGB") if each is None else ImageCms.ImageCmsProfile(io.BytesIO(each))
+            for each in (profile, other)
+        )
+        converted = ImageCms.profileToProfile(
+            Image.fromarray(values), ours, theirs, ImageCms.Intent.RELATIVE_COLORIMETRIC
+        )
+    except (OSError, ImageCms.PyCMSError):
+        return True
+    return np.abs(np.asarray(converted, np.int16) - values).mean() <= _DIFFERENCE

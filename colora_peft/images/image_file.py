@@ -29,15 +29,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from colora_peft.utils import write_bytes
+from colora_peft.utils import SharedSettings, write_bytes
 
 from .exif import block_of_tiff, upright
 from .formats import FORMATS, Content, ImageFormat, format_of, png_chunks
 from .icc import fitting_profile
+from .limits import DEFAULT_MAX_PIXELS, check_pixels, without_pillow_s_limit
 from .reading import IMAGE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
-
-# More than the 151 million of the largest cameras; 2.4 GB as float32 RGB.
-DEFAULT_MAX_PIXELS = 200_000_000
 
 _EXIF_MARK = b"Exif\0\0"
 _DESCRIBES_COLOUR = (b"gAMA", b"cHRM", b"sRGB", b"cICP")
@@ -93,12 +91,9 @@ def read_image_file(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_
         ValueError: The file is missing, not an image, damaged or too large; the message names it.
     """
     data = read_bytes(path)
-    with naming(str(path)), _without_pillow_s_limit(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on metadata: what is damaged is left out with a note
+    with naming(str(path)), without_pillow_s_limit, _silence:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise ValueError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}, `max_pixels`")
+            check_pixels(opened, max_pixels, ", `max_pixels`")
             several = getattr(opened, "n_frames", 1) > 1
             opened.load()
             colour, opacity = decode_straight(opened, data)
@@ -121,12 +116,14 @@ def read_image_file(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_
 
 
 @contextmanager
-def _without_pillow_s_limit() -> Iterator[None]:
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+
+
+_silence = SharedSettings(_no_warnings)
+"""Context without warnings on metadata: what is damaged is left out with a note."""
 
 
 def _is_grey(opened: Image.Image, data: bytes) -> bool:

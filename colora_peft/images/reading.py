@@ -21,6 +21,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .limits import DEFAULT_MAX_PIXELS, check_pixels, without_pillow_s_limit
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 
 # Errors that will be the same tomorrow: no fault of a disk or a network drive.
@@ -125,9 +127,11 @@ def decode_stored(data: bytes, name: str) -> Tensor:
     """Decodes the bytes of an image file, as `read_stored` does.
 
     Raises:
-        ValueError: They are not an image or damaged; the message calls the image by `name`.
+        ValueError: They are not an image, damaged, or have more than `DEFAULT_MAX_PIXELS`; the message calls the image
+            by `name`.
     """
-    with naming(name), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
+    with naming(name), without_pillow_s_limit, Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
+        check_pixels(opened, DEFAULT_MAX_PIXELS, ": cut it into smaller ones")
         opened.load()
         if not has_16_bits(opened, data):
             return _decode_8_bits(opened, keep_opacity=False)

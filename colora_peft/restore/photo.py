@@ -18,6 +18,7 @@ from colora_peft.images import (
     fitting_profile,
     read_image_file,
     to_pil,
+    without_pillow_s_limit,
     write_image_file,
 )
 from colora_peft.inference import restore_image
@@ -148,7 +149,7 @@ def read_checked(path: Path, max_pixels: int) -> ImageFile:
         ValueError: The file is not an image, damaged, or one of more pixels.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        with without_pillow_s_limit, Image.open(path, formats=IMAGE_FORMATS) as opened:
             width, height = opened.size
     # Pillow raises nearly anything on damaged data, and a class of its own on bombs.
     except Exception as error:

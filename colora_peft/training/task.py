@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from colora_peft.contribution import Estimator, FaigSettings, ProbeSettings, estimate_contributions
-from colora_peft.data import PairedHubDataset, PairedImageFolder, PairedPatches, PairSource, check_pairs, draw_pairs
+from colora_peft.data import (
+    PairedHubDataset,
+    PairedImageFolder,
+    PairedPatches,
+    PairSource,
+    check_pairs,
+    draw_pairs,
+    note_on_profiles,
+)
 from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.hub import load_backbone
 from colora_peft.inference import restoration_loss
@@ -124,6 +132,8 @@ def load_pairs(
         train_pairs, _ = draw_pairs(train_pairs, args.max_train_samples, args.seed)
     check_pairs(train_pairs, args.resolution, "the training patch: lower --resolution or remove the pair")
     check_pairs(eval_pairs, SSIM_WINDOW_PX, "SSIM's window: remove the pair")
+    for note in filter(None, map(note_on_profiles, (train_pairs, eval_pairs))):
+        accelerator.print(note)
     return train_pairs, eval_pairs
 
 

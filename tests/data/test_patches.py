@@ -3,10 +3,13 @@
 import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from support.pairs import save
 from torch.utils.data import DataLoader
 
+from colora_peft.data.pairs import PairedImageFolder, PairSubset
 from colora_peft.data.patches import (
     DegradedImages,
     DegradedPatches,
@@ -237,3 +240,15 @@ def test_enlarged_patches_are_soft_on_both_sides_and_as_large_as_the_others():
 def test_a_share_of_the_patches_is_enlarged():
     enlarged = sum(roughness(untouched(0.25)[number]["labels"]) < 0.14 for number in range(400))
     assert 60 < enlarged < 120  # some are enlarged by less than the eye sees
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_patches_are_cut_before_they_become_floats(tmp_path, dtype, monkeypatch):
+    for side in ("input", "target"):
+        save(tmp_path / side / "a.png", 40, 50, seed=len(side), dtype=dtype)
+    pairs = PairedImageFolder(tmp_path)
+    patches = PairedPatches(PairSubset(pairs, [0]), 16, seed=0)
+    expected = random_patch(pairs[0], 16, sample_generator(0, 0, 0), "a")
+    monkeypatch.setattr(PairedImageFolder, "__getitem__", None)  # which makes floats of whole images
+    sample = patches[0]
+    assert torch.equal(sample["pixel_values"], expected[0]) and torch.equal(sample["labels"], expected[1])

@@ -85,9 +85,8 @@ def test_check_lists_every_culprit_by_name(tmp_path, monkeypatch):
         assert culprit in str(error.value)
     assert "good.png" not in str(error.value)
     check_images(ImageFiles(paths[:1]), 16)
-    # Pillow's guard against bombs is no OSError.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"good\.png cannot be read as an image \(.*bomb"):
+    monkeypatch.setattr("colora_peft.images.reading.DEFAULT_MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"good\.png cannot be read as an image \(.*more than the limit of 100"):
         check_images(ImageFiles(paths[:1]), 16)
 
 

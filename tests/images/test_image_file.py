@@ -1,6 +1,7 @@
 """Read and written without a change, an image is what it was: pixels to the bit, and all that describes it."""
 
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.formats import pixels
 from support.icc import profile, srgb
 from support.reading import png_bytes
 
+from colora_peft.images import image_file
 from colora_peft.images.image_file import read_image_file, write_image_file
 from colora_peft.images.reading import read_image
 
@@ -249,3 +251,26 @@ def test_damaged_metadata_warns_in_a_note_and_not_on_the_screen(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_image_file(tmp_path / "a.jpg").notes == ("the EXIF is damaged and was left out",)
+
+
+def test_two_threads_leave_the_settings_of_the_process_as_they_were(tmp_path, monkeypatch):
+    """The second begins while the first reads, and ends after it."""
+    path, decode = write_source(tmp_path / "a.png"), image_file.decode_straight
+    turns = {"first": (threading.Event(), threading.Event()), "second": (threading.Event(), threading.Event())}
+
+    def decode_later(opened, data):
+        begun, may_end = turns[threading.current_thread().name]
+        begun.set()
+        may_end.wait(10)
+        return decode(opened, data)
+
+    monkeypatch.setattr(image_file, "decode_straight", decode_later)
+    before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    threads = [threading.Thread(target=read_image_file, args=(path,), name=name) for name in turns]
+    for thread in threads:
+        thread.start()
+        turns[thread.name][0].wait(10)
+    for thread in threads:
+        turns[thread.name][1].set()
+        thread.join()
+    assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before

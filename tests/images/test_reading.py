@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from support.reading import png_bytes
 
 from colora_peft.images.image_file import read_image_file
+from colora_peft.images.limits import DEFAULT_MAX_PIXELS
 from colora_peft.images.reading import (
     IMAGE_FORMATS,
     _oriented,
@@ -313,9 +314,20 @@ def test_16_bit_layouts_that_would_come_out_wrong_are_refused(tmp_path):
 
 def test_an_image_too_large_to_be_true_is_refused_by_name(tmp_path, monkeypatch):
     Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"bomb\.png cannot be read.*decompression bomb"):
+    monkeypatch.setattr("colora_peft.images.reading.DEFAULT_MAX_PIXELS", 2499)
+    limit = r"bomb\.png cannot be read.*50 x 50 pixels are more than the limit of 2,499: cut it into smaller"
+    with pytest.raises(ValueError, match=limit):
         read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("limit", [1700, 850])
+def test_pillow_s_limit_counts_no_more(tmp_path, monkeypatch, recwarn, limit):
+    """It is lower than ours: Pillow warns from it on, and refuses twice as much. Phones have 200 million pixels."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "phone.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert read_image(tmp_path / "phone.png").shape == (3, 50, 50)
+    assert not recwarn.list and Image.MAX_IMAGE_PIXELS == limit
+    assert 16320 * 12240 <= DEFAULT_MAX_PIXELS
 
 
 # Folders
