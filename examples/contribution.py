@@ -44,7 +44,7 @@ from colora_peft.training import (
     use_all_cores,
 )
 from colora_peft.tuner import PRIOR_CONTRIBUTIONS, resolve_ranks
-from colora_peft.utils import check_at_least, flag, relative_path, run_script, write_json
+from colora_peft.utils import Processes, check_at_least, check_writable, flag, relative_path, run_script, write_json
 
 HERE = Path(__file__).parent
 
@@ -116,6 +116,9 @@ def main(args: ContributionArguments) -> None:
         return
     check_figures_can_be_drawn()
     check_output_dir(args)
+    with Processes(accelerator).failing_together():
+        if accelerator.is_main_process:
+            check_writable(args.output_dir)
     train_pairs, _ = load_pairs(args, accelerator, HERE / "data" / "underwater")
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     model = load_network(args, accelerator)
@@ -136,6 +139,9 @@ def main(args: ContributionArguments) -> None:
 
 def write_prior(args: ContributionArguments, accelerator: Accelerator) -> None:
     """Write the mean of the tasks' contributions, each counting alike, into the network's configuration."""
+    with Processes(accelerator).failing_together():
+        if accelerator.is_main_process:
+            check_writable(args.model_name_or_path, "--model_name_or_path")
     measured = []
     for folder in args.prior_dirs:
         set_seed(args.seed)

@@ -146,7 +146,7 @@ def main(args: FinetuneArguments) -> None:
     use_all_cores(accelerator)
     set_seed(args.seed)
     check_figures_can_be_drawn()
-    checkpoint = check_output_dir(args)
+    checkpoint = check_output_dir(args, accelerator)
     train_pairs, eval_pairs = load_pairs(args, accelerator, SHIPPED_PAIRS)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     model = load_network(args, accelerator)

@@ -37,7 +37,7 @@ from colora_peft.restore import (
     plan_jobs,
     report_of,
 )
-from colora_peft.utils import default_device, run_script, write_json
+from colora_peft.utils import check_writable, default_device, run_script, write_json
 
 SUMMARY_FILE = "summary.json"
 SHIPPED_NETWORK = str(Path(__file__).resolve().parent / "checkpoints" / "nafnet-small-prod")
@@ -79,6 +79,7 @@ def main(args: RestoreArguments) -> int:
     labels = adapter_labels(adapters)
     output_dir, file_format = Path(args.output_dir), None if args.format == "same" else args.format
     jobs = plan_jobs(args.input, output_dir, labels if len(labels) > 1 else [""], file_format, args.targets)
+    check_writable(output_dir)
     device = device_of(args)
     transformers_logging.disable_progress_bar()
     # Loading an adapter, PEFT asks transformers for what it has renamed.

@@ -30,7 +30,15 @@ from colora_peft.hub import load_backbone
 from colora_peft.inference import reconstruct
 from colora_peft.restore import NO_ADAPTER, AdapterSet, adapters_in
 from colora_peft.training import DataFailed, TrainingDiverged, list_checkpoints
-from colora_peft.utils import check_at_least, default_device, flag, relative_path, run_script, write_text
+from colora_peft.utils import (
+    check_at_least,
+    check_writable,
+    default_device,
+    flag,
+    relative_path,
+    run_script,
+    write_text,
+)
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "adapters"
@@ -239,6 +247,10 @@ def draw_examples(adapters: AdapterSet, path: str) -> None:
 
 
 def main(args: TasksArguments) -> None:
+    if args.data_dir is not None:
+        check_writable(args.output_dir)
+    if args.image is not None:
+        check_writable(Path(args.image).parent, "The folder of --image")
     if args.data_dir is not None:
         train_missing(args)
     device = default_device()

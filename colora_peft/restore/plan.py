@@ -92,7 +92,7 @@ def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
     path = Path(text)
     if path.is_dir():
         yield from _below(path, path, output_dir)
-    elif path.exists():
+    elif path.exists() or path.is_symlink():  # a link to nothing fails alone, as among the files of a folder
         yield path, Path(path.name)
     elif glob.has_magic(text):
         matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
@@ -124,13 +124,14 @@ def _below(folder: Path, root: Path, output_dir: Path, may_be_empty: bool = Fals
 
 
 def _is(path: Path, other: Path) -> bool:
-    return path.resolve() == other.resolve()
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _is_below(match: Path, output_dir: Path, fixed: Path) -> bool:
     """Whether a match lies in the output folder, and the output folder below the beginning of the pattern."""
-    results, root = output_dir.resolve(), fixed.resolve()
-    return results != root and results.is_relative_to(root) and match.resolve().is_relative_to(results)
+    # Not `resolve`, which raises on a link to itself.
+    results, root, found = (Path(os.path.realpath(path)) for path in (output_dir, fixed, match))
+    return results != root and results.is_relative_to(root) and found.is_relative_to(results)
 
 
 def _with_format(name: Path, file_format: str | None) -> Path:
@@ -142,7 +143,8 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
     """Refuse two inputs for one output, and an output that is an input, under whatever name."""
     # Without case: some file systems do not tell A.png from a.png.
     owners: dict[str, Path] = {}
-    identities = {_identity(path): path for job in jobs for path in (job.source, job.target) if path is not None}
+    sources = [path for job in jobs for path in (job.source, job.target) if path is not None]
+    identities = {identity: path for path in sources if (identity := _identity(path)) is not None}
     for job in jobs:
         for output in (*job.results, job.comparison):
             other = owners.setdefault(str(output).casefold(), job.source)
@@ -151,7 +153,7 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
                     f"{other} and {job.source} would both be written to {output}; restore them into different "
                     "folders, or give the folder above them, whose structure is kept."
                 )
-            if output.exists() and _identity(output) in identities:
+            if _identity(output) in identities:
                 raise ValueError(
                     f"The result of {job.source} would overwrite {identities[_identity(output)]}; choose another "
                     "output folder."
@@ -163,8 +165,12 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
                 )
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What two names of one file share; None of a link to nothing and of what may not be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 

@@ -36,13 +36,14 @@ class RestoreRun:
         self.adapters = adapters
         self.record = record
         self.args = args
+        self._unchecked: dict[Path, Exception] = {}
 
     def settings_of(self, label: str, source: str) -> dict[str, object]:
         """All settings that decide the pixels of a result; `source` is the digest of the input."""
         return {"input": source, "weights": self.adapters.digest_of(label), **self.args.settings()}
 
     def check_kept(self, jobs: list[Job]) -> None:
-        """Refuse to keep results that this run would make otherwise.
+        """Refuse to keep results that this run would make otherwise. What cannot be compared fails alone, later.
 
         Raises:
             ValueError: There are such, and no --overwrite.
@@ -53,7 +54,12 @@ class RestoreRun:
             for label, result in zip(self.adapters.labels, job.results, strict=True):
                 if not result.exists():
                     continue
-                difference = self.record.difference(result, self.settings_of(label, digest_of_file(job.source)))
+                try:
+                    settings = self.settings_of(label, digest_of_file(job.source))
+                    difference = self.record.difference(result, settings)
+                except (ValueError, OSError) as error:
+                    self._unchecked[result] = error
+                    continue
                 if difference is not None:
                     raise ValueError(
                         f"{result} is there, but not as this run would make it ({difference}). Choose another "
@@ -65,6 +71,8 @@ class RestoreRun:
         rows = [Row(job.name, label, result) for label, result in zip(self.adapters.labels, job.results, strict=True)]
         for row in rows:
             row.kept = row.result.exists() and not self.args.overwrite
+            if row.result in self._unchecked:
+                row.failed(self._unchecked[row.result])
         look = self.args.targets is not None or (self.args.compare and not job.comparison.exists())
         if all(row.kept for row in rows) and not look:
             return rows
@@ -78,7 +86,7 @@ class RestoreRun:
         for row in rows:
             row.size = tuple(image.colour.shape[:0:-1])
             try:
-                if not row.kept:
+                if not (row.kept or row.error):
                     self._restore(image, digest, row)
             except Exception as error:
                 row.failed(error)

@@ -4,11 +4,12 @@ Wording of messages, whole files, processes of a launch, digests and command lin
 one; it imports none of them.
 """
 
-from .cli import check_at_least, check_seed, flag, run_script
+from .cli import check_at_least, check_seed, flag, print_any_name, run_script
 from .digest import digest_of_bytes, digest_of_state, digest_of_weights
 from .distributed import Processes, default_device, fill, whole
 from .files import (
     PARTIAL,
+    check_writable,
     relative_path,
     share_weights,
     write_bytes,
@@ -26,6 +27,7 @@ __all__ = [
     "Processes",
     "check_at_least",
     "check_seed",
+    "check_writable",
     "default_device",
     "digest_of_bytes",
     "digest_of_state",
@@ -34,6 +36,7 @@ __all__ = [
     "flag",
     "is_compiled",
     "pad_to_multiple",
+    "print_any_name",
     "reflected_indices",
     "relative_path",
     "run_script",

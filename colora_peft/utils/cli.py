@@ -33,12 +33,23 @@ def run_script(
         arguments: Dataclass of the script's flags; what it raises in `__post_init__` is the user's error, too.
         expected: Further errors that are the user's.
     """
+    print_any_name()
     try:
         (parsed,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
         code = main(parsed)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError, *expected) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     sys.exit(code)
+
+
+def print_any_name() -> None:
+    """Has the terminal, or the file that the output goes to, show characters that it does not know as escapes.
+
+    Names of files hold any character, and on Linux bytes that are none. Printing one must not end a run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not None, nor what a notebook or a test has put in place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def check_at_least(args: object, name: str, least: int) -> None:

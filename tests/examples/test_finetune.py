@@ -180,6 +180,11 @@ def unreadable(folder: Path) -> None:
     (folder / "input" / "scene0.png").write_bytes(b"no image")
 
 
+def linked_to_nothing(folder: Path) -> None:
+    (folder / "target" / "scene1.png").unlink()
+    (folder / "target" / "scene1.png").symlink_to("nowhere.png")
+
+
 def too_small(folder: Path) -> None:
     for side in ("input", "target"):
         Image.new("RGB", (20, 48)).save(folder / side / "scene1.png")
@@ -196,6 +201,7 @@ def missing(folder: Path) -> None:
         (empty, "holds no images"),
         (other_size, "scene2"),
         (unreadable, "scene0.png"),
+        (linked_to_nothing, "target/scene1.png cannot be read .No such file"),
         (too_small, "scene1.*20x48"),
         (missing, "no folder"),
     ],
