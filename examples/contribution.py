@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings
-from colora_peft.data import PairedImageFolder, PairedPatches
+from colora_peft.data import PairedPatches
 from colora_peft.hub import load_backbone
 from colora_peft.ranks import check_figures_can_be_drawn, mean_scores
 from colora_peft.training import (
@@ -40,6 +40,7 @@ from colora_peft.training import (
     load_network,
     load_pairs,
     measure_contributions,
+    open_pairs,
     report_allocation,
     use_all_cores,
 )
@@ -145,7 +146,7 @@ def write_prior(args: ContributionArguments, accelerator: Accelerator) -> None:
     measured = []
     for folder in args.prior_dirs:
         set_seed(args.seed)
-        patches = PairedPatches(PairedImageFolder(folder), args.resolution, args.seed)
+        patches = PairedPatches(open_pairs(args, folder, accelerator), args.resolution, args.seed)
         task = replace(args, prior_dirs=None, train_dir=folder)
         measured.append(measure_contributions(load_network(args, accelerator), patches, task, accelerator))
     scores = mean_scores(measured)

@@ -78,7 +78,8 @@ def main(args: RestoreArguments) -> int:
     adapters = args.adapter or [NO_ADAPTER]
     labels = adapter_labels(adapters)
     output_dir, file_format = Path(args.output_dir), None if args.format == "same" else args.format
-    jobs = plan_jobs(args.input, output_dir, labels if len(labels) > 1 else [""], file_format, args.targets)
+    patterns = args.input_pattern, args.target_pattern
+    jobs = plan_jobs(args.input, output_dir, labels if len(labels) > 1 else [""], file_format, args.targets, patterns)
     check_writable(output_dir)
     device = device_of(args)
     transformers_logging.disable_progress_bar()

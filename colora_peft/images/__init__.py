@@ -12,11 +12,13 @@ from .reading import (
     IMAGE_SUFFIXES,
     as_float,
     decode_stored,
+    is_turned,
     list_images,
     read_bytes,
     read_image,
     read_stored,
     to_pil,
+    why_turned,
 )
 from .sheets import encode_sheet, paint_sheet, save_comparison, save_sheet
 
@@ -32,6 +34,7 @@ __all__ = [
     "encode_sheet",
     "fitting_profile",
     "format_of",
+    "is_turned",
     "list_images",
     "paint_sheet",
     "read_bytes",
@@ -41,5 +44,6 @@ __all__ = [
     "save_comparison",
     "save_sheet",
     "to_pil",
+    "why_turned",
     "write_image_file",
 ]

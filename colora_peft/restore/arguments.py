@@ -33,6 +33,11 @@ class RestoreArguments:
         "and tiles laid as restore_image does, so that on images that the network must pad the figures "
         "may differ a little from those of finetune.py.",
     )
+    input_pattern: str = flag(
+        "{}",
+        "Names of the inputs without suffix, such as '{}_noisy', where those of --targets differ; see finetune.py.",
+    )
+    target_pattern: str = flag("{}", "Names of the targets, such as '{}_clean'.")
     compare: bool = flag(
         False, "Also write input | restored (| target) side by side, in comparisons/ below --output_dir."
     )

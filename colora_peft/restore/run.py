@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from colora_peft.images import (
     encode_image_file,
     fitting_profile,
     format_of,
+    is_turned,
     read_image_file,
     save_comparison,
+    why_turned,
 )
 from colora_peft.inference import restore_image
 from colora_peft.utils import write_bytes
@@ -128,9 +131,10 @@ class RestoreRun:
             return
         target = read_image_file(job.target, self.args.max_pixels).on_white if job.target else None
         if target is not None and target.shape != image.colour.shape:
+            why = why_turned(image.colour, target, is_turned(job.source), is_turned(job.target))
             raise ValueError(
                 f"The target {job.target} is {target.shape[2]} x {target.shape[1]} pixels, {job.source} "
-                f"{image.colour.shape[2]} x {image.colour.shape[1]}; without figures."
+                f"{image.colour.shape[2]} x {image.colour.shape[1]}{why}; without figures."
             )
         results = [read_image_file(row.result, self.args.max_pixels).on_white for row in rows]
         for row, result in zip(rows, results, strict=True):

@@ -40,9 +40,9 @@ def check_output_dir(args: TrainArguments, accelerator: Accelerator | None = Non
         accelerator: That of the run, of which every process calls; the one that writes tries whether it can.
 
     Raises:
-        ValueError: if nothing can be written there, if the folder already holds a run and neither resuming nor overwriting was asked for, if it holds
-            other files or what the run reads, if there is nothing to resume from, or if the run to resume had other
-            settings.
+        ValueError: if nothing can be written there, if the folder already holds a run and neither resuming nor
+            overwriting was asked for, if it holds other files or what the run reads, if there is nothing to resume
+            from, or if the run to resume had other settings.
     """
     output_dir = Path(args.output_dir)
     if accelerator is not None:

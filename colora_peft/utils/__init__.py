@@ -18,11 +18,13 @@ from .files import (
     writing_folder,
     writing_result,
 )
+from .names import NamePattern, folded, guess_patterns, guess_patterns_side_by_side, match_names, split_names
 from .padding import pad_to_multiple, reflected_indices
 from .text import some, some_sentences
 from .wrappers import is_compiled, unwrapped
 
 __all__ = [
+    "NamePattern",
     "PARTIAL",
     "Processes",
     "check_at_least",
@@ -34,7 +36,11 @@ __all__ = [
     "digest_of_weights",
     "fill",
     "flag",
+    "folded",
+    "guess_patterns",
+    "guess_patterns_side_by_side",
     "is_compiled",
+    "match_names",
     "pad_to_multiple",
     "print_any_name",
     "reflected_indices",
@@ -43,6 +49,7 @@ __all__ = [
     "share_weights",
     "some",
     "some_sentences",
+    "split_names",
     "unwrapped",
     "whole",
     "write_bytes",
