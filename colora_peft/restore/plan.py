@@ -200,11 +200,11 @@ class _Targets:
         self._levels: list[tuple[Counter[Key], dict[Key, list[Path]]]] = []
         for level in (0, 1):
             inputs = [_keys(self._of_inputs, name)[level] for name in names]
-            known: dict[Key, list[Path]] = {}
+            of_paths, known = set(inputs), {}
             others = []
             for path, name in left:
                 parent, stem = _keys(of_targets, name)[level]
-                if (parent, stem) in inputs:
+                if (parent, stem) in of_paths:
                     known.setdefault((parent, stem), []).append(path)
                 else:
                     known.setdefault((None, stem), []).append(path)
