@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from colora_peft.hub import load_backbone
 from colora_peft.restore import MAX_STRENGTH, NO_ADAPTER, AdapterSet, PhotoRestorer, adapters_in
-from colora_peft.utils import check_at_least, default_device, flag, relative_path, run_script
+from colora_peft.utils import check_at_least, check_writable, default_device, flag, relative_path, run_script
 
 HERE = Path(__file__).parent
 # Photos to try, by the adapter that is for them; none was trained on. There is none of noise: the noise adapter knows
@@ -222,6 +223,7 @@ def launch(args: PageArguments) -> None:
 
 def serve(args: PageArguments) -> gr.Blocks:
     """Load everything, and serve the page from a thread."""
+    check_writable(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir(), "The folder for uploads")
     transformers_logging.disable_progress_bar()
     adapters = adapters_in(args.adapters_dir)
     network = load_backbone(args.model_name_or_path).to(default_device(), memory_format=torch.channels_last)

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from colora_peft import ContributionScores, FaigSettings, ProbeSettings
-from colora_peft.data import PairedImageFolder, PairedPatches
+from colora_peft.data import PairedPatches
 from colora_peft.hub import load_backbone
 from colora_peft.ranks import check_figures_can_be_drawn, mean_scores
 from colora_peft.training import (
@@ -40,11 +40,12 @@ from colora_peft.training import (
     load_network,
     load_pairs,
     measure_contributions,
+    open_pairs,
     report_allocation,
     use_all_cores,
 )
 from colora_peft.tuner import PRIOR_CONTRIBUTIONS, resolve_ranks
-from colora_peft.utils import check_at_least, flag, relative_path, run_script, write_json
+from colora_peft.utils import Processes, check_at_least, check_writable, flag, relative_path, run_script, write_json
 
 HERE = Path(__file__).parent
 
@@ -116,6 +117,9 @@ def main(args: ContributionArguments) -> None:
         return
     check_figures_can_be_drawn()
     check_output_dir(args)
+    with Processes(accelerator).failing_together():
+        if accelerator.is_main_process:
+            check_writable(args.output_dir)
     train_pairs, _ = load_pairs(args, accelerator, HERE / "data" / "underwater")
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     model = load_network(args, accelerator)
@@ -136,10 +140,13 @@ def main(args: ContributionArguments) -> None:
 
 def write_prior(args: ContributionArguments, accelerator: Accelerator) -> None:
     """Write the mean of the tasks' contributions, each counting alike, into the network's configuration."""
+    with Processes(accelerator).failing_together():
+        if accelerator.is_main_process:
+            check_writable(args.model_name_or_path, "--model_name_or_path")
     measured = []
     for folder in args.prior_dirs:
         set_seed(args.seed)
-        patches = PairedPatches(PairedImageFolder(folder), args.resolution, args.seed)
+        patches = PairedPatches(open_pairs(args, folder, accelerator), args.resolution, args.seed)
         task = replace(args, prior_dirs=None, train_dir=folder)
         measured.append(measure_contributions(load_network(args, accelerator), patches, task, accelerator))
     scores = mean_scores(measured)

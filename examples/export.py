@@ -19,7 +19,7 @@ from peft import PeftModel
 from colora_peft import load
 from colora_peft.export import EXPORT_SUFFIXES, ExportSettings, export_network
 from colora_peft.hub import load_backbone
-from colora_peft.utils import flag, run_script
+from colora_peft.utils import check_writable, flag, run_script
 
 
 @dataclass
@@ -73,6 +73,7 @@ def check_output_file(args: ExportArguments) -> None:
         raise ValueError(f"--output_file {path} is a folder; name a file.")
     if path.exists() and not args.overwrite:
         raise ValueError(f"--output_file {path} is there already; add --overwrite to replace it.")
+    check_writable(path.parent, "The folder of --output_file")
 
 
 def load_merged(args: ExportArguments) -> tuple[torch.nn.Module, str]:

@@ -6,7 +6,8 @@ adapts the shipped network to the shipped underwater photos. For your own:
 
     accelerate launch examples/finetune.py --train_dir my/train --eval_dir my/test --output_dir outputs/mine
 
-where each folder holds `input/` and `target/` with the same file names. The contributions are measured on the way;
+where each folder holds `input/` and `target/` with the same file names. Patterns tell names that differ, such as
+`--input_pattern "{}_noisy" --target_pattern "{}_clean"`. The contributions are measured on the way;
 `--contributions FILE` takes those that `contribution.py` measured, on whatever network has layers of the same names.
 """
 
@@ -146,7 +147,7 @@ def main(args: FinetuneArguments) -> None:
     use_all_cores(accelerator)
     set_seed(args.seed)
     check_figures_can_be_drawn()
-    checkpoint = check_output_dir(args)
+    checkpoint = check_output_dir(args, accelerator)
     train_pairs, eval_pairs = load_pairs(args, accelerator, SHIPPED_PAIRS)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
     model = load_network(args, accelerator)

@@ -203,7 +203,7 @@ def main(args: PretrainArguments) -> None:
     accelerator = create_accelerator(args)
     use_all_cores(accelerator)
     set_seed(args.seed)
-    checkpoint = check_output_dir(args)
+    checkpoint = check_output_dir(args, accelerator)
     patches = open_patches(args, accelerator)
     eval_pairs = None
     if args.eval_dir is not None:

@@ -2,6 +2,8 @@
 
     python examples/restore.py --input photo.jpg folder "more/**/*.tif" --adapter outputs/finetune
 
+The same program is installed as `colora-restore`, which knows no network but those that the flags name.
+
 Folders are searched with all below them. Results are files of the same kind under the same names in --output_dir, with
 EXIF, colour profile, transparency and 16 bits kept where the format holds them (colora_peft/images/image_file.py says
 what else is decided). A run that was interrupted goes on where it was: results that are there are kept.
@@ -15,100 +17,18 @@ The exit code is 1 if an image failed; the others are written all the same.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
-from transformers.utils import logging as transformers_logging
+from colora_peft.restore import RestoreArguments, restore_images
+from colora_peft.utils import run_script
 
-from colora_peft.hub import load_backbone, load_base
-from colora_peft.inference import check_tile, tile_multiple
-from colora_peft.restore import (
-    NO_ADAPTER,
-    AdapterSet,
-    RestoreArguments,
-    RestoreRecord,
-    RestoreRun,
-    Row,
-    Table,
-    adapter_labels,
-    plan_jobs,
-    report_of,
-)
-from colora_peft.utils import default_device, run_script, write_json
-
-SUMMARY_FILE = "summary.json"
 SHIPPED_NETWORK = str(Path(__file__).resolve().parent / "checkpoints" / "nafnet-small-prod")
-
-
-def device_of(args: RestoreArguments) -> torch.device:
-    """The device of --device, which is tried.
-
-    Raises:
-        ValueError: it cannot be used.
-    """
-    if args.device is None:
-        return default_device()
-    try:
-        return torch.empty(0, device=args.device).device
-    # PyTorch has many errors for a device that is not there.
-    except Exception as error:
-        raise ValueError(f"--device {args.device} cannot be used: {error}") from error
-
-
-def network_of(args: RestoreArguments, adapters: Sequence[str]) -> nn.Module:
-    """The network to restore with, as --model_name_or_path or else the first adapter names it."""
-    if args.model_name_or_path is not None:
-        return load_backbone(args.model_name_or_path)
-    first = next((adapter for adapter in adapters if adapter != NO_ADAPTER), None)
-    if first is None:
-        return load_backbone(SHIPPED_NETWORK)
-    try:
-        return load_base(first)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{error} (Without --model_name_or_path the adapter says which network it is for.)"
-        ) from error
 
 
 def main(args: RestoreArguments) -> int:
     """Restore all images and return the exit code."""
-    adapters = args.adapter or [NO_ADAPTER]
-    labels = adapter_labels(adapters)
-    output_dir, file_format = Path(args.output_dir), None if args.format == "same" else args.format
-    jobs = plan_jobs(args.input, output_dir, labels if len(labels) > 1 else [""], file_format, args.targets)
-    device = device_of(args)
-    transformers_logging.disable_progress_bar()
-    # Loading an adapter, PEFT asks transformers for what it has renamed.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    network = network_of(args, adapters).to(device)
-    if args.tile:  # now, not with the first image that has several tiles
-        check_tile(args.tile, args.overlap, tile_multiple(network))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    run = RestoreRun(AdapterSet(network, dict(zip(labels, adapters, strict=True))), RestoreRecord(output_dir), args)
-    run.check_kept(jobs)
-    adapted = f"{'adapter' if len(labels) == 1 else 'adapters'} {', '.join(labels)}"
-    used = f"{type(network).__name__} of {parameters / 1e6:.1f} M parameters, {adapted}"
-    print(f"{len(jobs)} {'image' if len(jobs) == 1 else 'images'}, {used}, on {device}.\n")
-
-    table = Table([job.name for job in jobs], labels, with_figures=args.targets is not None)
-    print(table.head())
-    rows: list[Row] = []
-    interrupted = False
-    try:
-        for job in jobs:
-            for row in run.process(job):
-                rows.append(row)
-                print(table.line(row), flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
-    print(table.ending(rows, output_dir, total=len(jobs) * len(labels)))
-    if output_dir.is_dir():
-        write_json(output_dir / SUMMARY_FILE, report_of(rows, args.settings()))
-    return 130 if interrupted else int(any(row.error for row in rows))
+    return restore_images(args, SHIPPED_NETWORK)
 
 
 if __name__ == "__main__":
-    run_script(main, RestoreArguments)
+    run_script(main, RestoreArguments, words="input")

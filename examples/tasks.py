@@ -30,7 +30,15 @@ from colora_peft.hub import load_backbone
 from colora_peft.inference import reconstruct
 from colora_peft.restore import NO_ADAPTER, AdapterSet, adapters_in
 from colora_peft.training import DataFailed, TrainingDiverged, list_checkpoints
-from colora_peft.utils import check_at_least, default_device, flag, relative_path, run_script, write_text
+from colora_peft.utils import (
+    check_at_least,
+    check_writable,
+    default_device,
+    flag,
+    relative_path,
+    run_script,
+    write_text,
+)
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "adapters"
@@ -53,6 +61,8 @@ class TasksArguments:
     tasks: list[str] | None = flag(
         None, "Names of the tasks. Default: all in --data_dir, or all adapters that are there."
     )
+    input_pattern: str = flag("{}", "Names of the inputs without suffix, such as '{}_noisy'; see finetune.py.")
+    target_pattern: str = flag("{}", "Names of the targets, such as '{}_clean'.")
     model_name_or_path: str = flag(FinetuneArguments.model_name_or_path, "The network that all tasks share.")
     output_dir: str | None = flag(
         None,
@@ -100,6 +110,8 @@ class TasksArguments:
             model_name_or_path=self.model_name_or_path,
             train_dir=str(data / "train"),
             eval_dir=str(data / "test"),
+            input_pattern=self.input_pattern,
+            target_pattern=self.target_pattern,
             output_dir=str(output_dir),
             max_train_samples=self.max_train_samples,
             max_train_steps=self.max_train_steps,
@@ -221,7 +233,7 @@ def blending(args: TasksArguments, adapters: AdapterSet, device: torch.device) -
 
 def test_pairs(args: TasksArguments, task: str) -> PairSource:
     """The pairs of a task's test folder that are measured."""
-    pairs = PairedImageFolder(Path(args.data_dir) / task / "test")
+    pairs = PairedImageFolder(Path(args.data_dir) / task / "test", args.input_pattern, args.target_pattern)
     if args.blend_samples is None or args.blend_samples >= len(pairs):
         return pairs
     return draw_pairs(pairs, args.blend_samples, args.seed)[0]
@@ -239,6 +251,10 @@ def draw_examples(adapters: AdapterSet, path: str) -> None:
 
 
 def main(args: TasksArguments) -> None:
+    if args.data_dir is not None:
+        check_writable(args.output_dir)
+    if args.image is not None:
+        check_writable(Path(args.image).parent, "The folder of --image")
     if args.data_dir is not None:
         train_missing(args)
     device = default_device()

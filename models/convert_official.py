@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from colora_peft.utils import digest_of_bytes, some, write_text, writing_folder
+from colora_peft.utils import check_writable, digest_of_bytes, print_any_name, some, write_text, writing_folder
 
 from .official_architectures import Architecture, recognise, shapes_of
 
@@ -45,6 +45,7 @@ def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
         raise FileNotFoundError(f"There is no file {file}; name a checkpoint, such as a .pth of the authors.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is not overwritten; name another folder or remove it.")
+    check_writable(out.parent, "The folder above OUT,")
     try:
         weights = unwrap(read_checkpoint(file))
         architecture = recognise(weights)
@@ -168,6 +169,7 @@ def main() -> None:
     )
     parser.add_argument("file", metavar="FILE", help="A .pth of the authors, or safetensors with the same keys.")
     parser.add_argument("out", metavar="OUT", help="The folder to write; it must not be there yet.")
+    print_any_name()
     args = parser.parse_args()
     try:
         model = convert(args.file, args.out)

@@ -5,7 +5,17 @@ index): neither workers nor processes nor a resume change it.
 """
 
 from .hub_columns import HubImages
-from .pairs import Pair, PairedHubDataset, PairedImageFolder, PairSource, PairSubset, check_pairs, draw_pairs
+from .pairs import (
+    Pair,
+    PairedHubDataset,
+    PairedImageFolder,
+    PairSource,
+    PairSubset,
+    check_pairs,
+    count_in_words,
+    draw_pairs,
+    hold_out_pairs,
+)
 from .patches import (
     Batch,
     DegradedImages,
@@ -41,7 +51,9 @@ __all__ = [
     "check_images",
     "check_pairs",
     "collate",
+    "count_in_words",
     "draw_pairs",
+    "hold_out_pairs",
     "note_on_profiles",
     "random_patch",
     "sample_generator",

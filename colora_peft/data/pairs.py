@@ -5,6 +5,7 @@ Images are float32 RGB (3, H, W) in [0, 1].
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from colora_peft.images import as_float, list_images
-from colora_peft.utils import some, some_sentences
+from colora_peft.images import as_float, is_turned, why_turned
+from colora_peft.utils import NamePattern, match_names, some_sentences
 
 from .hub_columns import check_not_empty, column_lines, read_cell, undecoded
+from .sides import check_no_orphans, find_sides
 from .sources import ImageFiles, fingerprint_of
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
@@ -24,7 +26,8 @@ Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 class PairSource(Protocol):
     """Degraded and clean images of the same scene and size, by index; `names` tells users which is which.
 
-    A source may have a `fingerprint`, as `ImageSource` has.
+    A source may have a `fingerprint`, as `ImageSource` has, and `scenes`: the number of the target of each pair, where
+    several pairs share one.
     """
 
     names: Sequence[str]
@@ -35,34 +38,50 @@ class PairSource(Protocol):
 
 
 class PairedImageFolder:
-    """Pairs in the folders `input/` and `target/`, of equal file names (the suffix may differ).
+    """Pairs in a folder: in `input/` and `target/` below it or, where patterns tell them apart, side by side.
+
+    `colora_peft.utils.names` says what patterns are. The suffixes of two files of a pair may differ, and where no name
+    fits to the letter upper and lower case and the Unicode form, too.
+
+    Args:
+        folder: The folder.
+        input_pattern: Pattern of the names of inputs without suffix. With a `*` a target may have several inputs.
+        target_pattern: Pattern of the names of targets.
+
+    Attributes:
+        names: Names of the inputs, sorted.
+        scenes: Number of the target of each pair, which several inputs may share.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: A folder is empty, a name has no partner (the first 20 are listed) or two files share a name.
+        ValueError: A folder is empty, a name has no partner (the first 20 are listed), or several names fit where one
+            must.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        inputs, targets = (_by_stem(side) for side in _sides(Path(folder)))
-        orphans = sorted(inputs.keys() ^ targets.keys())
-        if orphans:
-            sides = [f"{name} (only in {'input' if name in inputs else 'target'})" for name in orphans]
-            raise ValueError(
-                f"In {folder} these images have no partner of the same name: {some(sides)}. Add the missing ones, "
-                "rename them or remove these."
-            )
+    def __init__(self, folder: str | Path, input_pattern: str = "{}", target_pattern: str = "{}") -> None:
+        patterns = NamePattern(input_pattern, "--input_pattern"), NamePattern(target_pattern, "--target_pattern")
+        inputs, targets = find_sides(Path(folder), *patterns)
+        try:
+            partners = match_names(list(inputs), list(targets), *patterns)
+        except ValueError as error:
+            raise ValueError(f"In {folder}: {error}") from error
+        check_no_orphans(Path(folder), list(inputs), list(targets), partners, patterns)
         self.names = sorted(inputs)
+        by_number = list(dict.fromkeys(partners[name] for name in self.names))
+        number_of = {target: number for number, target in enumerate(by_number)}
+        self.scenes = [number_of[partners[name]] for name in self.names]
         self._inputs = ImageFiles([inputs[name] for name in self.names])
-        self._targets = ImageFiles([targets[name] for name in self.names])
+        self._targets = ImageFiles([targets[name] for name in by_number])
 
     @property
     def fingerprint(self) -> str:
         sides = f"{self._inputs.fingerprint} and {self._targets.fingerprint}"
-        return fingerprint_of(f"{len(self)} pairs", (sides,))
+        shared = map(str, self.scenes) if len(self._targets) < len(self) else ()
+        return fingerprint_of(f"{len(self)} pairs", (sides, *shared))
 
     def files(self, index: int) -> tuple[Path, Path]:
         """Returns the files of a pair."""
-        return self._inputs.paths[index], self._targets.paths[index]
+        return self._inputs.paths[index], self._targets.paths[self.scenes[index]]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,27 +92,8 @@ class PairedImageFolder:
 
     def stored(self, index: int) -> Pair:
         """Returns a pair as it is stored, uint8 where its files have 8 bits: in a quarter of the memory."""
-        return check_pair(self.names[index], self._inputs[index], self._targets[index])
-
-
-def _sides(folder: Path) -> tuple[Path, Path]:
-    sides = (folder / "input", folder / "target")
-    for needed in (folder, *sides):
-        if not needed.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {needed}; check the path. Pairs are read from a folder that holds `input/` and "
-                "`target/` with images of the same file names."
-            )
-    return sides
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    by_stem: dict[str, Path] = {}
-    for path in list_images(folder):
-        if path.stem in by_stem:
-            raise ValueError(f"{folder} holds {by_stem[path.stem].name} and {path.name}: keep one of each name.")
-        by_stem[path.stem] = path
-    return by_stem
+        degraded, target = self._inputs[index], self._targets[self.scenes[index]]
+        return check_pair(self.names[index], degraded, target, *self.files(index))
 
 
 class PairedHubDataset:
@@ -132,15 +132,21 @@ class PairedHubDataset:
         """Returns a pair as it is stored, uint8 where its files have 8 bits: in a quarter of the memory."""
         row, name = self._split[index], self.names[index]
         degraded, target = (read_cell(row[side], f"{name}, {side}") for side in ("input", "target"))
-        return check_pair(name, degraded, target)
+        return check_pair(name, degraded, target, *(_file_of(row[side]) for side in ("input", "target")))
 
 
-def check_pair(name: str, degraded: Tensor, target: Tensor) -> Pair:
-    """Returns the pair, or raises ValueError where its images differ in size."""
+def _file_of(cell: dict[str, Any]) -> Path | io.BytesIO:
+    """Returns what tells the orientation of the image in a cell; of an address nothing does."""
+    return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"])
+
+
+def check_pair(name: str, degraded: Tensor, target: Tensor, *files: Path | io.BytesIO) -> Pair:
+    """Returns the pair, or raises ValueError where its images differ in size; the files may tell why."""
     if degraded.shape != target.shape:
+        why = why_turned(degraded, target, *(is_turned(file) for file in files)) if files else ""
         raise ValueError(
             f"Pair {name}: the input is {degraded.shape[2]}x{degraded.shape[1]} pixels but the target "
-            f"{target.shape[2]}x{target.shape[1]}; both must have the same size."
+            f"{target.shape[2]}x{target.shape[1]}{why}; both must have the same size."
         )
     return degraded, target
 
@@ -179,6 +185,7 @@ class PairSubset:
 
     def __init__(self, pairs: PairSource, indices: Sequence[int]) -> None:
         self.names = [pairs.names[index] for index in indices]
+        self.scenes = [_scenes_of(pairs)[index] for index in indices]
         self._pairs = pairs
         self._indices = list(indices)
 
@@ -216,3 +223,32 @@ def draw_pairs(pairs: PairSource, count: int, seed: int) -> tuple[PairSubset, Pa
         )
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     return PairSubset(pairs, sorted(order[:count])), PairSubset(pairs, sorted(order[count:]))
+
+
+def _scenes_of(pairs: PairSource) -> Sequence[int]:
+    return getattr(pairs, "scenes", range(len(pairs)))
+
+
+def count_in_words(pairs: PairSource) -> str:
+    """Returns "30 pairs" or, where targets have several inputs, "90 inputs of 30 targets"."""
+    targets = len(set(_scenes_of(pairs)))
+    return f"{len(pairs)} pairs" if targets == len(pairs) else f"{len(pairs)} inputs of {targets} targets"
+
+
+def hold_out_pairs(pairs: PairSource, one_in: int, seed: int) -> tuple[PairSubset, PairSubset]:
+    """Returns the pairs of one in so many targets, at least one, drawn by the seed, and the others.
+
+    All inputs of a target are on one side: a network that was trained on one of them knows the others.
+
+    Raises:
+        ValueError: There is one target alone.
+    """
+    scenes = _scenes_of(pairs)
+    known = list(dict.fromkeys(scenes))
+    if len(known) < 2:
+        raise ValueError("One pair cannot be split for evaluation; give a separate --eval_dir.")
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = {known[number] for number in order[: max(1, len(known) // one_in)]}
+    held_out, others = ([index for index in range(len(pairs)) if (scenes[index] in drawn) == side]
+                        for side in (True, False))  # fmt: skip
+    return PairSubset(pairs, held_out), PairSubset(pairs, others)

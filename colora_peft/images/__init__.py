@@ -13,11 +13,13 @@ from .reading import (
     IMAGE_SUFFIXES,
     as_float,
     decode_stored,
+    is_turned,
     list_images,
     read_bytes,
     read_image,
     read_stored,
     to_pil,
+    why_turned,
 )
 from .sheets import encode_sheet, paint_sheet, save_comparison, save_sheet
 
@@ -34,6 +36,7 @@ __all__ = [
     "encode_sheet",
     "fitting_profile",
     "format_of",
+    "is_turned",
     "list_images",
     "paint_sheet",
     "profile_name",
@@ -45,6 +48,7 @@ __all__ = [
     "save_comparison",
     "save_sheet",
     "to_pil",
+    "why_turned",
     "without_pillow_s_limit",
     "write_image_file",
 ]

@@ -38,6 +38,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLES_PER_PIXEL, _PLANAR_CONFIG
 _EXTRA_SAMPLES = 338
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _OPACITY_IS_MULTIPLIED_IN = 1
+_TURNS = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
@@ -200,6 +201,29 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def is_turned(file: str | Path | io.BytesIO) -> bool:
+    """Whether the EXIF orientation of an image file exchanges its width and height."""
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
+            return _orientation(opened) in _TURNS
+    # Whoever reads the image itself says what is wrong with it.
+    except Exception:
+        return False
+
+
+def why_turned(first: Tensor, second: Tensor, first_is_turned: bool, second_is_turned: bool) -> str:
+    """Reason in words why an input and its target (3, H, W) have each other's width and height; "" if they do not."""
+    if first.shape[-2:] != second.shape[:-3:-1]:
+        return ""
+    if first_is_turned == second_is_turned:
+        return " (one of them is turned by 90 degrees)"
+    one, other = ("input", "target") if first_is_turned else ("target", "input")
+    return (
+        f" (the {one} is turned by its EXIF orientation, which the {other} lost: turn the pixels of the {other}, too, "
+        f"or remove the tag from the {one})"
+    )
+
+
 def has_16_bits(image: Image.Image, data: bytes) -> bool:
     """Whether an image that Pillow opened from `data` is a PNG or TIFF of 16 bits a value."""
     # Pillow halves 16-bit colour silently, so its mode does not tell.
@@ -241,7 +265,7 @@ def _check_layout(image: Image.Image) -> None:
 
 def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Applies any of the eight EXIF orientations to an (H, W) or (H, W, C) array."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _TURNS:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

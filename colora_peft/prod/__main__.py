@@ -51,5 +51,5 @@ def main(args: SheetArguments) -> None:
 if __name__ == "__main__":
     try:
         main(HfArgumentParser(SheetArguments).parse_args_into_dataclasses()[0])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"colora_peft.prod: {error}")

@@ -1,4 +1,4 @@
-"""The settings of a restoration, as examples/restore.py takes them on its command line."""
+"""The settings of a restoration, as `colora-restore` and examples/restore.py take them on their command lines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from colora_peft.utils import check_at_least, flag
 class RestoreArguments:
     """Flags of the restoration."""
 
-    input: list[str] = flag(help="Image files, folders (with all below them) and patterns such as 'photos/**/*.png'.")
+    input: list[str] = flag(
+        help="Image files, folders (with all below them) and patterns such as 'photos/**/*.png'. Words before the "
+        "first flag count, too.",
+        factory=list,
+    )
     model_name_or_path: str | None = flag(
         None,
         "The network: a folder, an id on the Hub, or module:function that returns it. Default: the "
-        "base that the (first) adapter names; without adapter the network that comes with the examples.",
+        "base that the (first) adapter names; without adapter, examples/restore.py has a network of its own.",
     )
     adapter: list[str] | None = flag(
         None,
@@ -33,6 +37,11 @@ class RestoreArguments:
         "and tiles laid as restore_image does, so that on images that the network must pad the figures "
         "may differ a little from those of finetune.py.",
     )
+    input_pattern: str = flag(
+        "{}",
+        "Names of the inputs without suffix, such as '{}_noisy', where those of --targets differ; see finetune.py.",
+    )
+    target_pattern: str = flag("{}", "Names of the targets, such as '{}_clean'.")
     compare: bool = flag(
         False, "Also write input | restored (| target) side by side, in comparisons/ below --output_dir."
     )

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colora_peft.images import FORMATS, IMAGE_SUFFIXES
-from colora_peft.utils import some
+from colora_peft.utils import NamePattern, folded, some
 
 __all__ = ["COMPARISONS", "Job", "plan_jobs"]
 
 COMPARISONS = "comparisons"
+
+Key = tuple[str | None, tuple[str, ...] | None]
+"""Folder of an image, or None for any, and what is shared of its name; None for another name."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def plan_jobs(
     subfolders: Sequence[str],
     file_format: str | None = None,
     targets: str | Path | None = None,
+    patterns: tuple[str, str] = ("{}", "{}"),
 ) -> list[Job]:
     """The jobs in the order of the inputs, each file once.
 
@@ -55,6 +59,7 @@ def plan_jobs(
         file_format: A key of `colora_peft.images.formats.FORMATS`; None keeps each file's own.
         targets: Folder of images of the same names, with any suffix: at the same path below it, or else,
             where no other input has that name, anywhere below it.
+        patterns: Patterns of the names of inputs and targets, see `colora_peft.utils.names`.
 
     Raises:
         FileNotFoundError: An input is not there, or the folder of targets.
@@ -65,7 +70,7 @@ def plan_jobs(
     found = _once(pair for text in inputs for pair in _find(text, output_dir))
     if not found:
         raise ValueError("There is nothing to restore: give files, folders or patterns.")
-    targets_of = _Targets(Path(targets), [name for _, name in found]) if targets is not None else None
+    targets_of = _Targets(Path(targets), [name for _, name in found], patterns) if targets is not None else None
     jobs = []
     for source, name in found:
         written = _with_format(name, file_format)
@@ -92,7 +97,7 @@ def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
     path = Path(text)
     if path.is_dir():
         yield from _below(path, path, output_dir)
-    elif path.exists():
+    elif path.exists() or path.is_symlink():  # a link to nothing fails alone, as among the files of a folder
         yield path, Path(path.name)
     elif glob.has_magic(text):
         matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
@@ -124,13 +129,14 @@ def _below(folder: Path, root: Path, output_dir: Path, may_be_empty: bool = Fals
 
 
 def _is(path: Path, other: Path) -> bool:
-    return path.resolve() == other.resolve()
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _is_below(match: Path, output_dir: Path, fixed: Path) -> bool:
     """Whether a match lies in the output folder, and the output folder below the beginning of the pattern."""
-    results, root = output_dir.resolve(), fixed.resolve()
-    return results != root and results.is_relative_to(root) and match.resolve().is_relative_to(results)
+    # Not `resolve`, which raises on a link to itself.
+    results, root, found = (Path(os.path.realpath(path)) for path in (output_dir, fixed, match))
+    return results != root and results.is_relative_to(root) and found.is_relative_to(results)
 
 
 def _with_format(name: Path, file_format: str | None) -> Path:
@@ -142,7 +148,8 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
     """Refuse two inputs for one output, and an output that is an input, under whatever name."""
     # Without case: some file systems do not tell A.png from a.png.
     owners: dict[str, Path] = {}
-    identities = {_identity(path): path for job in jobs for path in (job.source, job.target) if path is not None}
+    sources = [path for job in jobs for path in (job.source, job.target) if path is not None]
+    identities = {identity: path for path in sources if (identity := _identity(path)) is not None}
     for job in jobs:
         for output in (*job.results, job.comparison):
             other = owners.setdefault(str(output).casefold(), job.source)
@@ -151,7 +158,7 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
                     f"{other} and {job.source} would both be written to {output}; restore them into different "
                     "folders, or give the folder above them, whose structure is kept."
                 )
-            if output.exists() and _identity(output) in identities:
+            if _identity(output) in identities:
                 raise ValueError(
                     f"The result of {job.source} would overwrite {identities[_identity(output)]}; choose another "
                     "output folder."
@@ -163,36 +170,62 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
                 )
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Identity that two names of one file share; None of a link to nothing and of what may not be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 
 class _Targets:
-    """The images below a folder, by their path without suffix, and by their stem.
+    """The images below a folder, by their path without suffix, and by their stem; to the letter, then folded.
 
     Args:
         folder: Folder of the targets.
         names: Names of all inputs. By its stem a target is found only where one input has that stem, and none has its
             path: the target of day/1.png is not that of night/1.png.
+        patterns: Patterns of the stems of inputs and targets.
     """
 
-    def __init__(self, folder: Path, names: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, names: Sequence[Path], patterns: tuple[str, str]) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} of targets; check the path.")
-        self._by_path: dict[Path, list[Path]] = {}
-        self._by_stem: dict[str, list[Path]] = {}
-        paths, self._inputs = {name.with_suffix("") for name in names}, Counter(name.stem for name in names)
-        for path, name in _below(folder, folder, folder):
-            self._by_path.setdefault(name.with_suffix(""), []).append(path)
-            if name.with_suffix("") not in paths:
-                self._by_stem.setdefault(name.stem, []).append(path)
+        self._of_inputs = NamePattern(patterns[0], "--input_pattern")
+        of_targets = NamePattern(patterns[1], "--target_pattern")
+        if self._of_inputs.fields != of_targets.fields:
+            raise ValueError("--input_pattern and --target_pattern need as many {} as each other.")
+        left = list(_below(folder, folder, folder))
+        self._levels: list[tuple[Counter[Key], dict[Key, list[Path]]]] = []
+        for level in (0, 1):
+            inputs = [_keys(self._of_inputs, name)[level] for name in names]
+            of_paths, known = set(inputs), {}
+            others = []
+            for path, name in left:
+                parent, stem = _keys(of_targets, name)[level]
+                if (parent, stem) in of_paths:
+                    known.setdefault((parent, stem), []).append(path)
+                else:
+                    known.setdefault((None, stem), []).append(path)
+                    others.append((path, name))
+            self._levels.append((Counter(stem for _, stem in inputs), known))
+            left = others  # what fits to the letter is taken
 
     def find(self, name: Path) -> Path | None:
-        candidates = self._by_path.get(name.with_suffix(""), [])
-        if not candidates and self._inputs[name.stem] == 1:
-            candidates = self._by_stem.get(name.stem, [])
-        if len(candidates) > 1:
-            paths = some([str(path) for path in candidates])
-            raise ValueError(f"Several targets have the name of {name}: {paths}; keep one.")
-        return candidates[0] if candidates else None
+        for (parent, stem), (inputs, known) in zip(_keys(self._of_inputs, name), self._levels, strict=True):
+            candidates = known.get((parent, stem), []) if stem is not None else []
+            if not candidates and stem is not None and inputs[stem] == 1:
+                candidates = known.get((None, stem), [])
+            if len(candidates) > 1:
+                paths = some([str(path) for path in candidates])
+                raise ValueError(f"Several targets have the name of {name}: {paths}; keep one.")
+            if candidates:
+                return candidates[0]
+        return None
+
+
+def _keys(pattern: NamePattern, name: Path) -> tuple[Key, Key]:
+    """The folder of a name and what its pattern says of it, to the letter and folded."""
+    parent = name.parent.as_posix()
+    return (parent, pattern.exact_key(name.stem)), (folded(parent), pattern.folded_key(name.stem))

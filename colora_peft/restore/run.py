@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from colora_peft.images import (
     encode_image_file,
     fitting_profile,
     format_of,
+    is_turned,
     read_image_file,
     save_comparison,
+    why_turned,
 )
 from colora_peft.inference import restore_image
 from colora_peft.utils import write_bytes
@@ -36,13 +39,14 @@ class RestoreRun:
         self.adapters = adapters
         self.record = record
         self.args = args
+        self._unchecked: dict[Path, Exception] = {}
 
     def settings_of(self, label: str, source: str) -> dict[str, object]:
         """All settings that decide the pixels of a result; `source` is the digest of the input."""
         return {"input": source, "weights": self.adapters.digest_of(label), **self.args.settings()}
 
     def check_kept(self, jobs: list[Job]) -> None:
-        """Refuse to keep results that this run would make otherwise.
+        """Refuse to keep results that this run would make otherwise. What cannot be compared fails alone, later.
 
         Raises:
             ValueError: There are such, and no --overwrite.
@@ -53,7 +57,12 @@ class RestoreRun:
             for label, result in zip(self.adapters.labels, job.results, strict=True):
                 if not result.exists():
                     continue
-                difference = self.record.difference(result, self.settings_of(label, digest_of_file(job.source)))
+                try:
+                    settings = self.settings_of(label, digest_of_file(job.source))
+                    difference = self.record.difference(result, settings)
+                except (ValueError, OSError) as error:
+                    self._unchecked[result] = error
+                    continue
                 if difference is not None:
                     raise ValueError(
                         f"{result} is there, but not as this run would make it ({difference}). Choose another "
@@ -65,6 +74,8 @@ class RestoreRun:
         rows = [Row(job.name, label, result) for label, result in zip(self.adapters.labels, job.results, strict=True)]
         for row in rows:
             row.kept = row.result.exists() and not self.args.overwrite
+            if row.result in self._unchecked:
+                row.failed(self._unchecked[row.result])
         look = self.args.targets is not None or (self.args.compare and not job.comparison.exists())
         if all(row.kept for row in rows) and not look:
             return rows
@@ -78,7 +89,7 @@ class RestoreRun:
         for row in rows:
             row.size = tuple(image.colour.shape[:0:-1])
             try:
-                if not row.kept:
+                if not (row.kept or row.error):
                     self._restore(image, digest, row)
             except Exception as error:
                 row.failed(error)
@@ -120,9 +131,10 @@ class RestoreRun:
             return
         target = read_image_file(job.target, self.args.max_pixels).on_white if job.target else None
         if target is not None and target.shape != image.colour.shape:
+            why = why_turned(image.colour, target, is_turned(job.source), is_turned(job.target))
             raise ValueError(
                 f"The target {job.target} is {target.shape[2]} x {target.shape[1]} pixels, {job.source} "
-                f"{image.colour.shape[2]} x {image.colour.shape[1]}; without figures."
+                f"{image.colour.shape[2]} x {image.colour.shape[1]}{why}; without figures."
             )
         results = [read_image_file(row.result, self.args.max_pixels).on_white for row in rows]
         for row, result in zip(rows, results, strict=True):

@@ -19,6 +19,7 @@ from .task import (
     load_network,
     load_pairs,
     measure_contributions,
+    open_pairs,
     report_allocation,
 )
 from .trackers import create_accelerator
@@ -42,6 +43,7 @@ __all__ = [
     "load_pairs",
     "measure_contributions",
     "open_output_dir",
+    "open_pairs",
     "prepare_for_tuning",
     "read_state",
     "reconstruct",

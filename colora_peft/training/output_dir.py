@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from colora_peft.utils import PARTIAL, Processes, write_json
+from colora_peft.utils import PARTIAL, Processes, check_writable, write_json
 
 from .arguments import OnResume, TrainArguments, flags_with
 from .checkpoint import list_checkpoints, read_state
@@ -30,17 +30,25 @@ _NOTES = frozenset({_RUN_FILE, "train_log.jsonl", "validation_log.jsonl", "skipp
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def check_output_dir(args: TrainArguments) -> Path | None:
+def check_output_dir(args: TrainArguments, accelerator: Accelerator | None = None) -> Path | None:
     """Refuse an output folder that the run may not write into; return the checkpoint to resume from, if any.
 
     `--resume_from_checkpoint latest` begins a run that has not begun, so that one command starts it and restarts it.
 
+    Args:
+        args: The run's settings.
+        accelerator: That of the run, of which every process calls; the one that writes tries whether it can.
+
     Raises:
-        ValueError: if the folder already holds a run and neither resuming nor overwriting was asked for, if it holds
-            other files or what the run reads, if there is nothing to resume from, or if the run to resume had other
-            settings.
+        ValueError: if nothing can be written there, if the folder already holds a run and neither resuming nor
+            overwriting was asked for, if it holds other files or what the run reads, if there is nothing to resume
+            from, or if the run to resume had other settings.
     """
     output_dir = Path(args.output_dir)
+    if accelerator is not None:
+        with Processes(accelerator).failing_together():
+            if accelerator.is_main_process:
+                check_writable(output_dir)
     checkpoint = None if args.resume_from_checkpoint is None else _find_checkpoint(args, output_dir)
     if checkpoint is None:
         _check_free(args, output_dir)

@@ -19,7 +19,9 @@ from colora_peft.data import (
     PairedPatches,
     PairSource,
     check_pairs,
+    count_in_words,
     draw_pairs,
+    hold_out_pairs,
     note_on_profiles,
 )
 from colora_peft.evaluation import SSIM_WINDOW_PX
@@ -54,6 +56,12 @@ class TaskArguments:
     eval_dir: Annotated[str | None, OnResume.FREE, OnResume.INPUT] = flag(
         None, "Path to such a folder for evaluation. With --train_dir alone, a fifth of its pairs is held out."
     )
+    input_pattern: Annotated[str, OnResume.DATA] = flag(
+        "{}",
+        "Names of the inputs without suffix, such as '{}_noisy': {} is what both names of a pair share, * what does "
+        "not count. With *, as in '{}_*', a target may have several inputs. Pairs may then lie side by side, too.",
+    )
+    target_pattern: Annotated[str, OnResume.DATA] = flag("{}", "Names of the targets, such as '{}_clean'.")
     dataset_name: Annotated[str | None, OnResume.DATA, OnResume.INPUT] = flag(
         None,
         "Instead of folders: a Hugging Face dataset (Hub id or folder) with the image columns input and target; its "
@@ -115,17 +123,17 @@ def load_pairs(
         default_dir: Folder with train/ and test/, where `args` name no data.
     """
     eval_pairs = None
+    if args.train_dir is None and (args.input_pattern, args.target_pattern) != ("{}", "{}"):
+        raise ValueError("--input_pattern and --target_pattern have no effect without --train_dir: add it.")
     if args.dataset_name is not None:
         train_pairs, eval_pairs = _load_hub_pairs(args)
     elif args.train_dir is None:
         train_pairs, eval_pairs = (PairedImageFolder(Path(default_dir) / side) for side in ("train", "test"))
     else:
-        train_pairs = PairedImageFolder(args.train_dir)
-        eval_pairs = PairedImageFolder(args.eval_dir) if args.eval_dir is not None else None
+        train_pairs = open_pairs(args, args.train_dir, accelerator)
+        eval_pairs = open_pairs(args, args.eval_dir, accelerator) if args.eval_dir is not None else None
     if eval_pairs is None:
-        if len(train_pairs) < 2:
-            raise ValueError("One pair cannot be split for evaluation; give a separate --eval_dir.")
-        eval_pairs, train_pairs = draw_pairs(train_pairs, max(1, len(train_pairs) // 5), args.seed)
+        eval_pairs, train_pairs = hold_out_pairs(train_pairs, one_in=5, seed=args.seed)
         names = ", ".join(eval_pairs.names)
         accelerator.print(f"No evaluation pairs were given: {len(eval_pairs)} are held out ({names}).")
     if args.max_train_samples is not None:
@@ -135,6 +143,14 @@ def load_pairs(
     for note in filter(None, map(note_on_profiles, (train_pairs, eval_pairs))):
         accelerator.print(note)
     return train_pairs, eval_pairs
+
+
+def open_pairs(args: TaskArguments, folder: str | Path, accelerator: Accelerator) -> PairedImageFolder:
+    """The pairs in a folder by the patterns of `args`; says so if targets have several inputs."""
+    pairs = PairedImageFolder(folder, args.input_pattern, args.target_pattern)
+    if len(set(pairs.scenes)) < len(pairs):
+        accelerator.print(f"{folder}: {count_in_words(pairs)}.")
+    return pairs
 
 
 def _load_hub_pairs(args: TaskArguments) -> tuple[PairSource, PairSource | None]:

@@ -22,7 +22,10 @@ def flag(default: Any = MISSING, help: str = "", *, factory: Callable[[], Any] |
 
 
 def run_script(
-    main: Callable[[_Arguments], int | None], arguments: type[_Arguments], *expected: type[Exception]
+    main: Callable[[_Arguments], int | None],
+    arguments: type[_Arguments],
+    *expected: type[Exception],
+    words: str | None = None,
 ) -> None:
     """Parse the command line into `arguments`, call `main` with them, and end the process with the code it returns.
 
@@ -32,13 +35,38 @@ def run_script(
         main: The script's work.
         arguments: Dataclass of the script's flags; what it raises in `__post_init__` is the user's error, too.
         expected: Further errors that are the user's.
+        words: Name of the flag, a list, that also takes the words of no flag.
     """
+    print_any_name()
     try:
-        (parsed,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
+        parsed = _parsed(arguments, words)
         code = main(parsed)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError, *expected) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     sys.exit(code)
+
+
+def _parsed(arguments: type[_Arguments], words: str | None) -> _Arguments:
+    if words is None:
+        (parsed,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
+        return parsed
+    # Not argparse's own positionals: it finds none after a flag.
+    parser = HfArgumentParser(arguments, usage=f"%(prog)s [{words.upper()} ...] [--flag VALUE ...]")
+    parsed, found = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown := [word for word in found if word.startswith("-")]:
+        raise ValueError(f"There is no flag {unknown[0]}; --help lists all.")
+    setattr(parsed, words, [*found, *getattr(parsed, words)])
+    return parsed
+
+
+def print_any_name() -> None:
+    """Has the terminal, or the file that the output goes to, show characters that it does not know as escapes.
+
+    Names of files hold any character, and on Linux bytes that are none. Printing one must not end a run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not None, nor what a notebook or a test has put in place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def check_at_least(args: object, name: str, least: int) -> None:

@@ -39,13 +39,49 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text as `write_bytes` does."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text as `write_bytes` does; of a file name's bytes that are no text it holds escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write indented JSON as `write_text` does."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Refuse a folder that cannot be made or written into, before the work whose results it is for.
+
+    A file is written where the folder is or would be, and deleted: permissions do not tell of a full disk.
+
+    Args:
+        folder: The folder; it need not exist.
+        flag: Name of its flag.
+
+    Raises:
+        ValueError: Nothing can be written there.
+    """
+    try:
+        existing = next(path for path in (Path(folder), *Path(folder).parents) if _is_there(path))
+        if not existing.is_dir():
+            kind = "a link to nothing" if existing.is_symlink() and not existing.exists() else "a file"
+            raise ValueError(f"{flag} {folder} cannot be written: {existing} is {kind}; choose another folder.")
+        partial = partial_path(existing / "check")
+        try:
+            partial.write_bytes(b"\0")
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{flag} {folder} cannot be written ({reason}); choose another folder.") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything, be it a link to nothing. Raises what is wrong with the path itself."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @contextmanager

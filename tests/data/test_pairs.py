@@ -10,7 +10,16 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from support.pairs import save
 
-from colora_peft.data.pairs import PairedHubDataset, PairedImageFolder, PairSubset, check_pair, check_pairs, draw_pairs
+from colora_peft.data.pairs import (
+    PairedHubDataset,
+    PairedImageFolder,
+    PairSubset,
+    check_pair,
+    check_pairs,
+    count_in_words,
+    draw_pairs,
+    hold_out_pairs,
+)
 from colora_peft.images.reading import read_image
 
 
@@ -64,6 +73,100 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     save(tmp_path / "input" / "a.jpg")
     with pytest.raises(ValueError, match=r"input holds a\.jpg and a\.png: keep one"):
         PairedImageFolder(tmp_path)
+
+
+def save_files(folder, **sides):
+    for side, names in sides.items():
+        for name in names:
+            save(folder / side / f"{name}.png", seed=sum(map(ord, name)))
+    return folder
+
+
+def test_patterns_tell_pairs_whose_names_differ(tmp_path):
+    save_files(tmp_path, input=["b_noisy", "A_noisy"], target=["a_clean", "b_clean"])
+    pairs = PairedImageFolder(tmp_path, "{}_noisy", "{}_clean")
+    assert pairs.names == ["A_noisy", "b_noisy"] and pairs.scenes == [0, 1] and count_in_words(pairs) == "2 pairs"
+    for number, name in enumerate(("a", "b")):
+        assert torch.equal(pairs[number][1], read_image(tmp_path / "target" / f"{name}_clean.png"))
+    with pytest.raises(ValueError, match=r'no partner of the same.* mean --input_pattern "{}_noisy" --target_pattern'):
+        PairedImageFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"no partner by the patterns {}_x and {}_clean: A_noisy \(only in input\)"):
+        PairedImageFolder(tmp_path, "{}_x", "{}_clean")
+
+
+def test_pairs_may_lie_side_by_side(tmp_path):
+    save_files(tmp_path, **{"": ["a_noisy", "a_clean", "b_noisy", "b_clean"]})
+    pairs = PairedImageFolder(tmp_path, "{}_noisy", "{}_clean")
+    assert pairs.names == ["a_noisy", "b_noisy"]
+    assert torch.equal(pairs[1][1], read_image(tmp_path / "b_clean.png"))
+    with pytest.raises(FileNotFoundError, match='such as --input_pattern "{}_noisy" --target_pattern "{}_clean"'):
+        PairedImageFolder(tmp_path)
+    save(tmp_path / "notes.png")
+    with pytest.raises(ValueError, match="fit neither {}_noisy nor {}_clean: notes. Change"):
+        PairedImageFolder(tmp_path, "{}_noisy", "{}_clean")
+
+
+def test_several_inputs_of_a_target_are_counted_and_change_the_fingerprint_alone(tmp_path):
+    save_files(tmp_path, input=["0_0", "0_1", "1_0", "2_0"], target=["0", "1", "2"])
+    pairs = PairedImageFolder(tmp_path, "{}_*")
+    assert count_in_words(pairs) == "4 inputs of 3 targets" and pairs.scenes == [0, 0, 1, 2]
+    assert torch.equal(pairs[1][1], pairs[0][1]) and not torch.equal(pairs[1][0], pairs[0][0])
+    save_files(tmp_path / "b", input=["0", "1", "2"], target=["0", "1", "2"])
+    of_one = PairedImageFolder(tmp_path / "b")
+    assert of_one.fingerprint == PairedImageFolder(tmp_path / "b", "{}*").fingerprint != pairs.fingerprint
+
+
+def test_the_fingerprint_of_pairs_of_equal_names_is_that_of_runs_before_there_were_patterns(tmp_path):
+    for side in ("input", "target"):
+        (tmp_path / side).mkdir()
+        for name in ("b", "a"):
+            (tmp_path / side / f"{name}.png").write_bytes(name.encode() * 7)
+    assert PairedImageFolder(tmp_path).fingerprint == "2 pairs, 9911b6c534692b3a"
+
+
+def test_inputs_of_one_target_are_held_out_together(tmp_path):
+    names = [f"{scene}_{shot}" for scene in range(7) for shot in range(1 + scene % 3)]
+    save_files(tmp_path, input=names, target=map(str, range(7)))
+    pairs = PairedImageFolder(tmp_path, "{}_*")
+    for seed in range(20):
+        held_out, others = hold_out_pairs(pairs, 3, seed)
+        scenes = [{name[0] for name in side.names} for side in (held_out, others)]
+        assert len(scenes[0]) == 2 and not scenes[0] & scenes[1]
+        assert sorted(held_out.names + others.names) == pairs.names
+        again, _ = hold_out_pairs(others, 5, seed)  # of a part, too
+        assert {name for name in others.names if name[0] == again.names[0][0]} == set(again.names)
+
+
+def test_pairs_of_equal_names_are_held_out_as_they_were_before_there_were_scenes():
+    for count in (2, 9, 40):
+        for seed in range(5):
+            was, now = draw_pairs(NumberedPairs(count), max(1, count // 5), seed), None
+            now = hold_out_pairs(NumberedPairs(count), 5, seed)
+            assert [side.names for side in was] == [side.names for side in now]
+    with pytest.raises(ValueError, match="One pair cannot be split"):
+        hold_out_pairs(NumberedPairs(1), 5, 0)
+
+
+def test_a_side_that_exif_turned_is_named(tmp_path):
+    """A phone's photo was exported, and its EXIF lost on the way."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, side in enumerate(("input", "target")):
+        (tmp_path / side).mkdir()
+        for name, turned in (("a", number == 0), ("b", number == 1)):
+            image.save(tmp_path / side / f"{name}.jpg", exif=exif if turned else b"")
+        image.rotate(90 * number, expand=True).save(tmp_path / side / "c.jpg")
+    with pytest.raises(ValueError) as error:
+        check_pairs(PairedImageFolder(tmp_path), 1, "")
+    said = str(error.value)
+    assert "Pair a: the input is 10x12 pixels but the target 12x10 (the input is turned by its EXIF orient" in said
+    assert "Pair b: the input is 12x10 pixels but the target 10x12 (the target is turned by its EXIF orient" in said
+    assert "Pair c: the input is 12x10 pixels but the target 10x12 (one of them is turned by 90 degrees); both" in said
+    cells = [{side: {"bytes": (tmp_path / side / "a.jpg").read_bytes(), "path": None} for side in ("input", "target")}]
+    split = Dataset.from_list(cells, features=Features({side: ImageFeature() for side in ("input", "target")}))
+    with pytest.raises(ValueError, match=r"Pair row 0: .* \(the input is turned by its EXIF"):
+        PairedHubDataset(split)[0]
 
 
 def test_missing_and_empty_sides_are_named(tmp_path):

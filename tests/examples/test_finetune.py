@@ -114,6 +114,19 @@ def test_peers_train_and_load(flags, tiny_nafnet, method):
     assert not torch.equal(model(x).reconstruction, before(x).reconstruction)
 
 
+def test_several_inputs_of_a_target_side_by_side_are_counted_and_held_out_together(tiny_nafnet, tmp_path, capsys):
+    for path in write_pairs(tmp_path / "pairs", 3).rglob("*.png"):
+        for word in ("noisy1", "Noisy2") if path.parent.name == "input" else ("clean",):
+            shutil.copy(path, tmp_path / f"{path.stem}_{word}.png")
+    shutil.rmtree(tmp_path / "pairs")
+    flags = ["--train_dir", tmp_path, "--input_pattern", "{}_noisy*", "--target_pattern", "{}_clean", *QUICK]
+    run(*flags, "--model_name_or_path", tiny_nafnet, "--output_dir", tmp_path / "out")
+    output = capsys.readouterr().out
+    assert f"{tmp_path}: 6 inputs of 3 targets." in output and "4 pairs to train on, 2 to evaluate on" in output
+    held_out = re.search(r"2 are held out \((.*)_Noisy2, (.*)_noisy1\)", output)
+    assert held_out is not None and held_out[1] == held_out[2]
+
+
 def test_a_longer_run_learns_the_task(flags):
     """The task exchanges red and blue, which no unadapted network does."""
     metrics = metrics_of(run(*flags, "--max_train_steps", 60, "--checkpointing_steps", 60))
@@ -180,6 +193,11 @@ def unreadable(folder: Path) -> None:
     (folder / "input" / "scene0.png").write_bytes(b"no image")
 
 
+def linked_to_nothing(folder: Path) -> None:
+    (folder / "target" / "scene1.png").unlink()
+    (folder / "target" / "scene1.png").symlink_to("nowhere.png")
+
+
 def too_small(folder: Path) -> None:
     for side in ("input", "target"):
         Image.new("RGB", (20, 48)).save(folder / side / "scene1.png")
@@ -196,6 +214,7 @@ def missing(folder: Path) -> None:
         (empty, "holds no images"),
         (other_size, "scene2"),
         (unreadable, "scene0.png"),
+        (linked_to_nothing, "target/scene1.png cannot be read .No such file"),
         (too_small, "scene1.*20x48"),
         (missing, "no folder"),
     ],
@@ -222,6 +241,7 @@ def test_bad_pairs_are_named_and_nothing_is_left_behind(spoil, culprit, eval_dir
         (["--probe_steps", "0"], "probe_steps"),
         # Found out only when ranks are allocated, after the network was evaluated and probed.
         (["--parameter_budget", "1e-6"], "parameter_budget to at least"),
+        (["--input_pattern", "noisy"], "--input_pattern noisy has no"),
         (["--dataset_name", "somebody/pairs"], "exclude each other"),
         (["--resume_from_checkpoint", "checkpoint-7"], "no readable checkpoint"),
     ],

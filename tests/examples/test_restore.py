@@ -1,6 +1,7 @@
 """examples/restore.py: launched as a user would, then its laws and its complaints in one process."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,50 @@ def test_one_bad_file_fails_alone(folder, capsys):
         assert reason in output
     assert {path.name for path in stamps()} == {"a.png", "deep.png"}
     assert identity("--input", "photos") == 1
+
+
+def test_links_to_nothing_and_results_that_cannot_be_compared_fail_alone(folder, capsys):
+    Path("photos/gone.png").symlink_to("nowhere.png")
+    Path("photos/loop.png").symlink_to("loop.png")
+    assert identity() == 1
+    output = capsys.readouterr().out
+    assert "2 written, 0 kept as they were, 2 failed." in output
+    assert "photos/gone.png cannot be read (No such file or directory); check that the file is there." in output
+    assert identity("--input", "photos/gone.png", "photos/a.png") == 1
+    assert identity("--input", "photos/*") == 1
+
+    before = stamps()
+    Path("photos/a.png").rename("a.png")
+    Path("photos/a.png").symlink_to("nowhere.png")  # its result is there, and it cannot be read now
+    capsys.readouterr()
+    assert identity() == 1
+    assert "0 written, 1 kept as they were, 3 failed." in capsys.readouterr().out and stamps() == before
+    assert [row["error"] is None for row in summary()] == [False, True, False, False]
+
+
+def test_names_that_are_no_text_are_restored_and_recorded(folder, tiny_nafnet):
+    name = os.fsdecode(b"ph\xf6t\xff.png")
+    shutil.copy("photos/a.png", Path("photos", name))
+    Path("photos/\u65e5.png").symlink_to("nowhere.png")
+    command = [sys.executable, EXAMPLES / "restore.py", "--input", "photos", "--model_name_or_path", tiny_nafnet]
+    command = [*map(str, command), "--device", "cpu", "--compare"]
+    for kept in (0, 3):
+        done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 1, done.stderr.decode()
+        assert f"{3 - kept} written, {kept} kept as they were, 1 failed.".encode() in done.stdout
+        assert rb"ph\udcf6t\udcff.png" in done.stdout and rb"Failed: \u65e5.png" in done.stdout
+    assert read_image(Path("outputs/restored", name)).shape == read_image("photos/a.png").shape
+    assert name in [row["file"] for row in summary()]
+
+
+def test_a_destination_that_cannot_be_written_is_found_out_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(restore_run, "restore_image", None)
+    Path("file").touch()
+    for output_dir in ("file", "file/below"):
+        with pytest.raises(ValueError, match="cannot be written: file is "):
+            identity("--output_dir", output_dir)
+    with pytest.raises(ValueError, match=r"--output_dir /proc/results cannot be written \(.*\); choose another"):
+        identity("--output_dir", "/proc/results")
 
 
 def test_a_network_that_fails_leaves_nothing_behind(folder, capsys):

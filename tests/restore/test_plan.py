@@ -151,3 +151,19 @@ def test_no_input_and_no_target_is_ever_overwritten(photos):
     Path("clean/a.JPG").touch()
     with pytest.raises(ValueError, match=r"would overwrite clean/a\.JPG"):
         plan("photos/a.JPG", output_dir="clean", targets="clean")
+
+
+def test_targets_are_told_by_patterns_case_and_unicode_form(photos):
+    for name in ("in/a_noisy.png", "in/Caf\u00e9_noisy.png", "in/day/a_noisy.png", "clean/day/A_gt.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    for name in ("clean/a_GT.png", "clean/cafe\u0301_gt.png"):
+        Path(name).touch()
+    jobs = plan("in", targets="clean", patterns=("{}_noisy", "{}_gt"))
+    targets = ["clean/cafe\u0301_gt.png", "clean/a_GT.png", "clean/day/A_gt.png"]
+    assert [job.target.as_posix() for job in jobs] == targets
+    Path("clean/A_Gt.png").touch()
+    with pytest.raises(ValueError, match="Several targets have the name of a_noisy.png: .*A_Gt.*a_GT.*keep one"):
+        plan("in", targets="clean", patterns=("{}_noisy", "{}_gt"))
+    Path("clean/a_gt.png").touch()  # fits to the letter
+    assert plan("in", targets="clean", patterns=("{}_noisy", "{}_gt"))[1].target == Path("clean/a_gt.png")

@@ -1,5 +1,8 @@
 """A script ends with its code, or with one sentence on what its user can change."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -26,6 +29,18 @@ def ending(monkeypatch, main, *flags, expected=()):
 def test_the_exit_code_is_that_of_the_work(monkeypatch):
     assert ending(monkeypatch, lambda args: args.steps, "--steps", "3") == 3
     assert ending(monkeypatch, lambda args: args.names == ["a"] and None) is None
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_work():
+    """As with `> log.txt` on Windows, whose encoding knows few characters; and a name of bytes that are no text."""
+    program = "import os\nfrom colora_peft.utils import run_script\nfrom dataclasses import make_dataclass\n"
+    program += "run_script(lambda args: print('\u65e5.png', os.fsdecode(b'\\xff.png')), make_dataclass('A', []))"
+    for encoding in ("cp1252", "ascii", "utf-8"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode()
+        shown = "\u65e5" if encoding == "utf-8" else r"\u65e5"
+        assert done.stdout.decode().rstrip() == rf"{shown}.png \udcff.png"
 
 
 def test_errors_of_the_user_become_one_sentence(monkeypatch):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from colora_peft.utils import (
+    check_writable,
     files,
     relative_path,
     write_bytes,
@@ -31,13 +32,44 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_text_that_cannot_be_encoded_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "card.md"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "\ud800")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["card.md"]
+def test_bytes_of_a_name_that_are_no_text_are_written_as_escapes(tmp_path):
+    """A card that names a folder is written after the training, which must not be lost."""
+    name = os.fsdecode(b"r\xe9sultat")
+    write_text(tmp_path / "card.md", f"# {name}, \u00e9")
+    assert (tmp_path / "card.md").read_bytes() == b"# r\\udce9sultat, \xc3\xa9"
+    write_json(tmp_path / "run.json", {"output_dir": name})
+    assert json.loads((tmp_path / "run.json").read_text())["output_dir"] == name
+
+
+# Destinations
+
+
+def test_a_folder_that_can_be_written_into_is_as_before(tmp_path):
+    for folder in (tmp_path, tmp_path / "not" / "yet", os.path.relpath(tmp_path / "new")):
+        check_writable(folder)
+    (tmp_path / "there").mkdir()
+    os.symlink("there", tmp_path / "link")
+    check_writable(tmp_path / "link" / "below")
+    assert {entry.name for entry in tmp_path.rglob("*")} == {"there", "link"}
+
+
+def test_a_folder_that_cannot_be_written_into_is_refused_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    os.symlink("nowhere", tmp_path / "link")
+    for name in ("file", "file/below", "file/below/deeper"):
+        with pytest.raises(ValueError, match=rf"^--output_dir .*/{name} cannot be written: .*/file is a file; choose"):
+            check_writable(tmp_path / name)
+    with pytest.raises(ValueError, match="--logs .*/link/below cannot be written: .*/link is a link to nothing"):
+        check_writable(tmp_path / "link" / "below", "--logs")
+    with pytest.raises(ValueError, match=r"cannot be written \(File name too long\); choose another folder"):
+        check_writable(tmp_path / ("a" * 300))
+
+    def full(path, content):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match=r"--output_dir .*/new cannot be written \(Read-only file system\); choose"):
+        check_writable(tmp_path / "new")
 
 
 def test_paths_are_named_from_the_working_directory_if_below_it(tmp_path, monkeypatch):
