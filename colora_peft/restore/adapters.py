@@ -16,7 +16,7 @@ from torch import nn
 
 from colora_peft.hub import ADAPTER_FILES, Source, fetch, load, peft_type_of
 from colora_peft.tuner import CoLoRALayer
-from colora_peft.utils import digest_of_state
+from colora_peft.utils import PARTIAL, digest_of_state
 
 NO_ADAPTER = "none"
 MAX_STRENGTH = 1.5
@@ -38,7 +38,8 @@ def adapters_in(folder: str | Path) -> dict[str, Path]:
     folder, config = Path(folder), ADAPTER_FILES[0]
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")
-    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{config}"))}
+    paths = (path.parent for path in sorted(folder.glob(f"*/{config}")))
+    found = {path.name: path for path in paths if not path.name.endswith(PARTIAL)}
     if not found:
         raise ValueError(f"The folder {folder} holds no adapters, which are folders with an {config}: name another.")
     return found

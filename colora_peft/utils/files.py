@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from safetensors import SafetensorError
 # Ending of what is being written. A process that was killed may leave it behind: it is worth nothing.
 PARTIAL = ".partial"
 _KEPT_OF_NAME = 40  # characters; some file systems allow 255 bytes
+_numbers = itertools.count()  # next() of it is atomic
 
 
 def partial_path(path: str | Path) -> Path:
-    """Hidden sibling of `path` to write to first; no other process or thread has the same."""
+    """Hidden sibling of `path` to write to first: not there yet, and nobody else gets the same."""
     path = Path(path)
-    return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
+    while True:  # in a container, a killed process may have had the same number
+        own = f"{os.getpid()}-{threading.get_ident()}-{next(_numbers)}"
+        partial = path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{own}{PARTIAL}")
+        if not os.path.lexists(partial):
+            return partial
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -92,25 +98,45 @@ def writing_folder(path: str | Path, keep_others: bool = False) -> Iterator[Path
     as it was, and nothing else is left.
 
     Args:
-        path: The folder to write; it need not exist.
+        path: The folder to write, or a link to it; it need not exist.
         keep_others: Whether files of other names stay in `path`. The new ones then go there one by one.
+
+    Raises:
+        NotADirectoryError: `path` is a file.
     """
-    path, partial = Path(path), partial_path(path)
+    path = Path(path).resolve()  # "." has no name, and what a link leads to is replaced in its place
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; name a folder.")
+    # Inside where it can be: the folder above may be read-only, or on another file system.
+    partial, was_there = partial_path(path / "new" if keep_others else path), path.exists()
     partial.mkdir(parents=True)
     try:
         yield partial
         share_weights(partial)
         _flush(partial)
-        if keep_others and path.is_dir():
+        if keep_others:
             for file in partial.iterdir():
                 os.replace(file, path / file.name)
-            return
-        old = path.rename(partial_path(path).with_suffix(f".old{PARTIAL}")) if path.exists() else None
-        os.replace(partial, path)
-        if old is not None:
-            shutil.rmtree(old)
+        else:
+            _swap(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if keep_others and not was_there:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put the folder `new` in the place of `path`; if that fails, what was there is there again."""
+    old = path.rename(partial_path(path)) if path.exists() else None
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def _flush(folder: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from colora_peft import CoLoRAConfig
 from colora_peft.restore import AdapterSet, adapter_labels, adapters_in
+from colora_peft.utils import writing_folder
 
 
 def network():
@@ -112,6 +113,14 @@ def test_folders_without_adapters_are_named(tmp_path):
         adapters_in(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         adapters_in(tmp_path / "nowhere")
+
+
+def test_an_adapter_that_is_being_written_is_not_there_yet(tmp_path):
+    with writing_folder(tmp_path / "rain") as folder:
+        save_adapter(folder, 0)
+        with pytest.raises(ValueError, match="holds no adapters"):
+            adapters_in(tmp_path)
+    assert list(adapters_in(tmp_path)) == ["rain"]
 
 
 # ------------------------------------------------------------------------------------ strengths, blends and removals

@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import errno
+import itertools
 import json
 import os
 import threading
@@ -165,3 +166,79 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_pa
             (folder / "new").touch()
             raise OSError("full")
     assert [entry.name for entry in tmp_path.rglob("*")] == ["result", "old"]
+
+
+@pytest.mark.parametrize("keep_others", [True, False])
+def test_a_link_to_a_folder_stays_one(tmp_path, keep_others):
+    (tmp_path / "disk" / "result").mkdir(parents=True)
+    (tmp_path / "disk" / "result" / "old").touch()
+    os.symlink(tmp_path / "disk" / "result", tmp_path / "link")
+    with writing_folder(tmp_path / "link", keep_others) as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk") == ["result"]
+    assert set(os.listdir(tmp_path / "disk" / "result")) == ({"old", "new"} if keep_others else {"new"})
+    assert set(os.listdir(tmp_path)) == {"disk", "link"}
+
+
+@pytest.mark.parametrize("keep_others", [True, False])
+def test_a_file_is_not_replaced_by_a_folder(tmp_path, keep_others):
+    (tmp_path / "result").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="result is a file; name a folder"):
+        with writing_folder(tmp_path / "result", keep_others):
+            pytest.fail("the work began")
+    assert (tmp_path / "result").read_text() == "mine" and os.listdir(tmp_path) == ["result"]
+
+
+def test_files_go_into_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with writing_folder(".", keep_others=True) as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("keep_others", [True, False])
+def test_folders_with_names_that_begin_alike_are_written_side_by_side(tmp_path, keep_others):
+    names = [tmp_path / ("a" * 50 + end) for end in "xy"]
+    with writing_folder(names[0], keep_others) as outer, writing_folder(names[1], keep_others) as inner:
+        (outer / "outer").touch()
+        (inner / "inner").touch()
+    assert [os.listdir(name) for name in names] == [["outer"], ["inner"]] and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_folder_left_by_a_killed_process_of_the_same_number_is_in_nobody_s_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_numbers", itertools.count())
+    files.partial_path(tmp_path / "result").mkdir()
+    monkeypatch.setattr(files, "_numbers", itertools.count())
+    with writing_folder(tmp_path / "result") as folder:
+        (folder / "mine").touch()
+    assert os.listdir(tmp_path / "result") == ["mine"]
+
+
+def test_files_that_are_kept_with_others_need_no_folder_beside_theirs(tmp_path, monkeypatch):
+    """The folder above may be read-only, or on another disk, as above a mount point."""
+    made, mkdir = [], Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, *args, **kwargs: made.append(path) or mkdir(path, *args, **kwargs))
+    with writing_folder(tmp_path, keep_others=True):
+        assert [path.parent for path in made] == [tmp_path.resolve()]
+
+
+def test_a_new_folder_of_kept_files_is_gone_after_an_error(tmp_path):
+    with pytest.raises(OSError, match="full"):
+        with writing_folder(tmp_path / "result", keep_others=True) as folder:
+            (folder / "new").touch()
+            raise OSError("full")
+    assert not os.listdir(tmp_path)
+
+
+def test_the_old_folder_is_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "old").touch()
+
+    def refused(*names):
+        raise OSError("busy")
+
+    monkeypatch.setattr(files.os, "replace", refused)
+    with pytest.raises(OSError, match="busy"):
+        with writing_folder(tmp_path / "result"):
+            pass
+    assert os.listdir(tmp_path) == ["result"] and os.listdir(tmp_path / "result") == ["old"]
