@@ -15,7 +15,14 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from colora_peft.tuner import CoLoRAConfig, CoLoRAModel, base_fingerprint, check_not_compiled, is_other_base
+from colora_peft.tuner import (
+    CoLoRAConfig,
+    CoLoRAModel,
+    base_fingerprint,
+    carried_adapters,
+    check_not_compiled,
+    is_other_base,
+)
 
 from .networks import load_backbone, load_from_folder
 from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
@@ -55,7 +62,8 @@ def load(
         OSError: There is no such folder or repository, access is refused, the Hub does not answer, or the base is not
             found.
         ValueError: The files are incomplete, damaged, not those of a CoLoRA adapter, or of a method version that this
-            package does not read; they hold a pickle; or the base has other weights than the adapter was trained on.
+            package does not read; they hold a pickle; or the base has other weights than the adapter was trained on, or
+            carries the adapter of another model.
         TypeError: `base` is of another kind.
 
     Warns:
@@ -173,12 +181,22 @@ def _find_base(config: PeftConfig, folder: Path, source: Source) -> nn.Module:
         raise type(error)(f"The base {name} of {source} was not found. {error} Or {ask}.") from error
 
 
+def _free_name(name: str, taken: list[str]) -> str:
+    return name if name not in taken else f"{name}_{len(taken) + 1}"
+
+
 def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name: str, source: Source) -> nn.Module:
     """Put the adapter onto the network, if that is the one it was trained on."""
     check_not_compiled(network)
     adapted = isinstance(network, PeftModel)
     if adapted and not isinstance(network.base_model, CoLoRAModel):
         raise ValueError("The base carries adapters of another PEFT method: pass the bare network.")
+    if not adapted and (carried := carried_adapters(network)):
+        raise ValueError(
+            f"The base carries adapter {carried[0]!r} already, and the model it belongs to would run the new one. Load "
+            f"it onto that model, colora_peft.load({str(source)!r}, base=model, "
+            f"adapter_name={_free_name(adapter_name, carried)!r}), or pass a base that carries none."
+        )
     if adapted and adapter_name in network.peft_config:
         raise ValueError(f"The base has an adapter {adapter_name!r}: choose another adapter_name.")
     fingerprint = network.base_model.fingerprint_of_base() if adapted else base_fingerprint(network)

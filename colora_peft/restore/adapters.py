@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from colora_peft.hub import ADAPTER_FILES, Source, fetch, load, peft_type_of
-from colora_peft.tuner import CoLoRALayer
+from colora_peft.tuner import CoLoRALayer, carried_adapters
 from colora_peft.utils import PARTIAL, digest_of_state
 
 NO_ADAPTER = "none"
@@ -76,10 +76,14 @@ class AdapterSet:
         labels: Labels in the order in which the adapters came.
 
     Raises:
-        ValueError: as `add`.
+        ValueError: The network is not bare; else as `add`.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, str | Path]) -> None:
+        if carried := carried_adapters(network):
+            raise ValueError(
+                f"The network carries adapter {carried[0]!r} already: pass the bare one, as `load_backbone` gives it."
+            )
         self.labels: list[str] = []
         self._bare = network.eval()
         self._by_method: dict[str, PeftModel] = {}

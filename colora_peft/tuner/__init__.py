@@ -9,7 +9,7 @@ from .config import METHOD_VERSION, PRIOR_CONTRIBUTIONS, CoLoRAConfig
 from .fingerprint import base_fingerprint, is_other_base
 from .functional import factors_save_time, run_with_factors, run_with_weight
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from .layer import CoLoRALayer
+from .layer import CoLoRALayer, carried_adapters
 from .lora_export import lora_obstacle, save_as_lora
 from .model import CoLoRAModel
 from .registration import register_colora
@@ -25,6 +25,7 @@ __all__ = [
     "PRIOR_CONTRIBUTIONS",
     "adapter_scaling",
     "base_fingerprint",
+    "carried_adapters",
     "check_not_compiled",
     "factors_save_time",
     "hotswap_adapter",

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .deltas import DeltaStore
@@ -225,6 +225,13 @@ class CoLoRALayer(DeltaStore):
 def adapted_layers(model: nn.Module) -> dict[str, CoLoRALayer]:
     """Returns the layers of a network that carry adapters by full module name, in network order."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, CoLoRALayer)}
+
+
+def carried_adapters(model: nn.Module) -> list[str]:
+    """Returns the names of the adapters, of any PEFT method, in the layers of a network, each once."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    stores = [getattr(layer, store, {}) for layer in layers for store in layer.adapter_layer_names]
+    return list(dict.fromkeys(adapter for store in stores if hasattr(store, "keys") for adapter in store.keys()))
 
 
 def _after_loading(layer: CoLoRALayer, incompatible_keys: Any) -> None:

@@ -3,6 +3,7 @@
 `colora_peft.tuner.targets` decides which layer gets which rank, before the first layer is wrapped.
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from .blending import Blend, blend_adapters
 from .config import CoLoRAConfig
 from .deltas import check_adapter_name
 from .fingerprint import base_fingerprint, note_base
-from .layer import CoLoRALayer, adapted_layers
+from .layer import CoLoRALayer, adapted_layers, carried_adapters
 from .load_checks import check_state_dict, place_weights
 from .mixed_batch import adapters_by_sample
 from .offloading import check_nothing_offloaded, is_offloaded
@@ -31,6 +32,10 @@ class CoLoRAModel(BaseTuner):
 
     _fingerprint: str | None = None
     """Fingerprint of the base, taken before anything of it was trained or merged."""
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _warn_of_shared_layers(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: CoLoRAConfig, model_config: dict[str, Any]) -> CoLoRAConfig:
         # PEFT would look up defaults by architecture; here None means every layer, which _prepare_model resolves.
@@ -193,3 +198,17 @@ def tuner_of(model: nn.Module) -> CoLoRAModel:
     if not isinstance(model, PeftModel) or not isinstance(tuner, CoLoRAModel):
         raise TypeError(f"A {type(model).__name__} carries no CoLoRA adapters: pass what get_peft_model returned.")
     return tuner
+
+
+def _warn_of_shared_layers(model: nn.Module, adapter_name: str) -> None:
+    """Warns where a network that is about to get a tuner carries adapters of another one."""
+    carried = carried_adapters(model)
+    if not carried or (adapter_name not in carried and getattr(model, "_hf_peft_config_loaded", False)):
+        return  # transformers makes a tuner for each adapter
+    fate = "is replaced" if adapter_name in carried else "shares its layers with the new one"
+    warnings.warn(
+        f"The network carries adapter {carried[0]!r} already, which {fate}: models made of it before change with it. "
+        "For a further adapter, call add_adapter or load_adapter of the first PeftModel with another adapter_name, or "
+        "start from a fresh network.",
+        stacklevel=3,
+    )
