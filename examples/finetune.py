@@ -13,7 +13,7 @@ where each folder holds `input/` and `target/` with the same file names. Pattern
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,6 +46,7 @@ from colora_peft.training import (
     TrainArguments,
     TrainingDiverged,
     check_output_dir,
+    compare_saved,
     create_accelerator,
     load_network,
     load_pairs,
@@ -250,11 +251,14 @@ def save(
         is_adapter=is_adapter,
         images=images,
     )
-    before_after = restore_some(model, eval_pairs, count=4)
     with writing_result(output_dir):
         model.save_pretrained(output_dir)
         if hasattr(network, "save_image_processor"):
             network.save_image_processor(output_dir)
+    if is_adapter:
+        model, metrics = as_saved(model, metrics, eval_pairs, args)
+    before_after = restore_some(model, eval_pairs, count=4)
+    with writing_result(output_dir):
         save_before_after(before_after, output_dir / "before_after.png")
         write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
         write_json(output_dir / "metrics.json", asdict(metrics))
@@ -265,6 +269,21 @@ def save(
         if is_adapter and not result.is_base_on_hub:
             print(f"Note: its base, {args.model_name_or_path}, is not on the Hub; who loads it must pass base=.")
     print(f"Load it with:\n\n{result.code()}")
+
+
+def as_saved(
+    model: torch.nn.Module, metrics: TuningMetrics, eval_pairs: PairSource, args: FinetuneArguments
+) -> tuple[torch.nn.Module, TuningMetrics]:
+    """The network and its figures as whoever loads the saved adapter will have them, and a note if they are others."""
+    difference = compare_saved(model, Path(args.output_dir), args.model_name_or_path, eval_pairs)
+    if difference is None:
+        return model, metrics
+    print(difference.message)
+    if difference.network is None:
+        return model, metrics
+    after = evaluate(difference.network, eval_pairs, next(model.parameters()).device, "saved")
+    print(quality_line("saved", after["psnr"], after["ssim"]))
+    return difference.network, replace(metrics, psnr_after=after["psnr"], ssim_after=after["ssim"])
 
 
 def data_description(args: FinetuneArguments) -> str:

@@ -62,8 +62,8 @@ def load(
         OSError: There is no such folder or repository, access is refused, the Hub does not answer, or the base is not
             found.
         ValueError: The files are incomplete, damaged, not those of a CoLoRA adapter, or of a method version that this
-            package does not read; they hold a pickle; or the base has other weights than the adapter was trained on, or
-            carries the adapter of another model.
+            package does not read; they hold a pickle; or the base has other weights than the adapter was trained
+            on, or carries the adapter of another model.
         TypeError: `base` is of another kind.
 
     Warns:
@@ -193,8 +193,8 @@ def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name
         raise ValueError("The base carries adapters of another PEFT method: pass the bare network.")
     if not adapted and (carried := carried_adapters(network)):
         raise ValueError(
-            f"The base carries adapter {carried[0]!r} already, and the model it belongs to would run the new one. Load "
-            f"it onto that model, colora_peft.load({str(source)!r}, base=model, "
+            f"The base carries adapter {carried[0]!r} already, and the model it belongs to would run the new one. "
+            f"Load it onto that model, colora_peft.load({str(source)!r}, base=model, "
             f"adapter_name={_free_name(adapter_name, carried)!r}), or pass a base that carries none."
         )
     if adapted and adapter_name in network.peft_config:

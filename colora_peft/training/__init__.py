@@ -11,6 +11,7 @@ from .checkpoint import list_checkpoints, read_state
 from .loop import DataFailed, TrainingDiverged, train, use_all_cores
 from .methods import LEARNING_RATES, METHODS, Method, prepare_for_tuning, trained_parameters
 from .output_dir import check_output_dir, open_output_dir
+from .saved import compare_saved
 from .signals import TrainingStopped
 from .task import (
     CONTRIBUTIONS_FILE,
@@ -37,6 +38,7 @@ __all__ = [
     "TrainingDiverged",
     "TrainingStopped",
     "check_output_dir",
+    "compare_saved",
     "create_accelerator",
     "list_checkpoints",
     "load_network",

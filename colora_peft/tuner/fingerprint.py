@@ -33,7 +33,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
     """Returns a fingerprint of the weights of a network, without the adapters that it may carry.
 
     It covers the names, shapes and float32 values of the parameters, in the order of their names. Buffers are left
-    out, because running statistics change while an adapter is trained. It is the same before and after adapters are
+    out, because some change whenever the network runs. It is the same before and after adapters are
     put on, in any memory format and on any device. (examples/experiments/storage/loading.py measures its time.)
 
     Args:

@@ -20,6 +20,7 @@ from .load_checks import check_state_dict, place_weights
 from .mixed_batch import adapters_by_sample
 from .offloading import check_nothing_offloaded, is_offloaded
 from .peft_internals import replace_layer
+from .statistics import freeze_statistics, leave_training_mode, release_statistics
 from .targets import check_not_compiled, check_not_offloaded, matches, resolve_ranks
 
 
@@ -65,6 +66,13 @@ class CoLoRAModel(BaseTuner):
         if given is None:
             config.target_modules = {name for name, rank in config.ranks.items() if rank > 0}
         note_base(config, adapter_name, self.model, self.fingerprint_of_base())
+        freeze_statistics(self.model)
+
+    def train(self, mode: bool = True) -> "CoLoRAModel":
+        """Does what nn.Module.train does, but for layers with running statistics, which are frozen."""
+        super().train(mode)
+        leave_training_mode(self.model)
+        return self
 
     def fingerprint_of_base(self) -> str | None:
         """Returns the `base_fingerprint` of the network before its first adapter came; None if that is not known."""
@@ -165,7 +173,9 @@ class CoLoRAModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_safe_to_merge(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        network = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        release_statistics(network)
+        return network
 
     def _check_safe_to_merge(self, adapter_names: list[str] | None) -> None:
         """Checks that merging leaves every weight finite; offloaded layers are checked one by one as they merge."""

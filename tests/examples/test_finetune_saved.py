@@ -1,0 +1,87 @@
+"""examples/finetune.py: the card has the figures of the saved adapter, whatever training moves in the base."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.examples import load_example
+from transformers import HfArgumentParser
+
+import colora_peft
+from colora_peft.data import PairedImageFolder
+from colora_peft.evaluation import evaluate
+
+finetune = load_example("finetune")
+
+NETWORKS = """
+import torch
+from torch import nn
+
+class Average(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(), 0.5)
+        return x - self.mean
+
+def with_norm():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 3, padding=1))
+
+def with_average():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Average(), nn.Conv2d(8, 3, 3, padding=1))
+
+def at_random():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
+"""
+
+
+@pytest.fixture
+def tune(train_dir, eval_dir, tmp_path, monkeypatch):
+    """Tunes the network that a function makes; the metrics, and the PSNR of what was saved on a fresh base."""
+    (tmp_path / "moving_networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    def run(function, *flags):
+        name = f"moving_networks:{function}"
+        sizes = ["--max_train_steps", 6, "--per_device_train_batch_size", 2, "--resolution", 32]
+        sizes += ["--parameter_budget", 0.3, "--learning_rate", 0.01]
+        data = ["--train_dir", train_dir, "--eval_dir", eval_dir, "--model_name_or_path", name, "--output_dir", "out"]
+        parser = HfArgumentParser(finetune.FinetuneArguments)
+        (args,) = parser.parse_args_into_dataclasses([str(flag) for flag in (*data, *sizes, *flags)])
+        finetune.main(args)
+        metrics = json.loads(Path("out/metrics.json").read_text())
+        if function == "at_random":
+            return metrics, None
+        loaded = colora_peft.load("out", base=name)
+        return metrics, evaluate(loaded, PairedImageFolder(eval_dir), torch.device("cpu"), "")["psnr"]
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["colora", "lora"])
+def test_running_statistics_stay_and_nothing_is_said(tune, capsys, method):
+    metrics, saved = tune("with_norm", "--method", method)
+    assert saved == pytest.approx(metrics["psnr_after"], abs=1e-3)
+    assert metrics["psnr_after"] != metrics["psnr_before"] and "Note" not in capsys.readouterr().out
+
+
+def test_other_buffers_that_move_are_named_and_the_card_has_what_is_saved(tune, capsys):
+    metrics, saved = tune("with_average")
+    out = capsys.readouterr().out
+    assert saved == pytest.approx(metrics["psnr_after"], abs=1e-3)
+    assert "because training moved 1.mean, buffers that no adapter holds" in out and "   saved: PSNR" in out
+    after = next(line for line in out.splitlines() if "after: PSNR" in line)
+    assert f"{metrics['psnr_after']:.2f}" not in after
+
+
+def test_a_base_that_is_another_each_time_is_said(tune, capsys):
+    tune("at_random")
+    assert "Note: the saved adapter cannot be loaded onto moving_networks:at_random." in capsys.readouterr().out
