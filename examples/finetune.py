@@ -48,6 +48,7 @@ from colora_peft.training import (
     check_output_dir,
     compare_saved,
     create_accelerator,
+    leave_wrong_layers_alone,
     load_network,
     load_pairs,
     measure_contributions,
@@ -58,7 +59,7 @@ from colora_peft.training import (
     trained_parameters,
     use_all_cores,
 )
-from colora_peft.utils import flag, relative_path, run_script, write_json, write_text, writing_result
+from colora_peft.utils import flag, relative_path, run_script, some, write_json, write_text, writing_result
 
 HERE = Path(__file__).parent
 SHIPPED_NETWORK = relative_path(HERE / "checkpoints" / "nafnet-small-prod")
@@ -164,7 +165,13 @@ def main(args: FinetuneArguments) -> None:
 
     if contributions is None and args.method == "colora":
         contributions = measure_contributions(model, patches, args, accelerator)
-    model = prepare_for_tuning(model, args.method, args.adapter_config(contributions and contributions.scores))
+    config = args.adapter_config(contributions and contributions.scores)
+    model = prepare_for_tuning(model, args.method, config)
+    if isinstance(model, PeftModel):
+        images = patches[0]["pixel_values"][None].to(accelerator.device)
+        model, wrong = leave_wrong_layers_alone(model, args.method, config, images)
+        if wrong:
+            accelerator.print(f"Left alone, as the network itself writes or reads their weights: {some(wrong, 5)}.")
     if isinstance(model, PeftModel) and model.peft_config["default"].base_model_name_or_path is None:
         model.peft_config["default"].base_model_name_or_path = args.model_name_or_path  # a function
     if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now

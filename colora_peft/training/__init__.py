@@ -9,6 +9,7 @@ from colora_peft.inference import reconstruct, restoration_loss
 from .arguments import OnResume, TrainArguments
 from .checkpoint import list_checkpoints, read_state
 from .loop import DataFailed, TrainingDiverged, train, use_all_cores
+from .merge_check import leave_wrong_layers_alone
 from .methods import LEARNING_RATES, METHODS, Method, prepare_for_tuning, trained_parameters
 from .output_dir import check_output_dir, open_output_dir
 from .saved import compare_saved
@@ -40,6 +41,7 @@ __all__ = [
     "check_output_dir",
     "compare_saved",
     "create_accelerator",
+    "leave_wrong_layers_alone",
     "list_checkpoints",
     "load_network",
     "load_pairs",

@@ -116,7 +116,8 @@ def hotswap_adapter(
         if name not in ranks:
             layer.remove_adapter(adapter_name)
             continue
-        own = {parameter: _as_loaded(found[f"{name}.{parameter}"], layer.weight.device) for parameter in shapes[name]}
+        device = layer.get_base_layer().weight.device
+        own = {parameter: _as_loaded(found[f"{name}.{parameter}"], device) for parameter in shapes[name]}
         layer.place_adapter(adapter_name, ranks[name], config.colora_alpha, own)
         layer.set_requires_grad(adapter_name, False)
     tuner.peft_config[adapter_name] = config

@@ -19,6 +19,9 @@ from .functional import alone_with_weights, factors_save_time, is_plain, run_wit
 from .offloading import is_offloaded, onloaded
 from .weight_cache import KeptWeight, keep_weight
 
+_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+"""What a module may ask of a convolution that it does not call."""
+
 
 class CoLoRALayer(DeltaStore):
     """A layer with one delta of its own rank for each adapter; `base_layer` keeps the frozen W0.
@@ -32,6 +35,11 @@ class CoLoRALayer(DeltaStore):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self._kept: KeptWeight | None = None
+        self.adapters_of_batch: set[str] | None = None
+        """Names of the adapters that a batch with adapter_names runs with, while it runs."""
+        for name in _GEOMETRY:
+            if hasattr(base_layer, name):
+                setattr(self, name, getattr(base_layer, name))
         # See colora_peft.tuner.hotswap. Not persistent: it follows from the other weights.
         self.register_buffer("pinned_weight", None, persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)
@@ -76,6 +84,32 @@ class CoLoRALayer(DeltaStore):
             if factors is not None:
                 return run_with_factors(self.base_layer, *factors, x)
         return run_with_weight(self.base_layer, self._weight_to_run(), x, *args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that a call of the layer would run with, for modules that read it in place of calling the layer.
+
+        Gradients flow through it into the adapter. It is the base layer's own parameter where no adapter is at work,
+        where adapters are merged, and while it is offloaded, when it has no values.
+        """
+        if self.disable_adapters and self.merged and not is_offloaded(self.base_layer):
+            self.unmerge()
+        base = self.get_base_layer()
+        if self.disable_adapters or self.merged or is_offloaded(base):
+            return base.weight
+        if self.adapters_of_batch is not None:
+            if len(self.adapters_of_batch) > 1:
+                raise NotImplementedError(
+                    "A module of the network reads the weight of an adapted layer without calling it, and cannot run "
+                    "a batch with several adapter_names: run one adapter at a time (set_adapter)."
+                )
+            return self.effective_weight(self.adapters_of_batch)
+        if torch.compiler.is_compiling():
+            pinned = None if self.training else self.pinned_weight
+            return self.effective_weight() if pinned is None else pinned
+        if self._kept is not None and self._kept.is_current(self.scaling):
+            return self._kept.weight
+        return self._weight_to_run()
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Runs each sample of x (B, ...) with the one adapter that `adapter_names` (B) gives it.

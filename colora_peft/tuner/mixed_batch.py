@@ -26,6 +26,8 @@ def adapters_by_sample(tuner: BaseTuner, adapter_names: list[str]) -> Iterator[N
     try:
         for name, module in tuner.model.named_modules():
             if isinstance(module, CoLoRALayer | AuxiliaryTrainingWrapper):
+                if isinstance(module, CoLoRALayer):
+                    module.adapters_of_batch = set(adapter_names)
                 hook = partial(_pass_adapter_names, name, list(adapter_names))
                 register = partial(module.register_forward_pre_hook, with_kwargs=True)
                 hooks.append(register_for_this_thread(register, hook))
@@ -33,6 +35,8 @@ def adapters_by_sample(tuner: BaseTuner, adapter_names: list[str]) -> Iterator[N
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in adapted_layers(tuner.model).values():
+            layer.adapters_of_batch = None
 
 
 def _pass_adapter_names(

@@ -37,6 +37,26 @@ def with_average():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Average(), nn.Conv2d(8, 3, 3, padding=1))
 
+def from_support(kind):
+    from support.reading_networks import reading_network
+
+    return reading_network(kind)
+
+def partly_deployed():
+    from support.reading_networks import Deployed
+
+    return from_support(Deployed)
+
+def reparametrized():
+    from support.reading_networks import Reparametrized
+
+    return from_support(Reparametrized)
+
+def deployed():
+    from support.reading_networks import Deployed
+
+    return nn.Sequential(Deployed(3))
+
 def at_random():
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
 """
@@ -85,3 +105,21 @@ def test_other_buffers_that_move_are_named_and_the_card_has_what_is_saved(tune, 
 def test_a_base_that_is_another_each_time_is_said(tune, capsys):
     tune("at_random")
     assert "Note: the saved adapter cannot be loaded onto moving_networks:at_random." in capsys.readouterr().out
+
+
+CASES = [("partly_deployed", ["1.k3"]), ("reparametrized", [])]
+
+
+@pytest.mark.parametrize("function, left", CASES)
+def test_a_network_that_reads_weights_itself_is_trained_as_it_is_evaluated(tune, capsys, function, left):
+    metrics, saved = tune(function)
+    out = capsys.readouterr().out
+    assert saved == pytest.approx(metrics["psnr_after"], abs=1e-3) and abs(saved - metrics["psnr_before"]) > 0.05
+    line = next((line for line in out.splitlines() if line.startswith("Left alone")), "")
+    assert all(name in line for name in left) and bool(line) == bool(left) and "Note" not in out
+
+
+def test_a_network_that_no_adapter_can_follow_is_refused_before_training(tune, tmp_path):
+    with pytest.raises(ValueError, match="weights of .*0.k1.*0.k3.* in a way that no adapter can follow"):
+        tune("deployed", "--parameter_budget", 0.5)
+    assert not list(tmp_path.glob("out/checkpoint*"))
