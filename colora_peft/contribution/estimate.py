@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 
-from colora_peft.ranks import SUPPORTED_LAYERS, ContributionScores, adaptable_layers
+from colora_peft.ranks import ContributionScores, adaptable_layers, no_adaptable_layer
 from colora_peft.utils import Processes, some
 
 from .faig import integrate_path, tuned_weights
@@ -193,7 +193,7 @@ def _check_model_and_batches(
             "elsewhere: pass accelerator.unwrap_model(model), and the accelerator to share the batches out."
         )
     if not adaptable_layers(model):
-        raise ValueError(f"{type(model).__name__} has no layer to score, which are those of kind {SUPPORTED_LAYERS}.")
+        raise ValueError(no_adaptable_layer(model))
     if not isinstance(batches, Iterable):
         raise ValueError(f"The `batches` are a {type(batches).__name__}: pass a list or a DataLoader.")
     if isinstance(batches, Iterator) and estimator not in ONE_PASS_ESTIMATORS:

@@ -5,7 +5,15 @@ trained parameters to one rank for each layer. `adaptable_layers` finds the laye
 scores, and an allocation can be printed as a table and drawn as a figure.
 """
 
-from .adaptable import ADAPTABLE_KINDS, SUPPORTED_LAYERS, adaptable_layers, weight_matrix_shape, why_not_adaptable
+from .adaptable import (
+    ADAPTABLE_KINDS,
+    SUPPORTED_LAYERS,
+    adaptable_layers,
+    left_out,
+    no_adaptable_layer,
+    weight_matrix_shape,
+    why_not_adaptable,
+)
 from .allocation import adapter_parameters, allocate_ranks, common_rank
 from .figure import check_figures_can_be_drawn, plot_contributions
 from .matrix_shape import MatrixShape
@@ -27,8 +35,10 @@ __all__ = [
     "check_scores",
     "common_rank",
     "format_allocation_table",
+    "left_out",
     "mean_scores",
     "names_hint",
+    "no_adaptable_layer",
     "plot_contributions",
     "weight_matrix_shape",
     "why_not_adaptable",

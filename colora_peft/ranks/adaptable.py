@@ -1,14 +1,19 @@
-"""The layers of a network that CoLoRA can adapt, and the weight of a layer as a matrix."""
+"""The layers of a network that CoLoRA can adapt, those that it leaves out, and the weight of a layer as a matrix."""
+
+from collections import defaultdict
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from colora_peft.utils import some
+
 from .matrix_shape import MatrixShape
 
 ADAPTABLE_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 SUPPORTED_LAYERS = ", ".join(kind.__name__ for kind in ADAPTABLE_KINDS)
-_CLOSED = AuxiliaryTrainingWrapper | nn.MultiheadAttention | nn.TransformerEncoderLayer
+_READ_INSIDE = nn.MultiheadAttention | nn.TransformerEncoderLayer
+_CLOSED = AuxiliaryTrainingWrapper | _READ_INSIDE
 
 
 def weight_matrix_shape(layer: nn.Module) -> MatrixShape:
@@ -46,9 +51,62 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight without calling it"
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weight is computed (weight_norm, spectral_norm, ...): remove the parametrization first"
+        norm, remedy = _computed_by(layer)
+        return f"its weight is computed by {norm}: call {remedy} first"
     if nn.parameter.is_lazy(weight):
         return "its shape is not known yet: run the model once first"
     if not weight.is_floating_point():
         return f"its weight is quantized to {weight.dtype}"
     return None
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """Returns a line for each kind of layer with weights of an adaptable shape that `adaptable_layers` leaves out."""
+    read_inside, computed = defaultdict(list), defaultdict(list)
+    closed: str | None = None
+    for name, module in model.named_modules():
+        if closed is not None and name.startswith(closed):
+            continue
+        if isinstance(module, BaseTunerLayer | _CLOSED):
+            closed = f"{name}." if name else ""
+        if isinstance(module, _READ_INSIDE):
+            kind = nn.MultiheadAttention if isinstance(module, nn.MultiheadAttention) else nn.TransformerEncoderLayer
+            read_inside[kind.__name__].append(name)
+        elif isinstance(module, ADAPTABLE_KINDS) and module._parameters.get("weight") is None:
+            computed[_computed_by(module)].append(name)
+    lines = [
+        f"Left out: {len(names)} nn.{kind} (their weights are read without a call): {some(names, 5)}"
+        for kind, names in read_inside.items()
+    ]
+    return lines + [
+        f"Left out: {len(names)} whose weight {norm} computes (adaptable after {remedy}): {some(names, 5)}"
+        for (norm, remedy), names in computed.items()
+    ]
+
+
+def no_adaptable_layer(model: nn.Module) -> str:
+    """Returns why none of the layers of a network can be adapted, and the remedy, as one or two sentences."""
+    begin = f"{type(model).__name__} has no layer that can be adapted"
+    lines = left_out(model)
+    if not lines:
+        return f"{begin}: CoLoRA adapts {SUPPORTED_LAYERS}."
+    return f"{begin}. {'; '.join(lines)}."
+
+
+def _computed_by(layer: nn.Module) -> tuple[str, str]:
+    """Returns what computes the weight of `layer`, and the call that makes it a parameter of the same value."""
+    if nn.utils.parametrize.is_parametrized(layer, "weight"):
+        names = [type(step).__name__ for step in layer.parametrizations["weight"]]
+        norm = " and ".join(_NORMS.get(name, name) for name in names)
+        return norm, "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    if "weight_g" in layer._parameters:
+        return "weight_norm", "torch.nn.utils.remove_weight_norm(layer)"
+    if "weight_mask" in layer._buffers:
+        return "pruning", "torch.nn.utils.prune.remove(layer, 'weight')"
+    if "weight_orig" in layer._parameters:
+        return "spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"
+    return "the module", "what makes it a parameter"
+
+
+_NORMS = {"_WeightNorm": "weight_norm", "_SpectralNorm": "spectral_norm", "_Orthogonal": "orthogonal"}
+"""PyTorch's parametrizations by the names of their classes."""

@@ -31,6 +31,7 @@ from colora_peft.ranks import (
     ContributionScores,
     adaptable_layers,
     format_allocation_table,
+    left_out,
     plot_contributions,
     weight_matrix_shape,
 )
@@ -217,7 +218,8 @@ def report_allocation(
     shapes = {name: weight_matrix_shape(layer) for name, layer in adaptable_layers(model).items()}
     ranks = {name: ranks.get(name, 0) for name in shapes}
     scores = contributions.scores if contributions else None
-    print(f"\n{format_allocation_table(scores, ranks, shapes)}\n")
+    table = [format_allocation_table(scores, ranks, shapes), *left_out(model)]
+    print("\n" + "\n".join(table) + "\n")
     plot_contributions(scores, ranks, shapes, output_dir / FIGURE_FILE)
     if contributions is not None:
         contributions.save(output_dir / CONTRIBUTIONS_FILE)

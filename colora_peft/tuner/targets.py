@@ -20,6 +20,7 @@ from colora_peft.ranks import (
     check_same_names,
     check_scores,
     names_hint,
+    no_adaptable_layer,
     weight_matrix_shape,
     why_not_adaptable,
 )
@@ -35,9 +36,9 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
 
     Raises:
         TypeError: A targeted layer cannot be adapted.
-        ValueError: Nothing is targeted, every rank is 0, `ranks` or `contributions` name an unknown layer or lack a
-            targeted one, a rank pattern matches no targeted layer, a targeted layer or its weight is in use in a
-            second place, or `model` is itself a layer.
+        ValueError: No layer can be adapted, nothing is targeted, every rank is 0, `ranks` or `contributions` name an
+            unknown layer or lack a targeted one, a rank pattern matches no targeted layer, a targeted layer or its
+            weight is in use in a second place, or `model` is itself a layer.
     """
     layers = adaptable_layers(model)
     if "" in layers:
@@ -45,6 +46,8 @@ def resolve_ranks(config: CoLoRAConfig, model: nn.Module) -> dict[str, int]:
             f"The model is a single {type(model).__name__} layer, which PEFT cannot replace: wrap it in a module, "
             "for example nn.Sequential(model)."
         )
+    if not layers:
+        raise ValueError(no_adaptable_layer(model))
     targets = _targeted_layers(config, model, layers)
     given = config.ranks if isinstance(config.ranks, dict) else {}
     _check_used_once({name: layer for name, layer in targets.items() if given.get(name) != 0}, model)
