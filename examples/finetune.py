@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 
-from colora_peft import ContributionScores, adaptable_layers
+from colora_peft import CoLoRAConfig, ContributionScores, adaptable_layers
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate, restore_some, save_before_after
 from colora_peft.hub import (
@@ -165,15 +165,8 @@ def main(args: FinetuneArguments) -> None:
 
     if contributions is None and args.method == "colora":
         contributions = measure_contributions(model, patches, args, accelerator)
-    config = args.adapter_config(contributions and contributions.scores)
-    model = prepare_for_tuning(model, args.method, config)
-    if isinstance(model, PeftModel):
-        images = patches[0]["pixel_values"][None].to(accelerator.device)
-        model, wrong = leave_wrong_layers_alone(model, args.method, config, images)
-        if wrong:
-            accelerator.print(f"Left alone, as the network itself writes or reads their weights: {some(wrong, 5)}.")
-    if isinstance(model, PeftModel) and model.peft_config["default"].base_model_name_or_path is None:
-        model.peft_config["default"].base_model_name_or_path = args.model_name_or_path  # a function
+    images = patches[0]["pixel_values"][None].to(accelerator.device)
+    model = prepare(model, args.adapter_config(contributions and contributions.scores), images, args)
     if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
         args.hub_model_id = create_hub_repo(
             args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None
@@ -209,6 +202,21 @@ def main(args: FinetuneArguments) -> None:
                 torch=torch.__version__,
             )
             save(model, eval_pairs, metrics, facts, args)
+
+
+def prepare(
+    model: torch.nn.Module, config: CoLoRAConfig, images: torch.Tensor, args: FinetuneArguments
+) -> torch.nn.Module:
+    """The network with what the method trains; layers that no adapter can follow are left alone, with a note."""
+    model = prepare_for_tuning(model, args.method, config)
+    if not isinstance(model, PeftModel):
+        return model
+    model, wrong = leave_wrong_layers_alone(model, args.method, config, images)
+    if wrong and PartialState().is_main_process:
+        print(f"Left alone, as the network itself writes or reads their weights: {some(wrong, 5)}.")
+    if model.peft_config["default"].base_model_name_or_path is None:
+        model.peft_config["default"].base_model_name_or_path = args.model_name_or_path  # a function
+    return model
 
 
 def check_can_be_saved(model: torch.nn.Module, args: FinetuneArguments) -> None:

@@ -163,6 +163,7 @@ class AdapterSet:
         model, name = self._find(label)
         if not 0 <= strength <= MAX_STRENGTH:
             raise ValueError(f"The strength is {strength}; it must be between 0 and {MAX_STRENGTH}.")
+        switched = model.active_adapters != [name] or self._strengths.get(label, 1.0) != strength
         if model.active_adapters != [name]:
             model.set_adapter(name, inference_mode=True)
         if self._strengths.get(label, 1.0) != strength:  # walking over all layers takes as long as the switch
@@ -172,6 +173,8 @@ class AdapterSet:
                 if isinstance(layer, CoLoRALayer):
                     layer.set_scale(name, strength)
             self._strengths[label] = strength
+        if switched:
+            model.eval()  # some networks compute weights from others when they enter evaluation mode
         return model
 
     def digest_of(self, label: str) -> str:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.reading_networks import Cached, reading_network
 from torch import nn
 
 from colora_peft import CoLoRAConfig
@@ -179,3 +180,17 @@ def test_a_label_can_be_used_again_after_its_adapter_was_removed(two, tmp_path):
     two.add("b", tmp_path / "a")
     assert torch.equal(run(two, "b"), run(two, "a")) and two.digest_of("b") != digest
     assert not torch.equal(run(two, "b", 0.5), first)
+
+
+def test_a_network_that_keeps_weights_at_eval_follows_adapters_and_strengths(tmp_path):
+    for seed, name in enumerate(("haze", "rain")):
+        torch.manual_seed(seed)
+        model = get_peft_model(reading_network(Cached), CoLoRAConfig(ranks=2, init_weights=False))
+        model.save_pretrained(tmp_path / name)
+    folders = {name: str(tmp_path / name) for name in ("haze", "rain")}
+    loaded, x = AdapterSet(reading_network(Cached), folders), torch.rand(1, 3, 9, 9)
+    expected = {name: PeftModel.from_pretrained(reading_network(Cached), folders[name]).eval()(x) for name in folders}
+    for name in ("rain", "haze", "rain"):
+        torch.testing.assert_close(loaded.activate(name)(x), expected[name])
+    torch.testing.assert_close(loaded.activate("rain", 0.0)(x), reading_network(Cached)(x))
+    torch.testing.assert_close(loaded.activate("rain")(x), expected["rain"])
