@@ -20,7 +20,7 @@ from .offloading import is_offloaded, onloaded
 from .weight_cache import KeptWeight, keep_weight
 
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-"""What a module may ask of a convolution that it does not call."""
+"""Attributes that a module may read of a convolution without calling it."""
 
 
 class CoLoRALayer(DeltaStore):
