@@ -8,6 +8,7 @@ The output folder then is what `AutoModelForImageToImage.from_pretrained` takes 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,7 +39,7 @@ from colora_peft.hub import (
     loading_code,
     push_folder,
 )
-from colora_peft.images import list_images
+from colora_peft.images import left_out_in_words, list_images
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.training import (
     DataFailed,
@@ -161,12 +162,15 @@ def build_model(args: PretrainArguments) -> torch.nn.Module:
     return model
 
 
-def open_images(args: PretrainArguments) -> ImageSource:
+def open_images(args: PretrainArguments, accelerator: Accelerator) -> ImageSource:
     """The clean images by index, checked where that does not take long."""
     if args.train_dir is None:
         images: ImageSource = HubImages(open_split(args), args.image_column)
     else:
-        images = ImageFiles(list_images(args.train_dir, nested=True))
+        left_out: Counter[str] = Counter()
+        images = ImageFiles(list_images(args.train_dir, nested=True, left_out=left_out))
+        if left_out:
+            accelerator.print(f"{args.train_dir}: {left_out_in_words(left_out)}")
         if len(images) > MOST_CHECKED:  # of so many, hardly one is met again before the memory is full
             images = ImageFiles(images.paths, cache_bytes=0)
     if args.check_pictures == "always" or (args.check_pictures == "auto" and len(images) <= MOST_CHECKED):
@@ -191,7 +195,7 @@ def open_patches(args: PretrainArguments, accelerator: Accelerator) -> DegradedP
     """The training samples; their images are checked where that does not take long."""
     degradation, shares = args.degradation(), (args.max_skipped_share, args.enlarged_share)
     if not args.streaming:
-        images = open_images(args)
+        images = open_images(args, accelerator)
         return DegradedPatches(images, degradation, args.resolution, args.seed, *shares)
     stream = ImageStream(open_split(args), args.image_column, args.seed, args.shuffle_block_size)
     with Processes(accelerator).failing_together():

@@ -253,8 +253,8 @@ def draw_examples(adapters: AdapterSet, path: str) -> None:
 def main(args: TasksArguments) -> None:
     if args.data_dir is not None:
         check_writable(args.output_dir)
-    if args.image is not None:
-        check_writable(Path(args.image).parent, "The folder of --image")
+    if args.picture is not None:
+        check_writable(Path(args.picture).parent, "The folder of --picture")
     if args.data_dir is not None:
         train_missing(args)
     device = default_device()

@@ -6,6 +6,7 @@ Images are float32 RGB (3, H, W) in [0, 1].
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from colora_peft.images import as_float, is_turned, why_turned
+from colora_peft.images import as_float, is_turned, left_out_in_words, why_turned
 from colora_peft.utils import NamePattern, match_names, some_sentences
 
 from .hub_columns import check_not_empty, column_lines, read_cell, undecoded
@@ -51,6 +52,7 @@ class PairedImageFolder:
     Attributes:
         names: Names of the inputs, sorted.
         scenes: Number of the target of each pair, which several inputs may share.
+        left_out: Sentence on the files that are no images; "" where there are none.
 
     Raises:
         FileNotFoundError: A folder is missing.
@@ -60,7 +62,9 @@ class PairedImageFolder:
 
     def __init__(self, folder: str | Path, input_pattern: str = "{}", target_pattern: str = "{}") -> None:
         patterns = NamePattern(input_pattern, "--input_pattern"), NamePattern(target_pattern, "--target_pattern")
-        inputs, targets = find_sides(Path(folder), *patterns)
+        left_out: Counter[str] = Counter()
+        inputs, targets = find_sides(Path(folder), *patterns, left_out)
+        self.left_out = left_out_in_words(left_out)
         try:
             partners = match_names(list(inputs), list(targets), *patterns)
         except ValueError as error:

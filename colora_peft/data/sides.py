@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from colora_peft.utils import NamePattern, guess_patterns, guess_patterns_side_b
 Files = dict[str, Path]  # by their name without suffix
 
 
-def find_sides(folder: Path, of_inputs: NamePattern, of_targets: NamePattern) -> tuple[Files, Files]:
+def find_sides(
+    folder: Path, of_inputs: NamePattern, of_targets: NamePattern, left_out: Counter[str]
+) -> tuple[Files, Files]:
     """Returns the inputs and the targets of a folder, by their names without suffix.
 
-    They lie in `input/` and `target/` or, where there is neither of these and the patterns differ, side by side.
+    They lie in `input/` and `target/` or, where there is neither of these and the patterns differ, side by side. Other
+    files are added to `left_out`, by suffix.
 
     Raises:
         FileNotFoundError: A folder is missing.
@@ -22,17 +26,19 @@ def find_sides(folder: Path, of_inputs: NamePattern, of_targets: NamePattern) ->
     """
     sides = (folder / "input", folder / "target")
     if folder.is_dir() and not any(side.exists() for side in sides):
-        return _side_by_side(folder, of_inputs, of_targets)
+        return _side_by_side(folder, of_inputs, of_targets, left_out)
     for needed in (folder, *sides):
         if not needed.is_dir():
             raise FileNotFoundError(
                 f"There is no folder {needed}; check the path. Pairs are read from a folder that holds `input/` and "
                 "`target/` with images of the same file names."
             )
-    return _by_stem(sides[0]), _by_stem(sides[1])
+    return _by_stem(sides[0], left_out), _by_stem(sides[1], left_out)
 
 
-def _side_by_side(folder: Path, of_inputs: NamePattern, of_targets: NamePattern) -> tuple[Files, Files]:
+def _side_by_side(
+    folder: Path, of_inputs: NamePattern, of_targets: NamePattern, left_out: Counter[str]
+) -> tuple[Files, Files]:
     if of_inputs.text == of_targets.text:
         names = [path.stem for path in folder.iterdir() if path.is_file()]
         input_pattern, target_pattern = guess_patterns_side_by_side(names) or ("{}_noisy", "{}_clean")
@@ -41,7 +47,7 @@ def _side_by_side(folder: Path, of_inputs: NamePattern, of_targets: NamePattern)
             f"with images of the same file names. If the two lie side by side in {folder}, name their patterns, such "
             f'as --input_pattern "{input_pattern}" --target_pattern "{target_pattern}".'
         )
-    files = _by_stem(folder)
+    files = _by_stem(folder, left_out)
     inputs, targets, others = split_names(files, of_inputs, of_targets)
     if others:
         raise ValueError(
@@ -51,9 +57,9 @@ def _side_by_side(folder: Path, of_inputs: NamePattern, of_targets: NamePattern)
     return {name: files[name] for name in inputs}, {name: files[name] for name in targets}
 
 
-def _by_stem(folder: Path) -> Files:
+def _by_stem(folder: Path, left_out: Counter[str]) -> Files:
     by_stem: Files = {}
-    for path in list_images(folder):
+    for path in list_images(folder, left_out=left_out):
         if path.stem in by_stem:
             raise ValueError(f"{folder} holds {by_stem[path.stem].name} and {path.name}: keep one of each name.")
         by_stem[path.stem] = path

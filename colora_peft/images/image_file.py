@@ -34,8 +34,9 @@ from colora_peft.utils import SharedSettings, write_bytes
 from .exif import block_of_tiff, upright
 from .formats import FORMATS, Content, ImageFormat, format_of, png_chunks
 from .icc import fitting_profile
+from .kinds import IMAGE_FORMATS
 from .limits import DEFAULT_MAX_PIXELS, check_pixels, without_pillow_s_limit
-from .reading import IMAGE_FORMATS, decode_straight, has_16_bits, naming, on_white, read_bytes
+from .reading import decode_straight, has_16_bits, naming, on_white, read_bytes
 
 _EXIF_MARK = b"Exif\0\0"
 _DESCRIBES_COLOUR = (b"gAMA", b"cHRM", b"sRGB", b"cICP")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +19,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .kinds import IMAGE_FORMATS, check_kind
 from .limits import DEFAULT_MAX_PIXELS, check_pixels, without_pillow_s_limit
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
-
 # Errors that will be the same tomorrow: no fault of a disk or a network drive.
-_LASTING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM})
-_LASTING |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-
-# Pillow's names of the formats that are read, whatever a file is called. Others start programs (EPS: Ghostscript) or
-# go through rarely tested decoders. JPEG covers MPO, several images in one file, of phones and stereo cameras.
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
+LASTING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM})
+LASTING |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
 # TIFF and EXIF tags, and values of the photometric interpretation.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLES_PER_PIXEL, _PLANAR_CONFIGURATION = 258, 262, 274, 277, 284
@@ -39,51 +32,6 @@ _EXTRA_SAMPLES = 338
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _OPACITY_IS_MULTIPLIED_IN = 1
 _TURNS = (5, 6, 7, 8)  # orientations that exchange width and height
-
-
-def list_images(folder: str | Path, nested: bool = False) -> list[Path]:
-    """Returns the images in `folder`, sorted by name, without hidden files.
-
-    Args:
-        folder: The folder.
-        nested: Whether to search the folders below it, too. Hidden folders and links to folders are left out, and
-            with a warning those that may not be read.
-
-    Raises:
-        FileNotFoundError: The folder does not exist.
-        ValueError: It holds no image.
-        OSError: It may not be read, or the disk of a folder below it fails.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}; check the path.")
-    found = _all_files(folder) if nested else folder.iterdir()
-    paths = sorted(path for path in found if _looks_like_an_image(path))
-    if not paths:
-        below = "" if nested else ": those below it are not searched"
-        raise ValueError(
-            f"The folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name the folder that does"
-            f"{below}."
-        )
-    return paths
-
-
-def _all_files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder, onerror=_not_silently):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in files)
-
-
-def _not_silently(error: OSError) -> None:
-    """Warns of a folder that may not be read: some, such as lost+found, nobody can allow or move."""
-    if error.errno not in _LASTING:
-        raise error
-    warnings.warn(f"The folder {error.filename} is left out: it cannot be read ({error.strerror}).", stacklevel=3)
-
-
-def _looks_like_an_image(path: Path) -> bool:
-    # A Mac leaves a hidden "._photo.jpg" beside each photo on a foreign disk.
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -114,7 +62,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        if error.errno in _LASTING:
+        if error.errno in LASTING:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check that the file is there.") from error
         raise OSError(f"{path} cannot be read ({error.strerror}); try again when its disk is back.") from error
 
@@ -164,6 +112,7 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:  # its message shows a buffer's address
+        check_kind(name)
         raise ValueError(f"{name} cannot be read as an image (unknown format); replace or remove it.") from error
     # On damaged data the decoders raise nearly anything: OSError, SyntaxError, struct.error, zlib.error...
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from colora_peft.hub import load_backbone, load_base
+from colora_peft.images import left_out_in_words
 from colora_peft.inference import check_tile, tile_multiple
 from colora_peft.utils import check_writable, default_device, run_script, write_json
 
@@ -79,7 +81,8 @@ def restore_images(args: RestoreArguments, default_network: str | None = None) -
     labels = adapter_labels(adapters)
     output_dir, file_format = Path(args.output_dir), None if args.format == "same" else args.format
     patterns = args.input_pattern, args.target_pattern
-    jobs = plan_jobs(args.input, output_dir, labels if len(labels) > 1 else [""], file_format, args.targets, patterns)
+    subfolders, left_out = labels if len(labels) > 1 else [""], Counter[str]()
+    jobs = plan_jobs(args.input, output_dir, subfolders, file_format, args.targets, patterns, left_out)
     check_writable(output_dir)
     device = device_of(args)
     transformers_logging.disable_progress_bar()
@@ -93,7 +96,10 @@ def restore_images(args: RestoreArguments, default_network: str | None = None) -
     run.check_kept(jobs)
     adapted = f"{'adapter' if len(labels) == 1 else 'adapters'} {', '.join(labels)}"
     used = f"{type(network).__name__} of {parameters / 1e6:.1f} M parameters, {adapted}"
-    print(f"{len(jobs)} {'image' if len(jobs) == 1 else 'images'}, {used}, on {device}.\n")
+    print(f"{len(jobs)} {'image' if len(jobs) == 1 else 'images'}, {used}, on {device}.")
+    if left_out:
+        print(left_out_in_words(left_out))
+    print()
 
     table = Table([job.name for job in jobs], labels, with_figures=args.targets is not None)
     print(table.head())

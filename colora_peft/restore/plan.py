@@ -9,7 +9,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from colora_peft.images import FORMATS, IMAGE_SUFFIXES
+from colora_peft.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    READ_ONLY_SUFFIXES,
+    count_kinds,
+    no_images_in_words,
+    only_images,
+    walk_files,
+)
 from colora_peft.utils import NamePattern, folded, some
 
 __all__ = ["COMPARISONS", "Job", "plan_jobs"]
@@ -46,6 +54,7 @@ def plan_jobs(
     file_format: str | None = None,
     targets: str | Path | None = None,
     patterns: tuple[str, str] = ("{}", "{}"),
+    left_out: Counter[str] | None = None,
 ) -> list[Job]:
     """The jobs in the order of the inputs, each file once.
 
@@ -60,14 +69,17 @@ def plan_jobs(
         targets: Folder of images of the same names, with any suffix: at the same path below it, or else,
             where no other input has that name, anywhere below it.
         patterns: Patterns of the names of inputs and targets, see `colora_peft.utils.names`.
+        left_out: Numbers of files that are no input by suffix, to which those in folders and of patterns are added.
 
     Raises:
         FileNotFoundError: An input is not there, or the folder of targets.
         ValueError: There is no image; two results would be one file, or a result an input; several
             targets fit, or none.
     """
-    output_dir = Path(output_dir)
-    found = _once(pair for text in inputs for pair in _find(text, output_dir))
+    output_dir, others = Path(output_dir), set()
+    found = _once(pair for text in inputs for pair in _find(text, output_dir, others))
+    if left_out is not None:
+        left_out.update(count_kinds(others))
     if not found:
         raise ValueError("There is nothing to restore: give files, folders or patterns.")
     targets_of = _Targets(Path(targets), [name for _, name in found], patterns) if targets is not None else None
@@ -92,11 +104,11 @@ def _once(found: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
     return list(first.values())
 
 
-def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
+def _find(text: str, output_dir: Path, left_out: set[Path]) -> Iterator[tuple[Path, Path]]:
     """(file, path of its results below the output folder) of one input."""
     path = Path(text)
     if path.is_dir():
-        yield from _below(path, path, output_dir)
+        yield from _below(path, path, output_dir, left_out)
     elif path.exists() or path.is_symlink():  # a link to nothing fails alone, as among the files of a folder
         yield path, Path(path.name)
     elif glob.has_magic(text):
@@ -109,22 +121,24 @@ def _find(text: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
             if _is_below(match, output_dir, fixed):
                 continue  # a run's own results are no input of the next
             if match.is_dir():
-                yield from _below(match, fixed, output_dir, may_be_empty=True)
+                yield from _below(match, fixed, output_dir, left_out, may_be_empty=True)
             elif match.suffix.lower() in IMAGE_SUFFIXES:
                 yield match, match.relative_to(fixed)
+            else:
+                left_out.add(match)
     else:
         raise FileNotFoundError(f"There is no file or folder {text}; check the path.")
 
 
-def _below(folder: Path, root: Path, output_dir: Path, may_be_empty: bool = False) -> Iterator[tuple[Path, Path]]:
+def _below(
+    folder: Path, root: Path, output_dir: Path, left_out: set[Path], may_be_empty: bool = False
+) -> Iterator[tuple[Path, Path]]:
     """The images in `folder` and below, sorted, with their paths below `root`."""
-    paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "." and not _is(Path(parent, name), output_dir)]
-        paths += [Path(parent, name) for name in names if name[0] != "."]
-    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    others: set[Path] = set()
+    paths = sorted(only_images(walk_files(folder, lambda path: _is(path, output_dir)), others))
     if not paths and not may_be_empty:
-        raise ValueError(f"The folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise ValueError(no_images_in_words(folder, count_kinds(others)))
+    left_out.update(others)
     yield from ((path, path.relative_to(root)) for path in paths)
 
 
@@ -140,6 +154,9 @@ def _is_below(match: Path, output_dir: Path, fixed: Path) -> bool:
 
 
 def _with_format(name: Path, file_format: str | None) -> Path:
+    """The name of a result. Kinds that are read and not written become PNG."""
+    if file_format is None and name.suffix.lower() in READ_ONLY_SUFFIXES:
+        file_format = "png"
     suffixes = (name.suffix.lower(),) if file_format is None else FORMATS[file_format].suffixes
     return name if name.suffix.lower() in suffixes else name.with_suffix(suffixes[0])
 
@@ -196,7 +213,7 @@ class _Targets:
         of_targets = NamePattern(patterns[1], "--target_pattern")
         if self._of_inputs.fields != of_targets.fields:
             raise ValueError("--input_pattern and --target_pattern need as many {} as each other.")
-        left = list(_below(folder, folder, folder))
+        left = list(_below(folder, folder, folder, set()))
         self._levels: list[tuple[Counter[Key], dict[Key, list[Path]]]] = []
         for level in (0, 1):
             inputs = [_keys(self._of_inputs, name)[level] for name in names]

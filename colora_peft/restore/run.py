@@ -12,6 +12,7 @@ from torch import Tensor
 from colora_peft.evaluation import SSIM_WINDOW_PX, psnr, ssim
 from colora_peft.images import (
     ImageFile,
+    check_kind,
     encode_image_file,
     fitting_profile,
     format_of,
@@ -80,6 +81,7 @@ class RestoreRun:
         if all(row.kept for row in rows) and not look:
             return rows
         try:
+            check_kind(job.source)
             for row in rows:
                 format_of(row.result)  # before the work, not after
             digest = digest_of_file(job.source)

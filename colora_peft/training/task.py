@@ -147,10 +147,12 @@ def load_pairs(
 
 
 def open_pairs(args: TaskArguments, folder: str | Path, accelerator: Accelerator) -> PairedImageFolder:
-    """The pairs in a folder by the patterns of `args`; says so if targets have several inputs."""
+    """The pairs in a folder by the patterns of `args`; says if targets have several inputs, or files are left out."""
     pairs = PairedImageFolder(folder, args.input_pattern, args.target_pattern)
     if len(set(pairs.scenes)) < len(pairs):
         accelerator.print(f"{folder}: {count_in_words(pairs)}.")
+    if pairs.left_out:
+        accelerator.print(f"{folder}: {pairs.left_out}")
     return pairs
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from colora_peft.data.hub_columns import HubImages
 from colora_peft.data.patches import DegradedPatches, StepSampler, collate, random_patch, sample_generator
 from colora_peft.data.sources import ImageFiles, check_images, first_usable
-from colora_peft.images.reading import as_float, list_images, read_image
+from colora_peft.images import as_float, list_images, read_image
 from colora_peft.prod import RandomOrderDegradation
 
 

@@ -119,10 +119,12 @@ def test_several_inputs_of_a_target_side_by_side_are_counted_and_held_out_togeth
         for word in ("noisy1", "Noisy2") if path.parent.name == "input" else ("clean",):
             shutil.copy(path, tmp_path / f"{path.stem}_{word}.png")
     shutil.rmtree(tmp_path / "pairs")
+    (tmp_path / "notes.txt").touch()
     flags = ["--train_dir", tmp_path, "--input_pattern", "{}_noisy*", "--target_pattern", "{}_clean", *QUICK]
     run(*flags, "--model_name_or_path", tiny_nafnet, "--output_dir", tmp_path / "out")
     output = capsys.readouterr().out
     assert f"{tmp_path}: 6 inputs of 3 targets." in output and "4 pairs to train on, 2 to evaluate on" in output
+    assert f"{tmp_path}: 1 file left out: 1 .txt." in output
     held_out = re.search(r"2 are held out \((.*)_Noisy2, (.*)_noisy1\)", output)
     assert held_out is not None and held_out[1] == held_out[2]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from support.examples import EXAMPLES, load_example
 from transformers import AutoImageProcessor, AutoModelForImageToImage, HfArgumentParser
 
-from colora_peft.images.reading import list_images
+from colora_peft.images.listing import list_images
 from colora_peft.models import RestorationImageProcessor
 
 pretrain = load_example("pretrain")

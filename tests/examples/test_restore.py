@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.evaluation.metrics import ssim
+from colora_peft.images import kinds
 from colora_peft.images.image_file import read_image_file
 from colora_peft.images.reading import read_image
 from colora_peft.restore import run as restore_run
@@ -230,6 +231,24 @@ def test_a_network_that_fails_leaves_nothing_behind(folder, capsys):
     assert run("--input", "photos", "--model_name_or_path", "networks_for_restore:Broken") == 1
     assert "0 written, 0 kept as they were, 2 failed." in capsys.readouterr().out
     assert not stamps()
+
+
+def test_other_files_are_counted_and_the_advice_for_one_of_them_leads_on(folder, capsys, monkeypatch):
+    for name in ("b.xyz", "c.dng"):
+        Path("photos", name).touch()
+    assert identity() == 0
+    assert "2 files left out: 1 .dng, 1 .xyz. Develop raw files" in capsys.readouterr().out
+    Path("d.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    monkeypatch.setitem(kinds._ADVICE, ".heic", "HEIC files are read after `pip install pillow-heif`")
+    for flags in ([], ["--format", "png"]):
+        assert identity("--input", "d.heic", "photos/c.dng", "--output_dir", "out", *flags) == 1
+        output = capsys.readouterr().out
+        assert "d.heic cannot be read: HEIC files are read after `pip install pillow-heif`." in output
+        assert "photos/c.dng cannot be read: develop raw files to TIFF or PNG first." in output
+    monkeypatch.delitem(kinds._ADVICE, ".heic")  # the advice was followed
+    shutil.copy("photos/a.png", "d.heic")
+    assert identity("--input", "d.heic", "--output_dir", "out") == 0
+    assert torch.equal(read_image("out/d.png"), read_image("photos/a.png"))
 
 
 def test_an_image_above_the_limit_is_refused_and_the_limit_can_be_raised(folder, capsys):

@@ -15,13 +15,13 @@ from PIL import Image, ImageOps
 from support.reading import png_bytes
 
 from colora_peft.images.image_file import read_image_file
+from colora_peft.images.kinds import IMAGE_FORMATS
 from colora_peft.images.limits import DEFAULT_MAX_PIXELS
+from colora_peft.images.listing import list_images
 from colora_peft.images.reading import (
-    IMAGE_FORMATS,
     _oriented,
     as_float,
     decode_stored,
-    list_images,
     read_image,
     to_pil,
 )

@@ -1,6 +1,7 @@
 """Every image has one place to go to, and whatever would be lost is refused before anything runs."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,19 @@ def test_targets_are_told_by_patterns_case_and_unicode_form(photos):
         plan("in", targets="clean", patterns=("{}_noisy", "{}_gt"))
     Path("clean/a_gt.png").touch()  # fits to the letter
     assert plan("in", targets="clean", patterns=("{}_noisy", "{}_gt"))[1].target == Path("clean/a_gt.png")
+
+
+def test_other_files_of_folders_and_patterns_are_counted(photos):
+    Path("photos/below/a.heic2").touch()
+    for inputs in (["photos"], ["photos/**/*"]):
+        left_out = Counter()
+        plan(*inputs, left_out=left_out)
+        assert left_out == {".txt": 1, ".heic2": 1}
+
+
+def test_results_of_kinds_that_are_not_written_are_png(photos):
+    assert results(plan("photos/b.png")) == ["out/b.png"]
+    for name in ("c.HEIC", "d.avif"):
+        Path(name).touch()
+    assert results(plan("c.HEIC", "d.avif")) == ["out/c.png", "out/d.png"]
+    assert results(plan("c.HEIC", file_format="tiff")) == ["out/c.tif"]
