@@ -24,12 +24,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from colora_peft.utils import check_writable, digest_of_bytes, print_any_name, some, write_text, writing_folder
+from colora_peft.utils import (
+    PARTIAL,
+    check_writable,
+    digest_of_bytes,
+    print_any_name,
+    some,
+    write_text,
+    writing_folder,
+)
 
 from .official_architectures import Architecture, recognise, shapes_of
 
 WRAPPERS = ("params_ema", "params", "state_dict")
-"""Keys under which training codes put the weights. The first one present counts: averages are what gets published."""
+"""Keys under which training codes put the weights. The first that has any counts: averages are what gets published."""
 
 
 def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
@@ -43,8 +51,7 @@ def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
     file, out = Path(file), Path(out)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}; name a checkpoint, such as a .pth of the authors.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already and is not overwritten; name another folder or remove it.")
+    check_is_free(out)
     check_writable(out.parent, "The folder above OUT,")
     try:
         weights = unwrap(read_checkpoint(file))
@@ -52,11 +59,18 @@ def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
         model = build_model(architecture, weights)
     except ValueError as error:
         raise ValueError(f"{file} cannot be converted: {error}.") from error
-    with writing_folder(out) as folder:
+    with writing_folder(out, keep_others=True) as folder:
         model.save_pretrained(folder)
         model.save_image_processor(folder)
         write_text(folder / "README.md", model_card(architecture, model, file, out.name))
+        check_is_free(out)  # again: somebody may have filled it meanwhile
     return model
+
+
+def check_is_free(out: Path) -> None:
+    """Refuse an output that is there, unless it is a folder with nothing but what is being written."""
+    if out.exists() and not (out.is_dir() and all(path.name.endswith(PARTIAL) for path in out.iterdir())):
+        raise FileExistsError(f"{out} is there already and is not overwritten; name another folder or remove it.")
 
 
 def read_checkpoint(file: Path) -> Any:
@@ -81,7 +95,10 @@ def read_checkpoint(file: Path) -> Any:
 
 def unwrap(content: Any) -> dict[str, Tensor]:
     """State dict within `content`, however it is wrapped, without the `module.` of DataParallel."""
-    while wrapper := next((key for key in WRAPPERS if isinstance(content, Mapping) and key in content), None):
+    while isinstance(content, Mapping):
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapper is None:
+            break
         content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise ValueError("it holds no weights under names, alone or under " + ", ".join(WRAPPERS))

@@ -48,8 +48,8 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def count(shapes: Shapes, prefix: str) -> int:
     """Number of the modules `prefix.0`, `prefix.1`, ... of which the last one has weights."""
-    numbers = [int(name[len(prefix) + 1 :].split(".")[0]) for name in shapes if name.startswith(f"{prefix}.")]
-    return max(numbers, default=-1) + 1
+    parts = [name[len(prefix) + 1 :].split(".")[0] for name in shapes if name.startswith(f"{prefix}.")]
+    return max((int(part) for part in parts if part.isdecimal()), default=-1) + 1
 
 
 def read_nafnet_config(shapes: Shapes) -> NAFNetConfig:

@@ -120,7 +120,15 @@ def _download(source: Source, kinds: tuple[tuple[str, str], ...]) -> Path:
     )
     siblings = [sibling.rfilename for sibling in info.siblings or []]
     inside = {name.removeprefix(source.prefix) for name in siblings if name.startswith(source.prefix)}
-    return _snapshot(source, _choose(source, inside, kinds))
+    names = _choose(source, inside, kinds)
+    folder = _snapshot(source, names)
+    if not _is_whole(folder, names):  # the client falls back to what it has where a later request fails
+        raise OSError(f"{' or '.join(names)} did not arrive")
+    return folder
+
+
+def _is_whole(folder: Path, names: tuple[str, str]) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def _snapshot(source: Source, names: tuple[str, str], is_offline: bool = False) -> Path:
@@ -141,7 +149,7 @@ def _cached(source: Source, kinds: tuple[tuple[str, str], ...]) -> Path | None:
             folder = _snapshot(source, names, is_offline=True)
         except LocalEntryNotFoundError:
             return None
-        if all((folder / name).is_file() for name in names):
+        if _is_whole(folder, names):
             return folder
     return None
 

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class ContributionScores:
                 f"Cannot save contribution scores to '{path}': make the folder '{path.parent}', which does not exist."
             )
         error = self.completeness_error
-        # For the human reader of the file only: `load` computes it anew. JSON has no infinity.
+        # For the human reader of the file only: `load` computes it again. JSON has no infinity.
         content = {**asdict(self), "completeness_error": None if error == math.inf else error}
         write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -95,8 +95,8 @@ class ContributionScores:
         """Reads what `save` wrote, also in another version: entries that its file did not have take their defaults.
 
         Raises:
-            ValueError: The file does not exist, holds no JSON, lacks an entry that has no default, or has a score that
-                is negative, NaN or infinite (named).
+            ValueError: The file does not exist, holds no JSON, lacks an entry that has no default, has one of another
+                type, or a score that is negative, NaN or infinite (named).
 
         Warns:
             UserWarning: The file holds entries that this version does not know (named); they are ignored.
@@ -111,8 +111,9 @@ class ContributionScores:
             ) from error
         known = {entry.name for entry in fields(cls)}
         try:
+            _check_entries(content)
             scores = cls(**{name: content[name] for name in content if name in known})
-        except (TypeError, ValueError) as error:  # no dictionary, an entry missing, or a score refused
+        except ValueError as error:
             raise ValueError(f"The file '{path}' holds no usable contribution scores. {error}") from error
         unknown = content.keys() - known - {"completeness_error"}
         if unknown:
@@ -122,6 +123,28 @@ class ContributionScores:
                 stacklevel=2,
             )
         return scores
+
+
+def _check_entries(content: Any) -> None:
+    """Checks what a file holds, but for the scores themselves.
+
+    Raises:
+        ValueError: It is no table, lacks an entry that has no default, or has one of another type (named).
+    """
+    remedy = "measure again with contribution.py"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"It is no table of entries: {remedy}.")
+    missing = [one.name for one in fields(ContributionScores)
+               if one.default is MISSING and one.default_factory is MISSING and one.name not in content]  # fmt: skip
+    if missing:
+        raise ValueError(f"It lacks {some(missing)}: {remedy}.")
+    for name in ("num_batches", "loss_start", "loss_end", "path_integral"):
+        value, may_be_none = content.get(name), name in ("loss_end", "path_integral")
+        if not (value is None and may_be_none) and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValueError(f"Its {name} is {value!r:.80}, no number: {remedy}.")
+    unreached = content.get("unreached", [])
+    if not isinstance(unreached, list) or not all(isinstance(layer, str) for layer in unreached):
+        raise ValueError(f"Its unreached is {unreached!r:.80}, no list of layer names: {remedy}.")
 
 
 def mean_scores(measured: Sequence[ContributionScores]) -> dict[str, float]:

@@ -22,6 +22,7 @@ NO_ADAPTER = "none"
 MAX_STRENGTH = 1.5
 
 _COLORA = "COLORA"
+_LOADS_OTHERS = "XLORA"  # its configuration names further adapters, which PEFT would fetch, pickles as well
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # Settings of an adapter that change nothing of what it does: where it came from, and how it is loaded.
@@ -63,6 +64,13 @@ def adapter_labels(adapters: Sequence[str]) -> list[str]:
     return labels
 
 
+def _check_method(method: str, only_colora: bool) -> None:
+    if only_colora and method != _COLORA:
+        raise ValueError(f"its method is {method}, and only adapters of CoLoRA can be added here: name one of these.")
+    if method.upper() == _LOADS_OTHERS:
+        raise ValueError(f"its method, {method}, loads further adapters by itself: name those one by one.")
+
+
 class AdapterSet:
     """Adapters of a network, loaded for inference.
 
@@ -97,33 +105,49 @@ class AdapterSet:
             else:
                 self.add(label, path)
 
-    def add(self, label: str, path: str | Path) -> None:
+    def add(self, label: str, path: str | Path, only_colora: bool = False) -> None:
         """Load one more adapter, from a folder or the Hub.
 
+        Args:
+            label: Its label.
+            path: A folder or an id on the Hub.
+            only_colora: Whether to refuse other methods, whose loading is PEFT's: for adapters that strangers name.
+
         Raises:
-            ValueError: there is no adapter, its weights are not in safetensors, it does not fit the network, or
-                (CoLoRA, whose adapters know it) was trained on another one. It names the adapter, and all is as it
-                was.
+            ValueError: there is no adapter, its weights are not in safetensors, its method is refused, it does not fit
+                the network, or (CoLoRA, whose adapters know it) was trained on another one. It names the adapter, and
+                all is as it was.
         """
         path = str(path)
         if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
             raise ValueError(f"There is no folder {path} with an adapter; check the path.")
         source, name = Source(path), next(self._names)
-        device = str(next((parameter.device for parameter in self._bare.parameters()), "cpu"))
         try:
             folder = fetch(source, (ADAPTER_FILES,))  # never a pickle
             method = peft_type_of(folder, source)
-            model = self._by_method.get(method) or copy.deepcopy(self._bare)
-            if method == _COLORA:
-                model = load(path, base=model, adapter_name=name)  # refuses another base
-            elif method in self._by_method:
-                model.load_adapter(str(folder), adapter_name=name, torch_device=device)
-            else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
+            _check_method(method, only_colora)
+            self._by_method[method] = self._load(method, source, folder, name)
         except (ValueError, TypeError, OSError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"The adapter {path} cannot be loaded: {error}") from error
-        self._by_method[method] = model.eval()
-        self._keep(label, model, name)
+        self._keep(label, self._by_method[method], name)
+
+    def _load(self, method: str, source: Source, folder: Path, name: str) -> PeftModel:
+        """The network of that method with one more adapter; after an error it has what it had."""
+        device = str(next((parameter.device for parameter in self._bare.parameters()), "cpu"))
+        known = self._by_method.get(method)
+        model = known or copy.deepcopy(self._bare)
+        try:
+            if method == _COLORA:
+                model = load(source.name_or_path, base=model, adapter_name=name)  # refuses another base
+            elif known:
+                known.load_adapter(str(folder), adapter_name=name, torch_device=device)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
+        except Exception:
+            if known and name in known.peft_config:
+                known.delete_adapter(name)
+            raise
+        return model.eval()
 
     def remove(self, label: str) -> None:
         """Forget an adapter.

@@ -84,10 +84,10 @@ class PhotoRestorer:
         return list(self._adapters.labels)
 
     def add_adapter(self, name_or_path: str) -> str:
-        """Load an adapter from a folder or the Hub, unless it is there; the name it has in `adapters`.
+        """Load an adapter of CoLoRA from a folder or the Hub, unless it is there; the name it has in `adapters`.
 
         Raises:
-            ValueError: as `AdapterSet.add`; all is as it was.
+            ValueError: as `AdapterSet.add`, also for another method; all is as it was.
         """
         asked_for = name_or_path.strip()
         if not asked_for:
@@ -95,7 +95,7 @@ class PhotoRestorer:
         with self._lock:
             if asked_for in self.adapters:
                 return asked_for
-            self._adapters.add(asked_for, asked_for)
+            self._adapters.add(asked_for, asked_for, only_colora=True)
             self._others.append(asked_for)
             if len(self._others) > MAX_OTHER_ADAPTERS:
                 self._adapters.remove(self._others.pop(0))

@@ -367,6 +367,21 @@ def test_a_download_that_breaks_off_leaves_the_cache_usable(hub, base, adapter_f
     assert isinstance(colora_peft.load("someone/adapter", base=base), PeftModel)
 
 
+def test_an_old_snapshot_without_the_files_is_not_taken_for_them(hub, base, adapter_files, monkeypatch):
+    """The client falls back to any snapshot that it has if the Hub fails after it named the files."""
+    hub.add("someone/adapter", {f"old/{name}": content for name, content in adapter_files.items()})
+    colora_peft.load("someone/adapter", subfolder="old", base=base)
+    hub.add("someone/adapter", adapter_files)
+
+    def failing(*args, **settings):
+        hub.status = 500
+        return huggingface_hub.snapshot_download(*args, **settings)
+
+    monkeypatch.setattr("colora_peft.hub.source.snapshot_download", failing)
+    with pytest.raises(OSError, match=r"^someone/adapter could not be fetched from http.*try again\.$"):
+        colora_peft.load("someone/adapter", base=base)
+
+
 @pytest.mark.parametrize(("status", "message"), [(401, "refused access.*401"), (403, "403"), (500, "answered 500")])
 def test_a_refusal_is_said_in_words(hub, status, message):
     hub.status = status

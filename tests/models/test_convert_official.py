@@ -93,6 +93,7 @@ WRAPPINGS = {
     "bare": lambda w: w,
     "params": lambda w: {"params": w},
     "averages preferred": lambda w: {"params": {name: -tensor for name, tensor in w.items()}, "params_ema": w},
+    "no averages": lambda w: {"params_ema": None, "params": w},
     "training state": lambda w: {"epoch": 3, "state_dict": with_prefix(w), "optimizer": {"lr": 1e-3}},
     "twice": lambda w: {"state_dict": {"params": with_prefix(with_prefix(w))}},
     "doubles": lambda w: {"params": {name: tensor.double() for name, tensor in w.items()}},
@@ -170,6 +171,8 @@ BAD_CONTENTS = {
     "left over": (left_over, r"looks like NAFNet, but left over are encoders\.0\.0\.se\.weight"),
     "missing": (missing, r"looks like NAFNet, but missing are downs\.1\.bias"),
     "shape": (of_another_shape, r"of another shape are ending\.weight \(\(4, 8, 3, 3\), not \(3, 8, 3, 3\)\)"),
+    "a stage without a number": (
+        lambda w: w | {"encoders.foo.weight": torch.rand(3)}, r"left over are encoders\.foo\.weight"),
     "unknown": (lambda w: {"conv.weight": torch.rand(2)}, r"no known architecture: NAFNet has intro\.weight.* conv"),
     "no weights": (lambda w: {"epoch": 3, "lr": 0.1}, r"epoch, lr are no weights"),
     "integers": (lambda w: w | {"step": torch.tensor(3)}, r"step are no weights"),
@@ -244,6 +247,24 @@ def test_what_is_there_is_not_overwritten(nafnet_weights, tmp_path):
     convert(tmp_path / "official.pth", tmp_path / "empty")
     modes = {path.stat().st_mode for path in (tmp_path / "empty").iterdir()}
     assert modes == {(tmp_path / "official.pth").stat().st_mode}  # whoever reads new files here reads these
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_files_that_arrive_during_the_conversion_stay(there, nafnet_weights, tmp_path, monkeypatch):
+    torch.save(nafnet_weights, tmp_path / "official.pth")
+    out, save = tmp_path / "out", NAFNetForImageRestoration.save_pretrained
+    if there:
+        out.mkdir()
+
+    def save_late(self, folder):
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text("mine")
+        save(self, folder)
+
+    monkeypatch.setattr(NAFNetForImageRestoration, "save_pretrained", save_late)
+    with pytest.raises(FileExistsError, match="out is there already and is not overwritten"):
+        convert(tmp_path / "official.pth", out)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("config.json", "mine")]
 
 
 def test_a_failure_while_writing_leaves_nothing(nafnet_weights, tmp_path, monkeypatch):

@@ -56,7 +56,11 @@ def test_score_files_of_other_versions_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.pop("method"), "missing 1 required positional argument: 'method'"),
+        (lambda content: content.pop("method"), "It lacks method: measure again with contribution.py"),
+        (lambda content: content.update(loss_end="0.5"), "Its loss_end is '0.5', no number: measure again with"),
+        (lambda content: content.update(loss_start=None), "Its loss_start is None, no number: measure again with"),
+        (lambda content: content.update(unreached="12"), "Its unreached is '12', no list of layer names: measure"),
+        (lambda content: content.update(unreached=[1]), "no list of layer names: measure again with"),
         (lambda content: content["scores"].update({"0": -1.0}), "layer '0' is -1.0"),
         (lambda content: content["scores"].update({"0": float("nan")}), "layer '0' is nan"),
         (lambda content: content.update(scores={}), "no table of layer name to score"),
@@ -79,7 +83,7 @@ def test_score_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="no valid JSON"):
         ContributionScores.load(tmp_path / "broken.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match="no usable contribution scores"):
+    with pytest.raises(ValueError, match="no usable contribution scores. It is no table of entries: measure again"):
         ContributionScores.load(tmp_path / "list.json")
     with pytest.raises(ValueError, match="folder .* does not exist"):
         ContributionScores({"a": 1.0}, "faig", num_batches=1, loss_start=1.0).save(tmp_path / "no" / "x.json")

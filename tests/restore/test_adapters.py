@@ -1,16 +1,23 @@
 """Each label runs its own adapter and no other; digests change with whatever changes the result."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+<<<<<<< HEAD
 from support.reading_networks import Cached, reading_network
+=======
+from safetensors.torch import load_file, save_file
+>>>>>>> N
 from torch import nn
 
 from colora_peft import CoLoRAConfig
 from colora_peft.restore import AdapterSet, adapter_labels, adapters_in
 from colora_peft.utils import writing_folder
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def network():
@@ -90,6 +97,33 @@ def test_an_adapter_of_another_network_of_the_same_shape_is_refused(tmp_path, fi
     adapters = {label: save_adapter(tmp_path / label, 1) for label in first} | {"theirs": str(theirs)}
     with pytest.raises(ValueError, match=rf"^The adapter {theirs} cannot be loaded: .*trained on another network"):
         AdapterSet(mine, adapters)
+
+
+@pytest.mark.parametrize("kind", ["colora", "lora"])
+def test_an_adapter_whose_weights_do_not_fit_leaves_nothing(tmp_path, kind):
+    loaded = AdapterSet(network(), {"good": save_adapter(tmp_path / "good", 0, kind)})
+    before, keys = run(loaded, "good"), list(loaded.activate("good").state_dict())
+    bad = Path(save_adapter(tmp_path / "bad", 1, kind))
+    weights = {name: torch.cat([tensor, tensor]) for name, tensor in load_file(bad / WEIGHTS).items()}
+    save_file(weights, bad / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"^The adapter {bad} cannot be loaded: "):
+        loaded.add("bad", bad)
+    model = loaded.activate("good")
+    assert (
+        loaded.labels == ["good"] and list(model.peft_config) == model.active_adapters and len(model.peft_config) == 1
+    )
+    assert list(model.state_dict()) == keys and torch.equal(run(loaded, "good"), before)
+
+
+def test_methods_are_refused_that_load_more_than_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(PeftModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    folder = save_adapter(tmp_path / "mixture", 0, "lora")
+    file = tmp_path / "mixture" / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "XLORA", "adapters": {"one": "somebody/else"}}))
+    with pytest.raises(
+        ValueError, match="mixture cannot be loaded: its method, XLORA, loads further adapters by itself"
+    ):
+        AdapterSet(network(), {"a": folder})
 
 
 @pytest.mark.parametrize("kind", ["colora", "lora"])

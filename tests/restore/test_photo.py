@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.adapters import adapter_set
 from support.adapters import adapters as adapters  # a fixture
 from support.examples import EXAMPLES
 
 from colora_peft import restore_image
+from colora_peft.hub import load_backbone
 from colora_peft.images import read_image, to_pil
 from colora_peft.restore import adapters_in
 from colora_peft.restore import photo as module
@@ -131,6 +133,16 @@ def test_an_adapter_that_cannot_be_loaded_leaves_all_as_it_was(restorer, photo, 
     restorer._results.clear()
     assert restorer.adapters == ["haze", "rain"]
     assert np.array_equal(pixels(restorer.restore_file(photo, "haze", 1.0).result), before)
+
+
+def test_an_adapter_of_another_method_is_none_that_a_visitor_may_add(restorer, tiny_nafnet, tmp_path, monkeypatch):
+    """Other methods are loaded by PEFT, whose configurations can name further repositories and modules."""
+    model = get_peft_model(load_backbone(str(tiny_nafnet)), LoraConfig(r=2, target_modules=["intro"]))
+    model.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(PeftModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"other cannot be loaded: its method is LORA, and only adapters of CoLoRA"):
+        restorer.add_adapter(str(tmp_path / "other"))
+    assert restorer.adapters == ["haze", "rain"]
 
 
 def test_a_shipped_photo_takes_less_than_five_seconds_of_one_processor():

@@ -245,6 +245,12 @@ def test_files_are_as_readable_as_any_new_file_and_others_in_the_folder_stay(tmp
     assert len(modes) == 4 and set(modes.values()) == {modes[tmp_path / "lora" / "README.md"]}
 
 
+def test_the_working_directory_takes_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_as_lora(".", adapted(plain()[0]))
+    assert files(tmp_path) == ["adapter_config.json", WEIGHTS]
+
+
 def test_failed_write_leaves_no_file_and_the_live_network_as_it_was(tmp_path, monkeypatch):
     bare, x = network()
     model = adapted(bare)
