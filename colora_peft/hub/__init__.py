@@ -13,7 +13,7 @@ from .cards import (
     hardware_name,
     loading_code,
 )
-from .loading import load, load_base, peft_type_of
+from .loading import load, load_base, load_for_training, peft_type_of
 from .networks import load_backbone, register_backbones
 from .pushing import create_hub_repo, push_folder
 from .source import ADAPTER_FILES, Source, fetch
@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "load_backbone",
     "load_base",
+    "load_for_training",
     "loading_code",
     "peft_type_of",
     "push_folder",

@@ -91,6 +91,14 @@ restored = colora_peft.restore_image(model, read_image("photo.jpg"))
 to_pil(restored).save("restored.png")"""
 
 
+def lora_loading_code(name_or_path: str, base: str) -> str:
+    """Python that does the same with an adapter of PEFT's LoRA, which `colora_peft.load` leaves to PEFT."""
+    loaded = f"model = colora_peft.load({json.dumps(name_or_path)})"
+    by_peft = f"""base = colora_peft.load_backbone({json.dumps(base)})
+model = PeftModel.from_pretrained(base, {json.dumps(name_or_path)}).eval()"""
+    return "from peft import PeftModel\n\n" + loading_code(name_or_path).replace(loaded, by_peft)
+
+
 def backbone_card(model: nn.Module, name: str, loads_from: str, method: str, facts: RunFacts) -> str:
     """Markdown card of a pre-trained network.
 
@@ -172,6 +180,8 @@ class AdaptedNetwork:
         base_revision: Its commit on the Hub, where it is from there.
         is_adapter: Whether the result is an adapter for `base`, or a network of its own.
         images: Captions of the images beside the card, by file name.
+        began_with: Folder or Hub id of the adapter that was trained further, if one was.
+        is_lora: Whether the adapter is one of PEFT's LoRA.
     """
 
     title: str
@@ -180,6 +190,8 @@ class AdaptedNetwork:
     base_revision: str | None
     is_adapter: bool
     images: Mapping[str, str]
+    began_with: str | None = None
+    is_lora: bool = False
 
     @property
     def is_base_on_hub(self) -> bool:
@@ -187,6 +199,8 @@ class AdaptedNetwork:
 
     def code(self) -> str:
         """Python that loads it; a base that others cannot find by its name is asked for where they will look."""
+        if self.is_lora:
+            return lora_loading_code(self.loads_from, self.base)
         is_shared = not Path(self.loads_from).exists()
         is_function = ":" in self.base and not Path(self.base).exists()
         is_asked_for = self.is_adapter and (is_function or (is_shared and not self.is_base_on_hub))
@@ -198,7 +212,10 @@ def adapted_card(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts
     share = metrics.trainable_ratio if result.is_adapter else metrics.trainable_ratio_of_model
     of_what = "of the weights of its layers" if result.is_adapter else "of its parameters"
     revision = f" at `{result.base_revision}`" if result.base_revision else ""
-    budget = f", budget {metrics.parameter_budget:.2%}" if result.is_adapter else ""
+    has_budget = result.is_adapter and metrics.parameter_budget is not None
+    budget = f", budget {metrics.parameter_budget:.2%}" if has_budget else ""
+    began = "" if result.began_with is None else f", beginning with the adapter `{result.began_with}`"
+    trained = f"{metrics.trainable_parameters:,}"
     images = "\n\n".join(f"![{shows}]({name})" for name, shows in result.images.items())
     return f"""---
 {_metadata(result, metrics, facts).to_yaml()}
@@ -206,7 +223,7 @@ def adapted_card(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts
 
 # {result.title}
 
-`{result.base}`{revision} adapted with the method `{metrics.method}`: {metrics.trainable_parameters:,} parameters
+`{result.base}`{revision} adapted with the method `{metrics.method}`{began}: {trained} parameters
 trained, {share:.2%} {of_what}{budget}.
 
 ```python
@@ -257,7 +274,7 @@ def _metadata(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -
         datasets=[facts.dataset] if facts.dataset else None,
         library_name="peft" if result.is_adapter else "transformers",
         pipeline_tag=PIPELINE_TAG,
-        tags=["image-restoration", "colora"] if result.is_adapter else ["image-restoration"],
+        tags=["image-restoration", *(["colora"] if result.is_adapter and not result.is_lora else [])],
     )
 
 
