@@ -13,7 +13,7 @@ where each folder holds `input/` and `target/` with the same file names. Pattern
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,6 +37,7 @@ from colora_peft.hub import (
 )
 from colora_peft.ranks import check_figures_can_be_drawn
 from colora_peft.training import (
+    BEST_FOLDER,
     CONTRIBUTIONS_FILE,
     FIGURE_FILE,
     LEARNING_RATES,
@@ -46,6 +47,7 @@ from colora_peft.training import (
     TaskArguments,
     TrainArguments,
     TrainingDiverged,
+    check_can_be_saved,
     check_output_dir,
     create_accelerator,
     load_contributions,
@@ -55,7 +57,9 @@ from colora_peft.training import (
     note_on_source,
     open_output_dir,
     prepare_for_tuning,
+    read_best,
     report_allocation,
+    save_result,
     train,
     trained_parameters,
     use_all_cores,
@@ -132,7 +136,7 @@ def open_network(args: FinetuneArguments, accelerator: Accelerator) -> torch.nn.
     """The network to adapt, or the adapter to train further on its base."""
     if args.adapter_name_or_path is None:
         model = load_network(args, accelerator)
-        check_can_be_saved(model, args)
+        check_can_be_saved(model, args.method, args.model_name_or_path)
         return model
     try:
         model = load_for_training(args.adapter_name_or_path, base=args.model_name_or_path)
@@ -230,15 +234,6 @@ def main(args: FinetuneArguments) -> None:
             save(model, eval_pairs, metrics, facts, args)
 
 
-def check_can_be_saved(model: torch.nn.Module, args: FinetuneArguments) -> None:
-    """Refuse, before any work, to tune a network itself that has no way to be saved: adapters are PEFT's to save."""
-    if args.method not in ("colora", "lora") and not hasattr(model, "save_pretrained"):
-        raise ValueError(
-            f"--method {args.method} saves the network by its save_pretrained, which {type(model).__name__} of "
-            f"{args.model_name_or_path} does not have: choose --method colora or lora."
-        )
-
-
 def facts_of(args: FinetuneArguments, accelerator: Accelerator, seconds: float) -> RunFacts:
     """Data, hardware and time of the run, for its card."""
     on_hub = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
@@ -281,11 +276,12 @@ def save(
     )
     before_after = restore_some(model, eval_pairs, count=4)
     with writing_result(output_dir):
-        model.save_pretrained(output_dir)
-        if hasattr(network, "save_image_processor"):
-            network.save_image_processor(output_dir)
+        save_result(model, output_dir)
         save_before_after(before_after, output_dir / "before_after.png")
-        write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
+        best = read_best(output_dir) if args.save_best else None
+        if best is not None:
+            write_best_card(result, metrics, facts, best, output_dir / BEST_FOLDER)
+        write_text(output_dir / "README.md", adapted_card(result, metrics, facts, best))
         write_json(output_dir / "metrics.json", asdict(metrics))
     print(f"Saved in {output_dir}: the result, its card, metrics.json and images.")
     if args.push_to_hub:
@@ -294,6 +290,14 @@ def save(
         if is_adapter and not result.is_base_on_hub:
             print(f"Note: its base, {result.base}, is not on the Hub; who loads it must pass base=.")
     print(f"Load it with:\n\n{result.code()}")
+
+
+def write_best_card(
+    result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts, best: dict[str, float], folder: Path
+) -> None:
+    own = replace(result, title=f"{result.title}, step {best['step']}", loads_from=str(folder), images={})
+    figures = replace(metrics, psnr_after=best["psnr"], ssim_after=best["ssim"])
+    write_text(folder / "README.md", adapted_card(own, figures, facts, best))
 
 
 def data_description(args: FinetuneArguments) -> str:

@@ -10,6 +10,7 @@ from .cards import (
     TuningMetrics,
     adapted_card,
     backbone_card,
+    best_step,
     hardware_name,
     loading_code,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "TuningMetrics",
     "adapted_card",
     "backbone_card",
+    "best_step",
     "create_hub_repo",
     "fetch",
     "hardware_name",

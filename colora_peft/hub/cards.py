@@ -207,14 +207,24 @@ class AdaptedNetwork:
         return loading_code(self.loads_from, self.base if is_asked_for else None)
 
 
-def adapted_card(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -> str:
-    """Markdown card of a fine-tuned network or adapter: its quality, how it was made, and the code that loads it."""
+def adapted_card(
+    result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts, best: Mapping[str, float] | None = None
+) -> str:
+    """Markdown card of a fine-tuned network or adapter: its quality, how it was made, and the code that loads it.
+
+    Args:
+        result: The result.
+        metrics: Its figures.
+        facts: Data, hardware, seconds.
+        best: `step`, `psnr` and `ssim` of the best step, if that was kept.
+    """
     share = metrics.trainable_ratio if result.is_adapter else metrics.trainable_ratio_of_model
     of_what = "of the weights of its layers" if result.is_adapter else "of its parameters"
     revision = f" at `{result.base_revision}`" if result.base_revision else ""
     has_budget = result.is_adapter and metrics.parameter_budget is not None
     budget = f", budget {metrics.parameter_budget:.2%}" if has_budget else ""
     began = "" if result.began_with is None else f", beginning with the adapter `{result.began_with}`"
+    best_row = "" if best is None else f"\n| Best step | {best_step(best)} |"
     trained = f"{metrics.trainable_parameters:,}"
     images = "\n\n".join(f"![{shows}]({name})" for name, shows in result.images.items())
     return f"""---
@@ -243,7 +253,7 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 | | |
 |---|---|
 | Data | {_cell(facts.data)}; {metrics.train_pairs} pairs to train on, {metrics.eval_pairs} held out |
-| Training | {metrics.max_train_steps} steps, {facts.seconds:.0f} seconds, seed {metrics.seed} |
+| Training | {metrics.max_train_steps} steps, {facts.seconds:.0f} seconds, seed {metrics.seed} |{best_row}
 | Hardware | {facts.machine} |
 | Software | {_software()} |
 
@@ -251,6 +261,14 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 {command_line()}
 ```
 """
+
+
+def best_step(best: Mapping[str, float]) -> str:
+    """The best step of a run in words."""
+    return (
+        f"{best['step']}, in the folder `best` of the run: PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f}, "
+        "a little too good because these images chose the step"
+    )
 
 
 def _metadata(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -> ModelCardData:

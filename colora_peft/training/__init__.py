@@ -7,9 +7,10 @@ installed so that a job on a cluster needs no clone.
 from colora_peft.inference import reconstruct, restoration_loss
 
 from .arguments import OnResume, TrainArguments
+from .best import BEST_FOLDER, read_best, save_result
 from .checkpoint import list_checkpoints, read_state
 from .loop import DataFailed, TrainingDiverged, train, use_all_cores
-from .methods import LEARNING_RATES, METHODS, Method, prepare_for_tuning, trained_parameters
+from .methods import LEARNING_RATES, METHODS, Method, check_can_be_saved, prepare_for_tuning, trained_parameters
 from .output_dir import check_output_dir, open_output_dir
 from .signals import TrainingStopped
 from .task import (
@@ -27,6 +28,7 @@ from .task import (
 from .trackers import create_accelerator
 
 __all__ = [
+    "BEST_FOLDER",
     "CONTRIBUTIONS_FILE",
     "DataFailed",
     "FIGURE_FILE",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainArguments",
     "TrainingDiverged",
     "TrainingStopped",
+    "check_can_be_saved",
     "check_output_dir",
     "create_accelerator",
     "list_checkpoints",
@@ -49,10 +52,12 @@ __all__ = [
     "open_output_dir",
     "open_pairs",
     "prepare_for_tuning",
+    "read_best",
     "read_state",
     "reconstruct",
     "report_allocation",
     "restoration_loss",
+    "save_result",
     "train",
     "trained_parameters",
     "use_all_cores",

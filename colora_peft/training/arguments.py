@@ -68,6 +68,9 @@ class TrainArguments:
     validation_steps: Annotated[int, OnResume.FREE] = flag(
         0, "Number of steps between evaluations during training, with sample images in --output_dir. 0: none."
     )
+    save_best: Annotated[bool, OnResume.FREE] = flag(
+        False, "Keep the result of the step with the best PSNR of --validation_steps in the folder best, too."
+    )
     report_to: Annotated[Literal["tensorboard", "wandb", "trackio", "none"], OnResume.FREE] = flag(
         "none", "Tracker that gets figures and sample images, besides train_log.jsonl in --output_dir."
     )
@@ -119,6 +122,8 @@ class TrainArguments:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {self.ema_decay}.")
+        if self.save_best and not self.validation_steps:
+            raise ValueError("--save_best has no effect without --validation_steps: add it.")
         if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_private_repo have no effect without --push_to_hub: add it.")
         for name in ("learning_rate", "max_grad_norm"):

@@ -19,6 +19,7 @@ from colora_peft.data import PairSource, Position
 from colora_peft.utils import Processes, share_weights
 
 from .arguments import TrainArguments
+from .best import BestStep
 from .checkpoint import checkpoint_tensors, frozen_digest, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .engine import Engine
@@ -27,7 +28,7 @@ from .log import append_row, cut_rows
 from .signals import TrainingStopped
 from .skipped_images import SkippedImages, TooManySkipped
 from .trackers import log_figures
-from .validation import VALIDATION_LOG, validate
+from .validation import VALIDATION_LOG, line_of, validate
 
 _LOG_FILE = "train_log.jsonl"
 _LOG_EVERY_STEPS = 20
@@ -84,6 +85,7 @@ class TrainingRun:
         self.accelerator = accelerator
         self.averages = ExponentialMovingAverage(model, args.ema_decay) if args.use_ema else None
         self.output_dir = Path(args.output_dir)
+        self.best = BestStep(self.output_dir, accelerator) if args.save_best else None
         self.position: Position | None = None
         max_share = getattr(dataset, "max_skipped_share", 0.0)
         self._skipped = SkippedImages(self.output_dir, max_share, accelerator.is_main_process)
@@ -278,11 +280,14 @@ class TrainingRun:
             log_figures(self.accelerator, "training", figures, done)
 
     def validate(self, pairs: PairSource, done: int) -> None:
-        """Evaluate the weights that are the result if the run ends here."""
+        """Evaluate the weights that are the result if the run ends here, and keep them if they are the best so far."""
         with self._result_weights():
-            line = validate(self.network.get(self.model), pairs, self.output_dir, done, self.accelerator)
-        if self.accelerator.is_main_process:
-            self._bar.write(line)
+            network = self.network.get(self.model)
+            figures = validate(network, pairs, self.output_dir, done, self.accelerator)
+            if self.accelerator.is_main_process:
+                self._bar.write(line_of(figures, done))
+            if self.best is not None and (note := self.best.keep(network, figures, done)):
+                self._bar.write(note)
         self._step_started = time.perf_counter()  # the throughput is that of training
 
     def _result_weights(self) -> Any:
