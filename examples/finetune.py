@@ -57,6 +57,7 @@ from colora_peft.training import (
     note_on_source,
     open_output_dir,
     prepare_for_tuning,
+    prolonged_in_words,
     read_best,
     report_allocation,
     save_result,
@@ -138,12 +139,7 @@ def open_network(args: FinetuneArguments, accelerator: Accelerator) -> torch.nn.
         model = load_network(args, accelerator)
         check_can_be_saved(model, args.method, args.model_name_or_path)
         return model
-    try:
-        model = load_for_training(args.adapter_name_or_path, base=args.model_name_or_path)
-    except (OSError, ValueError) as error:
-        if "pass base=" not in str(error):
-            raise
-        raise type(error)(str(error).replace("pass base=", "give --model_name_or_path")) from error
+    model = load_for_training(args.adapter_name_or_path, base=args.model_name_or_path)
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
@@ -237,8 +233,15 @@ def main(args: FinetuneArguments) -> None:
 def facts_of(args: FinetuneArguments, accelerator: Accelerator, seconds: float) -> RunFacts:
     """Data, hardware and time of the run, for its card."""
     on_hub = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
-    hardware, processes = hardware_name(accelerator.device), accelerator.num_processes
-    return RunFacts(data_description(args), hardware, seconds, processes, on_hub, accelerator.mixed_precision)
+    return RunFacts(
+        data_description(args),
+        hardware_name(accelerator.device),
+        seconds,
+        accelerator.num_processes,
+        on_hub,
+        accelerator.mixed_precision,
+        prolonged_in_words(args.output_dir),
+    )
 
 
 def quality_metrics(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

@@ -50,6 +50,7 @@ from colora_peft.training import (
     check_output_dir,
     create_accelerator,
     open_output_dir,
+    prolonged_in_words,
     read_best,
     train,
     use_all_cores,
@@ -227,6 +228,7 @@ def main(args: PretrainArguments) -> None:
                 seconds,
                 accelerator.num_processes,
                 mixed_precision=accelerator.mixed_precision,
+                prolonged=prolonged_in_words(args.output_dir),
             )
             save(model, args, facts, patches.fingerprint.partition(",")[0])
 
@@ -239,8 +241,9 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, image
     averaged = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     method = (
         f"Pre-trained to undo synthetic degradations ({', '.join(RandomOrderDegradation().names)}; "
-        f"mode `{args.mode}`, see arXiv 2408.01099) on {images}: {args.max_train_steps} steps of {batch} patches of "
-        f"{args.resolution}x{args.resolution}, seed {args.seed}{began}{averaged}."
+        f"mode `{args.mode}`, see arXiv 2408.01099) on {images}: "
+        f"{args.max_train_steps} steps{facts.prolonged} of {batch} patches of {args.resolution}x{args.resolution}, "
+        f"seed {args.seed}{began}{averaged}."
     )
     best = read_best(args.output_dir) if args.save_best else None
     method += "" if best is None else f" Best step of the validation: {best_step(best)}."

@@ -23,7 +23,7 @@ PIPELINE_TAG = "image-to-image"
 @dataclass(frozen=True)
 class RunFacts:
     """Facts about a run, for its card: the data with its licence, the hardware, seconds of training, the id of the
-    data set if that is on the Hub, and Accelerate's mixed precision."""
+    data set if that is on the Hub, Accelerate's mixed precision, and when it was prolonged."""
 
     data: str
     hardware: str
@@ -31,6 +31,7 @@ class RunFacts:
     processes: int
     dataset: str | None = None
     mixed_precision: str = "no"
+    prolonged: str = ""
 
     @property
     def machine(self) -> str:
@@ -224,6 +225,7 @@ def adapted_card(
     has_budget = result.is_adapter and metrics.parameter_budget is not None
     budget = f", budget {metrics.parameter_budget:.2%}" if has_budget else ""
     began = "" if result.began_with is None else f", beginning with the adapter `{result.began_with}`"
+    steps = f"{metrics.max_train_steps} steps{facts.prolonged}"
     best_row = "" if best is None else f"\n| Best step | {best_step(best)} |"
     trained = f"{metrics.trainable_parameters:,}"
     images = "\n\n".join(f"![{shows}]({name})" for name, shows in result.images.items())
@@ -253,7 +255,7 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 | | |
 |---|---|
 | Data | {_cell(facts.data)}; {metrics.train_pairs} pairs to train on, {metrics.eval_pairs} held out |
-| Training | {metrics.max_train_steps} steps, {facts.seconds:.0f} seconds, seed {metrics.seed} |{best_row}
+| Training | {steps}, {facts.seconds:.0f} seconds, seed {metrics.seed} |{best_row}
 | Hardware | {facts.machine} |
 | Software | {_software()} |
 

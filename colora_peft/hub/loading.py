@@ -22,6 +22,7 @@ from .networks import load_backbone, load_from_folder
 from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
+_BY_ARGUMENT, _BY_FLAG = "pass base=", "give --model_name_or_path "  # ways to name the base, in Python and in scripts
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -111,6 +112,8 @@ def load_for_training(
             it: a folder, an id on the Hub, or `module:function`. The adapter then has this name for it.
         token: For private repositories.
 
+    Its messages are for the user of a script, where `base` is --model_name_or_path.
+
     Raises:
         OSError: as `load`.
         ValueError: as `load`; or the adapter is of another method than these two.
@@ -128,7 +131,10 @@ def load_for_training(
         )
     config = _read_config(folder, source) if method == "COLORA" else _read_foreign_config(folder, source)
     _check_readable(folder / ADAPTER_WEIGHTS, source)
-    network = _find_base(config, folder, source) if base is None else load_backbone(str(base), token=token)
+    if base is None:
+        network = _find_base(config, folder, source, _BY_FLAG)
+    else:
+        network = load_backbone(str(base), token=token)
     model = _attach(network, folder, config, "default", source, is_trainable=True)
     if method == "LORA":
         _check_complete(model, folder, source)
@@ -208,16 +214,16 @@ def _remedy(file: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- base
 
 
-def _find_base(config: PeftConfig, folder: Path, source: Source) -> nn.Module:
+def _find_base(config: PeftConfig, folder: Path, source: Source, way: str = _BY_ARGUMENT) -> nn.Module:
     """The network that the adapter names as its base."""
     name = config.base_model_name_or_path
-    ask = "pass base=, the network that it was trained on (a folder, an id on the Hub, or the network itself)"
+    ask = f"{way.strip()}, the network that it was trained on (a folder, an id on the Hub, or the network itself)"
     if not name:
         raise ValueError(f"The adapter {source} does not name its base: {ask}.")
     if _FUNCTION.fullmatch(name) and not Path(name).exists():
         raise ValueError(
             f"The base of {source} is made by the function {name}, which an adapter cannot call by itself: if you "
-            f"trust it, pass base={name!r}."
+            f"trust it, {way}{name!r}."
         )
     # Runs are started anywhere: a folder is looked for from here, and from wherever the adapter lies.
     starts = [Path.cwd(), *(folder.resolve().parents if source.is_folder else ())]
@@ -250,9 +256,10 @@ def _attach(
     fingerprint = network.base_model.fingerprint_of_base() if adapted else base_fingerprint(network)
     wanted: str | None = getattr(config, "base_fingerprint", None)
     if is_other_base(wanted, fingerprint):
+        way = (_BY_FLAG if is_trainable else _BY_ARGUMENT).strip().capitalize()
         raise ValueError(
             f"The adapter {source} was trained on another network than the one it is to be put on: the weights "
-            f"differ. Pass base=, the one that it calls {config.base_model_name_or_path!r}."
+            f"differ. {way}, the one that it calls {config.base_model_name_or_path!r}."
         )
     if wanted is None or fingerprint is None:
         what = f"The adapter {source} does not say" if wanted is None else "The base does not show"

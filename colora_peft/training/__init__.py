@@ -8,7 +8,7 @@ from colora_peft.inference import reconstruct, restoration_loss
 
 from .arguments import OnResume, TrainArguments
 from .best import BEST_FOLDER, read_best, save_result
-from .checkpoint import list_checkpoints, read_state
+from .checkpoint import list_checkpoints, prolonged_in_words, read_state
 from .loop import DataFailed, TrainingDiverged, train, use_all_cores
 from .methods import LEARNING_RATES, METHODS, Method, check_can_be_saved, prepare_for_tuning, trained_parameters
 from .output_dir import check_output_dir, open_output_dir
@@ -52,6 +52,7 @@ __all__ = [
     "open_output_dir",
     "open_pairs",
     "prepare_for_tuning",
+    "prolonged_in_words",
     "read_best",
     "read_state",
     "reconstruct",

@@ -19,7 +19,7 @@ class OnResume(Enum):
 
     FREE = "may change, because the weights do not depend on it"
     DATA = "may change where the images themselves are compared, or --allow_changed_dataset is given"
-    LENGTH = "may change while the learning rate has not begun to fall"
+    LENGTH = "may grow, and may change while the learning rate of warmup_stable_decay has not begun to fall"
     INPUT = "is read by the run, so that it must not lie in the folder that the run empties"
 
 
@@ -36,7 +36,9 @@ class TrainArguments:
     """Flags that every training script has. Names follow the scripts of diffusers."""
 
     output_dir: Annotated[str, OnResume.FREE] = flag(help="Path to the folder for checkpoints, logs and the result.")
-    max_train_steps: Annotated[int, OnResume.LENGTH] = flag(help="Number of optimiser steps of the whole run.")
+    max_train_steps: Annotated[int, OnResume.LENGTH] = flag(
+        help="Number of optimiser steps of the whole run; more of them prolong it on resume."
+    )
     # Batch size and accumulation may change because processes may. Training checks their product when it starts.
     per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
         help="Number of patches in a batch of each process."
@@ -47,7 +49,8 @@ class TrainArguments:
     lr_scheduler: Literal["cosine", "warmup_stable_decay"] = flag(
         "cosine",
         "cosine: the learning rate falls from the warm-up to the end; warmup_stable_decay: it stays at its peak until "
-        "the last --lr_decay_steps, and until then the run may be prolonged on resume.",
+        "the last --lr_decay_steps, and until then a run that is prolonged on resume is as one that was as long from "
+        "the beginning.",
     )
     lr_decay_steps: Annotated[int, OnResume.LENGTH] = flag(
         0, "Number of last steps in which warmup_stable_decay lowers the learning rate."

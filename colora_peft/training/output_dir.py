@@ -222,7 +222,9 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
 
 
 def _may_change_length(args: TrainArguments, before: dict[str, Any], step: int) -> bool:
-    """Returns whether a run of the new length has the same first steps: the learning rate has not begun to fall."""
+    """Returns whether the run is made longer, or another length would have had the same learning rates so far."""
+    if args.max_train_steps > before["max_train_steps"]:
+        return True
     if args.lr_scheduler != "warmup_stable_decay":
         return False
     return step <= min(before["max_train_steps"] - before["lr_decay_steps"], args.first_decay_step)

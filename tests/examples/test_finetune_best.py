@@ -48,3 +48,12 @@ def test_pretraining_keeps_it_too(train_dir, tmp_path):
     )
     assert colora_peft.load(output_dir / "best").config.width == 4
     assert f"step {row['step']}" in (output_dir / "best" / "README.md").read_text()
+
+
+def test_the_card_of_a_prolonged_run_says_so(train_dir, eval_dir, tiny_nafnet, tmp_path):
+    flags = ["--train_dir", train_dir, "--eval_dir", eval_dir, "--model_name_or_path", tiny_nafnet, *QUICK]
+    flags += ["--output_dir", tmp_path / "out"]
+    run(*flags)
+    output_dir = run(*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    assert metrics_of(output_dir)["max_train_steps"] == 6
+    assert "| Training | 6 steps, prolonged after step 4 of 4, " in (output_dir / "README.md").read_text()
