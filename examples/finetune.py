@@ -13,7 +13,7 @@ where each folder holds `input/` and `target/` with the same file names. Pattern
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 
-from colora_peft import CoLoRAConfig, ContributionScores, adaptable_layers
+from colora_peft import CoLoRAConfig, ContributionScores
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate, restore_some, save_before_after
 from colora_peft.hub import (
@@ -32,10 +32,12 @@ from colora_peft.hub import (
     adapted_card,
     create_hub_repo,
     hardware_name,
+    load_for_training,
     push_folder,
 )
-from colora_peft.ranks import check_figures_can_be_drawn, check_same_names
+from colora_peft.ranks import check_figures_can_be_drawn
 from colora_peft.training import (
+    BEST_FOLDER,
     CONTRIBUTIONS_FILE,
     FIGURE_FILE,
     LEARNING_RATES,
@@ -45,16 +47,22 @@ from colora_peft.training import (
     TaskArguments,
     TrainArguments,
     TrainingDiverged,
+    check_can_be_saved,
     check_output_dir,
     compare_saved,
     create_accelerator,
     leave_wrong_layers_alone,
+    load_contributions,
     load_network,
     load_pairs,
     measure_contributions,
+    note_on_source,
     open_output_dir,
     prepare_for_tuning,
+    prolonged_in_words,
+    read_best,
     report_allocation,
+    save_result,
     train,
     trained_parameters,
     use_all_cores,
@@ -70,8 +78,13 @@ SHIPPED_PAIRS = HERE / "data" / "underwater"
 class FinetuneArguments(TaskArguments, TrainArguments):
     """Flags of the fine-tuning."""
 
-    model_name_or_path: str = flag(
-        SHIPPED_NETWORK, "The pre-trained network: a folder, an id on the Hub, or module:function."
+    model_name_or_path: str | None = flag(
+        None,
+        "The pre-trained network: a folder, an id on the Hub, or module:function. Default: the one that "
+        f"--adapter_name_or_path names, else {SHIPPED_NETWORK}.",
+    )
+    adapter_name_or_path: Annotated[str | None, OnResume.INPUT] = flag(
+        None, "An adapter to train further, at its ranks: a folder or an id on the Hub, of CoLoRA or of PEFT's LoRA."
     )
     output_dir: str = flag("outputs/finetune", "Path to the folder for checkpoints and the result.")
     max_train_steps: int = flag(500, "Number of optimiser steps of the whole run.")
@@ -98,10 +111,38 @@ class FinetuneArguments(TaskArguments, TrainArguments):
     def __post_init__(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method]
+        if self.adapter_name_or_path is not None:
+            self._check_further()
+        elif self.model_name_or_path is None:
+            self.model_name_or_path = SHIPPED_NETWORK
         if self.contributions is not None and self.method != "colora":
             raise ValueError(f"--contributions has no effect with --method {self.method}; leave one of them out.")
         TaskArguments.__post_init__(self)
         TrainArguments.__post_init__(self)
+
+    def _check_further(self) -> None:
+        """Refuse what a given adapter has settled: its method and its ranks."""
+        settled = ("method", "contributions", "parameter_budget", "beta", "estimator")
+        defaults = {each.name: each.default for each in fields(self)}
+        given = [f"--{name}" for name in settled if getattr(self, name) != defaults[name]]
+        if given:
+            raise ValueError(
+                f"--adapter_name_or_path trains an adapter at its own ranks, so that {some(given)} would have no "
+                "effect: leave one or the other out."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ network
+
+
+def open_network(args: FinetuneArguments, accelerator: Accelerator) -> torch.nn.Module:
+    """The network to adapt, or the adapter to train further on its base."""
+    if args.adapter_name_or_path is None:
+        model = load_network(args, accelerator)
+        check_can_be_saved(model, args.method, args.model_name_or_path)
+        return model
+    model = load_for_training(args.adapter_name_or_path, base=args.model_name_or_path)
+    return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------- contributions
@@ -110,35 +151,11 @@ class FinetuneArguments(TaskArguments, TrainArguments):
 def given_contributions(
     model: torch.nn.Module, args: FinetuneArguments, checkpoint: Path | None
 ) -> ContributionScores | None:
-    """Contributions of --contributions, or of the run that goes on; None if they are to be measured or not used.
-
-    The names of the layers must be those of the network. Nothing else is compared, but a network of another name is
-    pointed out: to transfer scores to it may be intended.
-
-    Raises:
-        ValueError: The file cannot be used, or its layers have other names than those of the network.
-    """
+    """Contributions of --contributions, or of the run that goes on; None if they are to be measured or not used."""
     file = args.contributions if checkpoint is None else checkpoint.parent / CONTRIBUTIONS_FILE
     if file is None or args.method != "colora":
         return None
-    contributions = ContributionScores.load(file)
-    try:
-        check_same_names(contributions.scores, adaptable_layers(model), "contributions")
-    except ValueError as error:
-        raise ValueError(
-            f"The contributions in '{file}' are of another network than {args.model_name_or_path}. {error} "
-            "Measure them again with contribution.py."
-        ) from error
-    return contributions
-
-
-def note_on_source(contributions: ContributionScores | None, args: FinetuneArguments) -> str | None:
-    """A note that the contributions were measured on another network; None if they were not, or nobody noted it."""
-    source = {} if contributions is None else contributions.source
-    measured_on = source.get("model_name_or_path", args.model_name_or_path)
-    if measured_on == args.model_name_or_path:
-        return None
-    return f"Note: the contributions were measured on {measured_on}, this run adapts {args.model_name_or_path}."
+    return load_contributions(file, model, args.model_name_or_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -152,27 +169,29 @@ def main(args: FinetuneArguments) -> None:
     checkpoint = check_output_dir(args, accelerator)
     train_pairs, eval_pairs = load_pairs(args, accelerator, SHIPPED_PAIRS)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
-    model = load_network(args, accelerator)
-    check_can_be_saved(model, args)
-    contributions = given_contributions(model, args, checkpoint)
-    accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {args.method}.")
-    if note := note_on_source(contributions, args):
+    model = open_network(args, accelerator)
+    is_further = isinstance(model, PeftModel)
+    method = model.peft_config["default"].peft_type.lower() if is_further else args.method
+    contributions = None if is_further else given_contributions(model, args, checkpoint)
+    accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {method}.")
+    if note := note_on_source(contributions, args.model_name_or_path):
         accelerator.print(note)
     shown = accelerator.is_main_process
     before = evaluate(model, eval_pairs, accelerator.device, "before" if shown else "")
     accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))
     accelerator.print(quality_line("before", before["psnr"], before["ssim"]))
 
-    if contributions is None and args.method == "colora":
-        contributions = measure_contributions(model, patches, args, accelerator)
     images = patches[0]["pixel_values"][None].to(accelerator.device)
-    model = prepare(model, args.adapter_config(contributions and contributions.scores), images, args)
+    if not is_further:
+        if contributions is None and args.method == "colora":
+            contributions = measure_contributions(model, patches, args, accelerator)
+        model = prepare(model, args.adapter_config(contributions and contributions.scores), images, args)
     if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
         args.hub_model_id = create_hub_repo(
             args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None
         )
     with open_output_dir(args, accelerator, checkpoint):
-        if accelerator.is_main_process and isinstance(model, PeftModel):
+        if accelerator.is_main_process and isinstance(model, PeftModel) and not is_further:
             ranks = model.peft_config["default"].ranks
             report_allocation(model.get_base_model(), ranks, contributions, Path(args.output_dir))
         figures = {
@@ -189,14 +208,14 @@ def main(args: FinetuneArguments) -> None:
         if accelerator.is_main_process:
             facts = facts_of(args, accelerator, seconds)
             metrics = TuningMetrics(
-                method=args.method,
+                method=method,
                 seed=args.seed,
                 **quality_metrics(before, after),
                 **figures,
                 seconds=seconds,
                 learning_rate=args.learning_rate,
                 max_train_steps=args.max_train_steps,
-                parameter_budget=args.parameter_budget if isinstance(model, PeftModel) else None,
+                parameter_budget=args.parameter_budget if isinstance(model, PeftModel) and not is_further else None,
                 hardware=facts.hardware,
                 processes=facts.processes,
                 torch=torch.__version__,
@@ -219,20 +238,18 @@ def prepare(
     return model
 
 
-def check_can_be_saved(model: torch.nn.Module, args: FinetuneArguments) -> None:
-    """Refuse, before any work, to tune a network itself that has no way to be saved: adapters are PEFT's to save."""
-    if args.method not in ("colora", "lora") and not hasattr(model, "save_pretrained"):
-        raise ValueError(
-            f"--method {args.method} saves the network by its save_pretrained, which {type(model).__name__} of "
-            f"{args.model_name_or_path} does not have: choose --method colora or lora."
-        )
-
-
 def facts_of(args: FinetuneArguments, accelerator: Accelerator, seconds: float) -> RunFacts:
     """Data, hardware and time of the run, for its card."""
     on_hub = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
-    hardware, processes = hardware_name(accelerator.device), accelerator.num_processes
-    return RunFacts(data_description(args), hardware, seconds, processes, on_hub, accelerator.mixed_precision)
+    return RunFacts(
+        data_description(args),
+        hardware_name(accelerator.device),
+        seconds,
+        accelerator.num_processes,
+        on_hub,
+        accelerator.mixed_precision,
+        prolonged_in_words(args.output_dir),
+    )
 
 
 def quality_metrics(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
@@ -255,34 +272,37 @@ def save(
     output_dir = Path(args.output_dir)
     is_adapter = isinstance(model, PeftModel)
     images = {"before_after.png": "input, restored, target"}
-    if is_adapter:
+    if is_adapter and args.adapter_name_or_path is None:
         images[FIGURE_FILE] = "score and rank of each layer"
     network = model.get_base_model() if is_adapter else model
     result = AdaptedNetwork(
         title=output_dir.resolve().name,
         loads_from=args.hub_model_id if args.push_to_hub else args.output_dir,
-        base=args.model_name_or_path,
+        base=args.model_name_or_path or model.peft_config["default"].base_model_name_or_path,
         base_revision=getattr(getattr(network, "config", None), "_commit_hash", None),
         is_adapter=is_adapter,
         images=images,
+        began_with=args.adapter_name_or_path,
+        is_lora=metrics.method == "lora" and args.adapter_name_or_path is not None,
     )
     with writing_result(output_dir):
-        model.save_pretrained(output_dir)
-        if hasattr(network, "save_image_processor"):
-            network.save_image_processor(output_dir)
+        save_result(model, output_dir)
     if is_adapter:
         model, metrics = as_saved(model, metrics, eval_pairs, args)
     before_after = restore_some(model, eval_pairs, count=4)
     with writing_result(output_dir):
         save_before_after(before_after, output_dir / "before_after.png")
-        write_text(output_dir / "README.md", adapted_card(result, metrics, facts))
+        best = read_best(output_dir) if args.save_best else None
+        if best is not None:
+            write_best_card(result, metrics, facts, best, output_dir / BEST_FOLDER)
+        write_text(output_dir / "README.md", adapted_card(result, metrics, facts, best))
         write_json(output_dir / "metrics.json", asdict(metrics))
     print(f"Saved in {output_dir}: the result, its card, metrics.json and images.")
     if args.push_to_hub:
         commit = push_folder(output_dir, args.hub_model_id)
         print(f"Pushed to {args.hub_model_id}, commit {commit}.")
         if is_adapter and not result.is_base_on_hub:
-            print(f"Note: its base, {args.model_name_or_path}, is not on the Hub; who loads it must pass base=.")
+            print(f"Note: its base, {result.base}, is not on the Hub; who loads it must pass base=.")
     print(f"Load it with:\n\n{result.code()}")
 
 
@@ -299,6 +319,14 @@ def as_saved(
     after = evaluate(difference.network, eval_pairs, next(model.parameters()).device, "saved")
     print(quality_line("saved", after["psnr"], after["ssim"]))
     return difference.network, replace(metrics, psnr_after=after["psnr"], ssim_after=after["ssim"])
+
+
+def write_best_card(
+    result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts, best: dict[str, float], folder: Path
+) -> None:
+    own = replace(result, title=f"{result.title}, step {best['step']}", loads_from=str(folder), images={})
+    figures = replace(metrics, psnr_after=best["psnr"], ssim_after=best["ssim"])
+    write_text(folder / "README.md", adapted_card(own, figures, facts, best))
 
 
 def data_description(args: FinetuneArguments) -> str:

@@ -33,6 +33,7 @@ from colora_peft.evaluation import SSIM_WINDOW_PX
 from colora_peft.hub import (
     RunFacts,
     backbone_card,
+    best_step,
     create_hub_repo,
     hardware_name,
     load_backbone,
@@ -42,6 +43,7 @@ from colora_peft.hub import (
 from colora_peft.images import left_out_in_words, list_images
 from colora_peft.prod import RandomOrderDegradation
 from colora_peft.training import (
+    BEST_FOLDER,
     DataFailed,
     OnResume,
     TrainArguments,
@@ -49,6 +51,8 @@ from colora_peft.training import (
     check_output_dir,
     create_accelerator,
     open_output_dir,
+    prolonged_in_words,
+    read_best,
     train,
     use_all_cores,
 )
@@ -228,6 +232,7 @@ def main(args: PretrainArguments) -> None:
                 seconds,
                 accelerator.num_processes,
                 mixed_precision=accelerator.mixed_precision,
+                prolonged=prolonged_in_words(args.output_dir),
             )
             save(model, args, facts, patches.fingerprint.partition(",")[0])
 
@@ -240,9 +245,12 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, image
     averaged = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     method = (
         f"Pre-trained to undo synthetic degradations ({', '.join(RandomOrderDegradation().names)}; "
-        f"mode `{args.mode}`, see arXiv 2408.01099) on {images}: {args.max_train_steps} steps of {batch} patches of "
-        f"{args.resolution}x{args.resolution}, seed {args.seed}{began}{averaged}."
+        f"mode `{args.mode}`, see arXiv 2408.01099) on {images}: "
+        f"{args.max_train_steps} steps{facts.prolonged} of {batch} patches of {args.resolution}x{args.resolution}, "
+        f"seed {args.seed}{began}{averaged}."
     )
+    best = read_best(args.output_dir) if args.save_best else None
+    method += "" if best is None else f" Best step of the validation: {best_step(best)}."
     loads_from = args.hub_model_id if args.push_to_hub else args.output_dir
     card = backbone_card(model, Path(args.output_dir).resolve().name, loads_from, method, facts)
     with writing_result(args.output_dir):
@@ -252,6 +260,10 @@ def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, image
         if hasattr(model, "save_image_processor"):
             model.save_image_processor(args.output_dir)
         write_text(Path(args.output_dir) / "README.md", card)
+        if best is not None:
+            folder = Path(args.output_dir) / BEST_FOLDER
+            title = f"{Path(args.output_dir).resolve().name}, step {best['step']}"
+            write_text(folder / "README.md", backbone_card(model, title, str(folder), method, facts))
     print(f"\nSaved in {args.output_dir}.")
     if args.push_to_hub:
         print(f"Pushed to {args.hub_model_id}, commit {push_folder(args.output_dir, args.hub_model_id)}.")

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from finetune import FinetuneArguments
+from finetune import SHIPPED_NETWORK, FinetuneArguments
 from finetune import main as finetune
 
 from colora_peft.data import PairedImageFolder, PairSource, PairSubset, draw_pairs
@@ -63,7 +63,7 @@ class TasksArguments:
     )
     input_pattern: str = flag("{}", "Names of the inputs without suffix, such as '{}_noisy'; see finetune.py.")
     target_pattern: str = flag("{}", "Names of the targets, such as '{}_clean'.")
-    model_name_or_path: str = flag(FinetuneArguments.model_name_or_path, "The network that all tasks share.")
+    model_name_or_path: str = flag(SHIPPED_NETWORK, "The network that all tasks share.")
     output_dir: str | None = flag(
         None,
         "Path to a folder with an adapter for each task. Default: outputs/tasks, or without --data_dir the "

@@ -10,10 +10,11 @@ from .cards import (
     TuningMetrics,
     adapted_card,
     backbone_card,
+    best_step,
     hardware_name,
     loading_code,
 )
-from .loading import load, load_base, peft_type_of
+from .loading import load, load_base, load_for_training, peft_type_of
 from .networks import load_backbone, register_backbones
 from .pushing import create_hub_repo, push_folder
 from .source import ADAPTER_FILES, Source, fetch
@@ -26,12 +27,14 @@ __all__ = [
     "TuningMetrics",
     "adapted_card",
     "backbone_card",
+    "best_step",
     "create_hub_repo",
     "fetch",
     "hardware_name",
     "load",
     "load_backbone",
     "load_base",
+    "load_for_training",
     "loading_code",
     "peft_type_of",
     "push_folder",

@@ -23,7 +23,7 @@ PIPELINE_TAG = "image-to-image"
 @dataclass(frozen=True)
 class RunFacts:
     """Facts about a run, for its card: the data with its licence, the hardware, seconds of training, the id of the
-    data set if that is on the Hub, and Accelerate's mixed precision."""
+    data set if that is on the Hub, Accelerate's mixed precision, and when it was prolonged."""
 
     data: str
     hardware: str
@@ -31,6 +31,7 @@ class RunFacts:
     processes: int
     dataset: str | None = None
     mixed_precision: str = "no"
+    prolonged: str = ""
 
     @property
     def machine(self) -> str:
@@ -89,6 +90,14 @@ from colora_peft.images import read_image, to_pil
 model = colora_peft.load({json.dumps(name_or_path)}{given})
 restored = colora_peft.restore_image(model, read_image("photo.jpg"))
 to_pil(restored).save("restored.png")"""
+
+
+def lora_loading_code(name_or_path: str, base: str) -> str:
+    """Python that does the same with an adapter of PEFT's LoRA, which `colora_peft.load` leaves to PEFT."""
+    loaded = f"model = colora_peft.load({json.dumps(name_or_path)})"
+    by_peft = f"""base = colora_peft.load_backbone({json.dumps(base)})
+model = PeftModel.from_pretrained(base, {json.dumps(name_or_path)}).eval()"""
+    return "from peft import PeftModel\n\n" + loading_code(name_or_path).replace(loaded, by_peft)
 
 
 def backbone_card(model: nn.Module, name: str, loads_from: str, method: str, facts: RunFacts) -> str:
@@ -172,6 +181,8 @@ class AdaptedNetwork:
         base_revision: Its commit on the Hub, where it is from there.
         is_adapter: Whether the result is an adapter for `base`, or a network of its own.
         images: Captions of the images beside the card, by file name.
+        began_with: Folder or Hub id of the adapter that was trained further, if one was.
+        is_lora: Whether the adapter is one of PEFT's LoRA.
     """
 
     title: str
@@ -180,6 +191,8 @@ class AdaptedNetwork:
     base_revision: str | None
     is_adapter: bool
     images: Mapping[str, str]
+    began_with: str | None = None
+    is_lora: bool = False
 
     @property
     def is_base_on_hub(self) -> bool:
@@ -187,18 +200,34 @@ class AdaptedNetwork:
 
     def code(self) -> str:
         """Python that loads it; a base that others cannot find by its name is asked for where they will look."""
+        if self.is_lora:
+            return lora_loading_code(self.loads_from, self.base)
         is_shared = not Path(self.loads_from).exists()
         is_function = ":" in self.base and not Path(self.base).exists()
         is_asked_for = self.is_adapter and (is_function or (is_shared and not self.is_base_on_hub))
         return loading_code(self.loads_from, self.base if is_asked_for else None)
 
 
-def adapted_card(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -> str:
-    """Markdown card of a fine-tuned network or adapter: its quality, how it was made, and the code that loads it."""
+def adapted_card(
+    result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts, best: Mapping[str, float] | None = None
+) -> str:
+    """Markdown card of a fine-tuned network or adapter: its quality, how it was made, and the code that loads it.
+
+    Args:
+        result: The result.
+        metrics: Its figures.
+        facts: Data, hardware, seconds.
+        best: `step`, `psnr` and `ssim` of the best step, if that was kept.
+    """
     share = metrics.trainable_ratio if result.is_adapter else metrics.trainable_ratio_of_model
     of_what = "of the weights of its layers" if result.is_adapter else "of its parameters"
     revision = f" at `{result.base_revision}`" if result.base_revision else ""
-    budget = f", budget {metrics.parameter_budget:.2%}" if result.is_adapter else ""
+    has_budget = result.is_adapter and metrics.parameter_budget is not None
+    budget = f", budget {metrics.parameter_budget:.2%}" if has_budget else ""
+    began = "" if result.began_with is None else f", beginning with the adapter `{result.began_with}`"
+    steps = f"{metrics.max_train_steps} steps{facts.prolonged}"
+    best_row = "" if best is None else f"\n| Best step | {best_step(best)} |"
+    trained = f"{metrics.trainable_parameters:,}"
     images = "\n\n".join(f"![{shows}]({name})" for name, shows in result.images.items())
     return f"""---
 {_metadata(result, metrics, facts).to_yaml()}
@@ -206,7 +235,7 @@ def adapted_card(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts
 
 # {result.title}
 
-`{result.base}`{revision} adapted with the method `{metrics.method}`: {metrics.trainable_parameters:,} parameters
+`{result.base}`{revision} adapted with the method `{metrics.method}`{began}: {trained} parameters
 trained, {share:.2%} {of_what}{budget}.
 
 ```python
@@ -226,7 +255,7 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 | | |
 |---|---|
 | Data | {_cell(facts.data)}; {metrics.train_pairs} pairs to train on, {metrics.eval_pairs} held out |
-| Training | {metrics.max_train_steps} steps, {facts.seconds:.0f} seconds, seed {metrics.seed} |
+| Training | {steps}, {facts.seconds:.0f} seconds, seed {metrics.seed} |{best_row}
 | Hardware | {facts.machine} |
 | Software | {_software()} |
 
@@ -234,6 +263,14 @@ In RGB on [0, 1] after rounding to 8 bits, per image, then averaged.
 {command_line()}
 ```
 """
+
+
+def best_step(best: Mapping[str, float]) -> str:
+    """The best step of a run in words."""
+    return (
+        f"{best['step']}, in the folder `best` of the run: PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f}, "
+        "a little too good because these images chose the step"
+    )
 
 
 def _metadata(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -> ModelCardData:
@@ -257,7 +294,7 @@ def _metadata(result: AdaptedNetwork, metrics: TuningMetrics, facts: RunFacts) -
         datasets=[facts.dataset] if facts.dataset else None,
         library_name="peft" if result.is_adapter else "transformers",
         pipeline_tag=PIPELINE_TAG,
-        tags=["image-restoration", "colora"] if result.is_adapter else ["image-restoration"],
+        tags=["image-restoration", *(["colora"] if result.is_adapter and not result.is_lora else [])],
     )
 
 

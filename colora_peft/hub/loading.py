@@ -11,7 +11,7 @@ import re
 import warnings
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -23,11 +23,13 @@ from colora_peft.tuner import (
     check_not_compiled,
     is_other_base,
 )
+from colora_peft.utils import relative_path, some
 
 from .networks import load_backbone, load_from_folder
 from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
+_BY_ARGUMENT, _BY_FLAG = "pass base=", "give --model_name_or_path "  # ways to name the base, in Python and in scripts
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -104,11 +106,66 @@ def load_base(name_or_path: str | Path, *, token: str | bool | None = None) -> n
     folder = fetch(source, (ADAPTER_FILES,))
     if peft_type_of(folder, source) == "COLORA":
         return _find_base(_read_config(folder, source), folder, source)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"The adapter {source} cannot be used. {error}") from error
-    return _find_base(config, folder, source)
+    return _find_base(_read_foreign_config(folder, source), folder, source)
+
+
+def load_for_training(
+    name_or_path: str | Path, *, base: str | Path | None = None, token: str | bool | None = None
+) -> PeftModel:
+    """An adapter on its base, to be trained further: with its weights, its ranks, and only its parameters trainable.
+
+    Args:
+        name_or_path: A folder or an id on the Hub, with a CoLoRA adapter or one of PEFT's LoRA.
+        base: The network that the adapter was trained on, where it is not found by the name that the adapter has for
+            it: a folder, an id on the Hub, or `module:function`. The adapter then has this name for it.
+        token: For private repositories.
+
+    Its messages are for the user of a script, where `base` is --model_name_or_path.
+
+    Raises:
+        OSError: as `load`.
+        ValueError: as `load`; or the adapter is of another method than these two.
+
+    Warns:
+        UserWarning: as `load`. An adapter of LoRA never says which weights its base has.
+    """
+    source = Source(str(name_or_path), token=token)
+    folder = fetch(source, (ADAPTER_FILES,))
+    method = peft_type_of(folder, source)
+    if method not in ("COLORA", "LORA"):
+        raise ValueError(
+            f"{source} is an adapter of the PEFT method {method!r}: only adapters of CoLoRA and LoRA are trained "
+            "further."
+        )
+    config = _read_config(folder, source) if method == "COLORA" else _read_foreign_config(folder, source)
+    _check_readable(folder / ADAPTER_WEIGHTS, source)
+    if base is None:
+        network = _find_base(config, folder, source, _BY_FLAG)
+    else:
+        network = load_backbone(str(base), token=token)
+    model = _attach(network, folder, config, "default", source, is_trainable=True)
+    if method == "LORA":
+        _check_complete(model, folder, source)
+    # The result may lie elsewhere than the adapter, from where a folder would not be found by the same relative path.
+    name = str(base) if base is not None else config.base_model_name_or_path
+    if base is None and not Path(name).exists() and Path(network.name_or_path).is_dir():
+        name = relative_path(network.name_or_path)
+    config.base_model_name_or_path = name
+    if base is not None:
+        config.revision = getattr(getattr(network, "config", None), "_commit_hash", None)
+    return model
+
+
+def _check_complete(model: PeftModel, folder: Path, source: Source) -> None:
+    """Refuse an adapter whose layers are not those of the network: PEFT leaves out what it does not find."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+    differing = sorted(stored ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys())
+    if differing:
+        raise ValueError(
+            f"The adapter {source} does not fit a {type(model.get_base_model()).__name__}: {some(differing)} are only "
+            "in one of the two. Give the network that it was trained on."
+        )
 
 
 def peft_type_of(folder: Path, source: Source) -> str:
@@ -141,6 +198,14 @@ def _read_config(folder: Path, source: Source) -> CoLoRAConfig:
         raise ValueError(f"The adapter {source} cannot be used. {error}") from error
 
 
+def _read_foreign_config(folder: Path, source: Source) -> PeftConfig:
+    """The configuration of an adapter of another PEFT method."""
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"The adapter {source} cannot be used. {error}") from error
+
+
 def _check_readable(file: Path, source: Source) -> None:
     """Refuse a damaged file before anything is changed, as far as its header tells."""
     try:
@@ -157,16 +222,16 @@ def _remedy(file: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- base
 
 
-def _find_base(config: PeftConfig, folder: Path, source: Source) -> nn.Module:
+def _find_base(config: PeftConfig, folder: Path, source: Source, way: str = _BY_ARGUMENT) -> nn.Module:
     """The network that the adapter names as its base."""
     name = config.base_model_name_or_path
-    ask = "pass base=, the network that it was trained on (a folder, an id on the Hub, or the network itself)"
+    ask = f"{way.strip()}, the network that it was trained on (a folder, an id on the Hub, or the network itself)"
     if not name:
         raise ValueError(f"The adapter {source} does not name its base: {ask}.")
     if _FUNCTION.fullmatch(name) and not Path(name).exists():
         raise ValueError(
             f"The base of {source} is made by the function {name}, which an adapter cannot call by itself: if you "
-            f"trust it, pass base={name!r}."
+            f"trust it, {way}{name!r}."
         )
     # Runs are started anywhere: a folder is looked for from here, and from wherever the adapter lies.
     starts = [Path.cwd(), *(folder.resolve().parents if source.is_folder else ())]
@@ -185,7 +250,14 @@ def _free_name(name: str, taken: list[str]) -> str:
     return name if name not in taken else f"{name}_{len(taken) + 1}"
 
 
-def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name: str, source: Source) -> nn.Module:
+def _attach(
+    network: nn.Module,
+    folder: Path,
+    config: PeftConfig,
+    adapter_name: str,
+    source: Source,
+    is_trainable: bool = False,
+) -> nn.Module:
     """Put the adapter onto the network, if that is the one it was trained on."""
     check_not_compiled(network)
     adapted = isinstance(network, PeftModel)
@@ -200,13 +272,15 @@ def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name
     if adapted and adapter_name in network.peft_config:
         raise ValueError(f"The base has an adapter {adapter_name!r}: choose another adapter_name.")
     fingerprint = network.base_model.fingerprint_of_base() if adapted else base_fingerprint(network)
-    if is_other_base(config.base_fingerprint, fingerprint):
+    wanted: str | None = getattr(config, "base_fingerprint", None)
+    if is_other_base(wanted, fingerprint):
+        way = (_BY_FLAG if is_trainable else _BY_ARGUMENT).strip().capitalize()
         raise ValueError(
             f"The adapter {source} was trained on another network than the one it is to be put on: the weights "
-            f"differ. Pass base=, the one that it calls {config.base_model_name_or_path!r}."
+            f"differ. {way}, the one that it calls {config.base_model_name_or_path!r}."
         )
-    if config.base_fingerprint is None or fingerprint is None:
-        what = f"The adapter {source} does not say" if config.base_fingerprint is None else "The base does not show"
+    if wanted is None or fingerprint is None:
+        what = f"The adapter {source} does not say" if wanted is None else "The base does not show"
         warnings.warn(
             f"{what} which weights its base has: whether {config.base_model_name_or_path!r} is the right one was not "
             "checked.",
@@ -218,7 +292,9 @@ def _attach(network: nn.Module, folder: Path, config: CoLoRAConfig, adapter_name
             network.load_adapter(str(folder), adapter_name, torch_device=device)
             network.set_adapter(adapter_name)
             return network.requires_grad_(False).eval()  # set_adapter lets the active one be trained
-        model = PeftModel.from_pretrained(network, str(folder), adapter_name, config=config, torch_device=device)
+        model = PeftModel.from_pretrained(
+            network, str(folder), adapter_name, is_trainable, config=config, torch_device=device
+        )
         return model.eval()
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"The adapter {source} cannot be put on a {type(network).__name__}. {error}") from error

@@ -7,10 +7,11 @@ installed so that a job on a cluster needs no clone.
 from colora_peft.inference import reconstruct, restoration_loss
 
 from .arguments import OnResume, TrainArguments
-from .checkpoint import list_checkpoints, read_state
+from .best import BEST_FOLDER, read_best, save_result
+from .checkpoint import list_checkpoints, prolonged_in_words, read_state
 from .loop import DataFailed, TrainingDiverged, train, use_all_cores
 from .merge_check import leave_wrong_layers_alone
-from .methods import LEARNING_RATES, METHODS, Method, prepare_for_tuning, trained_parameters
+from .methods import LEARNING_RATES, METHODS, Method, check_can_be_saved, prepare_for_tuning, trained_parameters
 from .output_dir import check_output_dir, open_output_dir
 from .saved import compare_saved
 from .signals import TrainingStopped
@@ -18,15 +19,18 @@ from .task import (
     CONTRIBUTIONS_FILE,
     FIGURE_FILE,
     TaskArguments,
+    load_contributions,
     load_network,
     load_pairs,
     measure_contributions,
+    note_on_source,
     open_pairs,
     report_allocation,
 )
 from .trackers import create_accelerator
 
 __all__ = [
+    "BEST_FOLDER",
     "CONTRIBUTIONS_FILE",
     "DataFailed",
     "FIGURE_FILE",
@@ -38,21 +42,27 @@ __all__ = [
     "TrainArguments",
     "TrainingDiverged",
     "TrainingStopped",
+    "check_can_be_saved",
     "check_output_dir",
     "compare_saved",
     "create_accelerator",
     "leave_wrong_layers_alone",
     "list_checkpoints",
+    "load_contributions",
     "load_network",
     "load_pairs",
     "measure_contributions",
+    "note_on_source",
     "open_output_dir",
     "open_pairs",
     "prepare_for_tuning",
+    "prolonged_in_words",
+    "read_best",
     "read_state",
     "reconstruct",
     "report_allocation",
     "restoration_loss",
+    "save_result",
     "train",
     "trained_parameters",
     "use_all_cores",

@@ -19,7 +19,7 @@ class OnResume(Enum):
 
     FREE = "may change, because the weights do not depend on it"
     DATA = "may change where the images themselves are compared, or --allow_changed_dataset is given"
-    LENGTH = "may change while the learning rate has not begun to fall"
+    LENGTH = "may grow, and may change while the learning rate of warmup_stable_decay has not begun to fall"
     INPUT = "is read by the run, so that it must not lie in the folder that the run empties"
 
 
@@ -36,7 +36,9 @@ class TrainArguments:
     """Flags that every training script has. Names follow the scripts of diffusers."""
 
     output_dir: Annotated[str, OnResume.FREE] = flag(help="Path to the folder for checkpoints, logs and the result.")
-    max_train_steps: Annotated[int, OnResume.LENGTH] = flag(help="Number of optimiser steps of the whole run.")
+    max_train_steps: Annotated[int, OnResume.LENGTH] = flag(
+        help="Number of optimiser steps of the whole run; more of them prolong it on resume."
+    )
     # Batch size and accumulation may change because processes may. Training checks their product when it starts.
     per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
         help="Number of patches in a batch of each process."
@@ -47,7 +49,8 @@ class TrainArguments:
     lr_scheduler: Literal["cosine", "warmup_stable_decay"] = flag(
         "cosine",
         "cosine: the learning rate falls from the warm-up to the end; warmup_stable_decay: it stays at its peak until "
-        "the last --lr_decay_steps, and until then the run may be prolonged on resume.",
+        "the last --lr_decay_steps, and until then a run that is prolonged on resume is as one that was as long from "
+        "the beginning.",
     )
     lr_decay_steps: Annotated[int, OnResume.LENGTH] = flag(
         0, "Number of last steps in which warmup_stable_decay lowers the learning rate."
@@ -67,6 +70,9 @@ class TrainArguments:
     )
     validation_steps: Annotated[int, OnResume.FREE] = flag(
         0, "Number of steps between evaluations during training, with sample images in --output_dir. 0: none."
+    )
+    save_best: Annotated[bool, OnResume.FREE] = flag(
+        False, "Keep the result of the step with the best PSNR of --validation_steps in the folder best, too."
     )
     report_to: Annotated[Literal["tensorboard", "wandb", "trackio", "none"], OnResume.FREE] = flag(
         "none", "Tracker that gets figures and sample images, besides train_log.jsonl in --output_dir."
@@ -119,6 +125,8 @@ class TrainArguments:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {self.ema_decay}.")
+        if self.save_best and not self.validation_steps:
+            raise ValueError("--save_best has no effect without --validation_steps: add it.")
         if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_private_repo have no effect without --push_to_hub: add it.")
         for name in ("learning_rate", "max_grad_norm"):

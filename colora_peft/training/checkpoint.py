@@ -156,6 +156,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def prolonged_in_words(output_dir: str | Path) -> str:
+    """The times that the run in a folder was prolonged, for its card: "" if it never was."""
+    checkpoints = list_checkpoints(output_dir)
+    times = read_state(checkpoints[-1]).get("prolonged", []) if checkpoints else []
+    return "".join(f", prolonged after step {each['step']} of {each['planned']}" for each in times)
+
+
 def _differing(own: dict[str, Tensor], stored: dict[str, Tensor]) -> list[str]:
     """The names that only one of the two has, or has in another shape."""
     shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, stored)]

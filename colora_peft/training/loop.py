@@ -76,6 +76,8 @@ def train(
     """
     if args.validation_steps and eval_pairs is None:
         raise ValueError("--validation_steps needs images to evaluate on, and there are none; leave it out.")
+    if args.save_best and not hasattr(model, "save_pretrained"):
+        raise ValueError(f"--save_best needs a network with save_pretrained, which {type(model).__name__} has not.")
     model = _to_device(model, accelerator).train()
     network = WholeNetwork(model, accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -61,6 +61,15 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
     raise ValueError(f"The method is {method!r}; choose one of {', '.join(METHODS)}.")
 
 
+def check_can_be_saved(model: nn.Module, method: Method, name_or_path: str) -> None:
+    """Refuse, before any work, to tune a network itself that has no way to be saved: adapters are PEFT's to save."""
+    if method not in ("colora", "lora") and not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"--method {method} saves the network by its save_pretrained, which {type(model).__name__} of "
+            f"{name_or_path} does not have: choose --method colora or lora."
+        )
+
+
 def _same_rank(model: nn.Module, config: CoLoRAConfig) -> CoLoRAConfig:
     targeted = resolve_ranks(replace(config, ranks=1, min_rank_pattern={}, max_rank_pattern={}), model)
     rank = common_rank([weight_matrix_shape(model.get_submodule(name)) for name in targeted], config.parameter_budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 from colora_peft.utils import PARTIAL, Processes, check_writable, write_json
 
 from .arguments import OnResume, TrainArguments, flags_with
+from .best import BEST_FOLDER, read_best
 from .checkpoint import list_checkpoints, read_state
 
 _RUN_FILE = "run.json"
@@ -162,7 +164,17 @@ def _is_worthless(path: Path) -> bool:
 
 def _has_only_notes(output_dir: Path) -> bool:
     """Whether a run ended there before its first checkpoint: nothing is lost with it."""
-    return all(path.name in _NOTES or path.name.endswith(PARTIAL) for path in output_dir.iterdir())
+    notes = _NOTES | {BEST_FOLDER} if _is_best_early(output_dir) else _NOTES
+    return all(path.name in notes or path.name.endswith(PARTIAL) for path in output_dir.iterdir())
+
+
+def _is_best_early(output_dir: Path) -> bool:
+    """Whether the best step of a run came before its first checkpoint, so that a run that begins again has it soon."""
+    try:
+        best, settings = read_best(output_dir), json.loads((output_dir / _RUN_FILE).read_text(encoding="utf-8"))
+        return best is not None and best["step"] < settings["checkpointing_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _find_checkpoint(args: TrainArguments, output_dir: Path) -> Path | None:
@@ -210,7 +222,9 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
 
 
 def _may_change_length(args: TrainArguments, before: dict[str, Any], step: int) -> bool:
-    """Returns whether a run of the new length has the same first steps: the learning rate has not begun to fall."""
+    """Returns whether the run is made longer, or another length would have had the same learning rates so far."""
+    if args.max_train_steps > before["max_train_steps"]:
+        return True
     if args.lr_scheduler != "warmup_stable_decay":
         return False
     return step <= min(before["max_train_steps"] - before["lr_decay_steps"], args.first_decay_step)

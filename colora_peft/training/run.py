@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 import time
@@ -18,7 +19,8 @@ from tqdm.auto import tqdm
 from colora_peft.data import PairSource, Position
 from colora_peft.utils import Processes, share_weights
 
-from .arguments import TrainArguments
+from .arguments import OnResume, TrainArguments, flags_with
+from .best import BestStep
 from .checkpoint import checkpoint_tensors, frozen_digest, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .engine import Engine
@@ -27,7 +29,7 @@ from .log import append_row, cut_rows
 from .signals import TrainingStopped
 from .skipped_images import SkippedImages, TooManySkipped
 from .trackers import log_figures
-from .validation import VALIDATION_LOG, validate
+from .validation import VALIDATION_LOG, line_of, validate
 
 _LOG_FILE = "train_log.jsonl"
 _LOG_EVERY_STEPS = 20
@@ -84,7 +86,9 @@ class TrainingRun:
         self.accelerator = accelerator
         self.averages = ExponentialMovingAverage(model, args.ema_decay) if args.use_ema else None
         self.output_dir = Path(args.output_dir)
+        self.best = BestStep(self.output_dir, accelerator) if args.save_best else None
         self.position: Position | None = None
+        self._prolonged: list[dict[str, int]] = []  # the `step` of each time, and the steps `planned` before it
         max_share = getattr(dataset, "max_skipped_share", 0.0)
         self._skipped = SkippedImages(self.output_dir, max_share, accelerator.is_main_process)
         # One process alone looks at all the files.
@@ -125,6 +129,8 @@ class TrainingRun:
         self._earlier_seconds = state.get("seconds", 0.0)
         if state.get("positions"):
             self.position = state["positions"][self.accelerator.process_index]
+        self._prolonged = state.get("prolonged", [])
+        self._note_new_length(state["arguments"], state["step"])
         self._skipped.resume(state["step"], state.get("skipped", 0))
         # Under fp16 the scale of the loss was found over many steps; without it a resumed run would skip some.
         if self.accelerator.scaler is not None and state.get("scaler"):
@@ -133,6 +139,25 @@ class TrainingRun:
             for name in (_LOG_FILE, VALIDATION_LOG):
                 cut_rows(self.output_dir / name, state["step"])
         return state["step"]
+
+    def _note_new_length(self, before: dict[str, Any], step: int) -> None:
+        """Say which learning rates a run of another length has, unless those so far would have been the same."""
+        planned = copy.copy(self.args)
+        for name in flags_with(OnResume.LENGTH, planned):
+            setattr(planned, name, before.get(name, getattr(planned, name)))
+        last, same, following = (
+            planned.learning_rate_at(step - 1),
+            self.args.learning_rate_at(step - 1),
+            self.args.learning_rate_at(step),
+        )
+        if step == 0 or last == same:
+            return
+        self._prolonged = [*self._prolonged, {"step": step, "planned": planned.max_train_steps}]
+        self.accelerator.print(
+            f"The run is prolonged after step {step} from {planned.max_train_steps} steps to "
+            f"{self.args.max_train_steps}: the learning rate was {last:.3g}, is {following:.3g} now, and from here on "
+            "that of a run of the new length."
+        )
 
     def _check_comparable(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         precision = saved.get("mixed_precision", self.accelerator.mixed_precision)
@@ -192,6 +217,7 @@ class TrainingRun:
                     "frozen": self._frozen,
                     "positions": None if positions[0] is None else positions,
                     "skipped": self._skipped.count,
+                    "prolonged": self._prolonged,
                     "arguments": asdict(self.args),
                 }
                 limit = self.args.checkpoints_total_limit or None
@@ -278,11 +304,14 @@ class TrainingRun:
             log_figures(self.accelerator, "training", figures, done)
 
     def validate(self, pairs: PairSource, done: int) -> None:
-        """Evaluate the weights that are the result if the run ends here."""
+        """Evaluate the weights that are the result if the run ends here, and keep them if they are the best so far."""
         with self._result_weights():
-            line = validate(self.network.get(self.model), pairs, self.output_dir, done, self.accelerator)
-        if self.accelerator.is_main_process:
-            self._bar.write(line)
+            network = self.network.get(self.model)
+            figures = validate(network, pairs, self.output_dir, done, self.accelerator)
+            if self.accelerator.is_main_process:
+                self._bar.write(line_of(figures, done))
+            if self.best is not None and (note := self.best.keep(network, figures, done)):
+                self._bar.write(note)
         self._step_started = time.perf_counter()  # the throughput is that of training
 
     def _result_weights(self) -> Any:

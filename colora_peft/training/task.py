@@ -30,6 +30,7 @@ from colora_peft.inference import restoration_loss
 from colora_peft.ranks import (
     ContributionScores,
     adaptable_layers,
+    check_same_names,
     format_allocation_table,
     left_out,
     plot_contributions,
@@ -195,6 +196,35 @@ def measure_contributions(
         progress=True,
     )
     return replace(contributions, source=source_of(args))
+
+
+def load_contributions(file: str | Path, model: nn.Module, name_or_path: str) -> ContributionScores:
+    """Contributions from a file, for the network of this name.
+
+    The names of the layers must be those of the network. Nothing else is compared, but `note_on_source` points out a
+    network of another name: to transfer scores to it may be intended.
+
+    Raises:
+        ValueError: The file cannot be used, or its layers have other names than those of the network.
+    """
+    contributions = ContributionScores.load(file)
+    try:
+        check_same_names(contributions.scores, adaptable_layers(model), "contributions")
+    except ValueError as error:
+        raise ValueError(
+            f"The contributions in '{file}' are of another network than {name_or_path}. {error} "
+            "Measure them again with contribution.py."
+        ) from error
+    return contributions
+
+
+def note_on_source(contributions: ContributionScores | None, name_or_path: str) -> str | None:
+    """A note that the contributions were measured on another network; None if they were not, or nobody noted it."""
+    source = {} if contributions is None else contributions.source
+    measured_on = source.get("model_name_or_path", name_or_path)
+    if measured_on == name_or_path:
+        return None
+    return f"Note: the contributions were measured on {measured_on}, this run adapts {name_or_path}."
 
 
 def source_of(args: TaskArguments) -> dict[str, str | int | float]:

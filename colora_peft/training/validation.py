@@ -19,7 +19,9 @@ _SAMPLES = "samples"
 _IMAGES = 4
 
 
-def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, accelerator: Accelerator) -> str:
+def validate(
+    model: nn.Module, pairs: PairSource, output_dir: Path, step: int, accelerator: Accelerator
+) -> dict[str, float]:
     """Evaluate the network after `step` steps; the processes share the pairs out.
 
     The main process writes a row of mean PSNR (dB) and SSIM, those of the inputs as `*_input`, to
@@ -33,7 +35,7 @@ def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, a
         accelerator: That of the run; its trackers get figures and images, too.
 
     Returns:
-        The figures as a line for the terminal.
+        The figures over all pairs, the same on every process.
     """
     processes = Processes(accelerator)
     own = PairSubset(pairs, [index for index in range(len(pairs)) if processes.is_mine(index)])
@@ -50,6 +52,11 @@ def validate(model: nn.Module, pairs: PairSource, output_dir: Path, step: int, a
         file = samples / f"step-{step}.png"
         save_before_after(restore_some(model, pairs, _IMAGES), file)
         log_image(accelerator, "validation/samples", file, step)
+    return figures
+
+
+def line_of(figures: dict[str, float], step: int) -> str:
+    """The figures of `validate` as a line for the terminal."""
     return (
         f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f} "
         f"(input {figures['psnr_input']:.2f} dB, {figures['ssim_input']:.3f})"

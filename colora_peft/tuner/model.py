@@ -59,12 +59,18 @@ class CoLoRAModel(BaseTuner):
             raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Does what BaseTuner.inject_adapter does; where no targets were given, it notes those found as PEFT does."""
+        """Does what BaseTuner.inject_adapter does; where no targets were given, it notes those found as PEFT does.
+
+        Names that were given stay. PEFT shortens many of them to suffixes, after which they no longer name what
+        `ranks` names, and an adapter that is loaded and saved again could not be loaded.
+        """
         given = self.peft_config[adapter_name].target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if given is None:
             config.target_modules = {name for name, rank in config.ranks.items() if rank > 0}
+        elif not isinstance(given, str):
+            config.target_modules = given
         note_base(config, adapter_name, self.model, self.fingerprint_of_base())
         freeze_statistics(self.model)
 

@@ -12,30 +12,14 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from support.examples import EXAMPLES, load_example, write_pairs
-from transformers import HfArgumentParser
-
-finetune = load_example("finetune")
-
-QUICK = ["--max_train_steps", "4", "--per_device_train_batch_size", "2", "--resolution", "32"]
-QUICK += ["--probe_steps", "2", "--probe_batches", "1", "--checkpointing_steps", "2"]
-
-
-def run(*flags: object) -> Path:
-    """Run the script in this process; its output folder."""
-    (args,) = HfArgumentParser(finetune.FinetuneArguments).parse_args_into_dataclasses([str(flag) for flag in flags])
-    finetune.main(args)
-    return Path(args.output_dir)
+from support.examples import EXAMPLES, write_pairs
+from support.finetune import QUICK, metrics_of, run
 
 
 @pytest.fixture
 def flags(train_dir, eval_dir, tiny_nafnet, tmp_path):
     folders = ["--train_dir", train_dir, "--eval_dir", eval_dir, "--model_name_or_path", tiny_nafnet]
     return [*folders, *QUICK, "--output_dir", tmp_path / "out"]
-
-
-def metrics_of(output_dir: Path) -> dict:
-    return json.loads((output_dir / "metrics.json").read_text())
 
 
 def test_launched_run_leaves_all_a_user_needs_and_its_snippet_loads_it(flags, eval_dir, tmp_path):

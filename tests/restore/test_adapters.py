@@ -6,11 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-<<<<<<< HEAD
-from support.reading_networks import Cached, reading_network
-=======
 from safetensors.torch import load_file, save_file
->>>>>>> N
+from support.reading_networks import Cached, reading_network
 from torch import nn
 
 from colora_peft import CoLoRAConfig

@@ -138,7 +138,7 @@ def test_run_goes_on_in_its_own_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 1}, {"learning_rate": 0.2}, {"max_train_steps": 10}, {"resolution": 16}, {"max_grad_norm": 2.0}]
+    [{"seed": 1}, {"learning_rate": 0.2}, {"max_train_steps": 8}, {"resolution": 16}, {"max_grad_norm": 2.0}]
     + [{"use_ema": True}, {"ema_decay": 0.5}],
 )
 def test_resume_with_other_settings_names_the_flag(tmp_path, changed):
@@ -162,13 +162,20 @@ def test_before_its_learning_rate_falls_a_run_may_be_prolonged_or_shortened(tmp_
 
 @pytest.mark.parametrize(
     ("step", "changed"),
-    [(6, {"max_train_steps": 20}), (5, {"max_train_steps": 8}), (5, {"lr_decay_steps": 5})]
+    [(6, {"max_train_steps": 8}), (5, {"max_train_steps": 8}), (5, {"lr_decay_steps": 5})]
     + [(4, {"max_train_steps": 20, "seed": 1}), (4, {"lr_scheduler": "cosine", "lr_decay_steps": 0})],
 )
-def test_once_the_learning_rate_falls_a_run_keeps_its_length_and_other_settings_always(tmp_path, step, changed):
+def test_once_the_learning_rate_falls_a_run_gets_no_shorter_and_keeps_other_settings_always(tmp_path, step, changed):
     checkpoint(tmp_path, step, **STABLE)
     flag = list(changed)[-1] if "seed" in changed else list(changed)[0]
     assert_refused(tmp_path, tmp_path, f"--{flag} was", resume_from_checkpoint="latest", **(STABLE | changed))
+
+
+@pytest.mark.parametrize("schedule", [{}, STABLE])
+@pytest.mark.parametrize("step", [3, 9])
+def test_a_run_may_always_be_prolonged(tmp_path, schedule, step):
+    path = checkpoint(tmp_path, step, **schedule)
+    assert prepare(tmp_path, resume_from_checkpoint="latest", **(schedule | {"max_train_steps": 10})) == path
 
 
 def test_resume_may_change_what_does_not_change_the_result(tmp_path):

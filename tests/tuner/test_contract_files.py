@@ -20,6 +20,8 @@ from support.contract_networks import (
     tuner_layers,
 )
 
+from colora_peft import CoLoRAConfig, load_backbone
+
 
 @all_rows
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}], ids=["plain", "low_memory"])
@@ -33,6 +35,20 @@ def test_loaded_network_is_the_saved_one_frozen_and_in_evaluation_mode(row, opti
     assert not any(module.training for module in loaded.modules()) and not trainable(loaded)
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
     assert not any("missing" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_an_adapter_of_many_layers_can_be_loaded_saved_and_loaded_again(tiny_nafnet, tmp_path, is_trainable):
+    """PEFT shortens the names of 20 targets and more to suffixes, which layers of rank 0 have, too."""
+    torch.manual_seed(0)
+    config = CoLoRAConfig(parameter_budget=0.2, init_weights=False)
+    model = get_peft_model(load_backbone(str(tiny_nafnet)), config)
+    assert len(config.target_modules) >= 20 and 0 in config.ranks.values()
+    model.save_pretrained(tmp_path / "once")
+    again = PeftModel.from_pretrained(load_backbone(str(tiny_nafnet)), tmp_path / "once", is_trainable=is_trainable)
+    again.save_pretrained(tmp_path / "twice")
+    loaded = PeftModel.from_pretrained(load_backbone(str(tiny_nafnet)), tmp_path / "twice")
+    assert_same(model.state_dict(), loaded.state_dict())
 
 
 @few_rows
