@@ -1,4 +1,4 @@
-"""What several threads share: a network, which each gets for itself, its hooks, and settings of the whole process."""
+"""Sharing between threads: a network, which each gets for itself, its hooks, and settings of the whole process."""
 
 from __future__ import annotations
 
