@@ -288,7 +288,7 @@ def save(
     with writing_result(output_dir):
         save_result(model, output_dir)
     if is_adapter:
-        model, metrics = as_saved(model, metrics, eval_pairs, args)
+        model, metrics = as_saved(model, metrics, eval_pairs, output_dir, result.base)
     before_after = restore_some(model, eval_pairs, count=4)
     with writing_result(output_dir):
         save_before_after(before_after, output_dir / "before_after.png")
@@ -307,10 +307,10 @@ def save(
 
 
 def as_saved(
-    model: torch.nn.Module, metrics: TuningMetrics, eval_pairs: PairSource, args: FinetuneArguments
+    model: torch.nn.Module, metrics: TuningMetrics, eval_pairs: PairSource, folder: Path, base: str
 ) -> tuple[torch.nn.Module, TuningMetrics]:
     """The network and its figures as whoever loads the saved adapter will have them, and a note if they are others."""
-    difference = compare_saved(model, Path(args.output_dir), args.model_name_or_path, eval_pairs)
+    difference = compare_saved(model, folder, base, eval_pairs)
     if difference is None:
         return model, metrics
     print(difference.message)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colora_peft.data import PairSource
 from colora_peft.evaluation import psnr, restore_some
-from colora_peft.hub import load, load_backbone
+from colora_peft.hub import load_for_training
 from colora_peft.utils import some
 
 _SAME_PSNR_DB = 0.01
@@ -45,8 +45,7 @@ def compare_saved(model: PeftModel, folder: Path, base: str, pairs: PairSource) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself has warned of what can be known about the base
         try:
-            fresh = load_backbone(base).to(next(model.parameters()).device)
-            loaded = load(folder, base=fresh)
+            loaded = load_for_training(folder, base=base).to(next(model.parameters()).device)  # of LoRA, too
         except ValueError as error:
             return SavedDiffers(f"Note: the saved adapter cannot be loaded onto {base}. {error}")
     trained, saved = (_restored(network, pairs) for network in (model, loaded))
