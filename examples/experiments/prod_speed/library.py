@@ -19,7 +19,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 def library_transforms(plain_noise: bool) -> dict[str, Transform]:
-    """The transforms by PROD's names: functions of (H, W, 3) uint8 that draw their parameters anew.
+    """The transforms by PROD's names: functions of (H, W, 3) uint8 that draw their parameters at each call.
 
     Args:
         plain_noise: Whether to take a cheaper noise, which is neither signal-dependent nor coloured.

@@ -102,7 +102,10 @@ def prod_runs(patches: list[Tensor]) -> dict[str, Run]:
 
 
 def library_runs(patches: list[Tensor], rounds: int, plain_noise: bool) -> dict[str, Run]:
-    """The same for the library, from the 8 bits it prefers to the same float tensor; the mix has PROD's orders."""
+    """The same for the library, from the 8 bits it prefers to the same float tensor; the mix has PROD's orders.
+
+    There is no mix where PROD has degradations that the library has not.
+    """
     pixels = [np.ascontiguousarray(patch.permute(1, 2, 0).mul(255).round().byte().numpy()) for patch in patches]
     parts, mix = library_transforms(plain_noise), RandomOrderDegradation()
     orders = [
@@ -123,7 +126,10 @@ def library_runs(patches: list[Tensor], rounds: int, plain_noise: bool) -> dict[
         for image in pixels:
             to_network(parts[name](image))
 
-    return in_turns(run_mix, run_one, list(parts))
+    runs = in_turns(run_mix, run_one, list(parts))
+    if not {each.name for each in default_degradations()} <= parts.keys():
+        del runs["mix"]
+    return runs
 
 
 def speeds(args: ProdSpeedArguments, patches: list[Tensor]) -> Iterator[Row]:
@@ -135,7 +141,7 @@ def speeds(args: ProdSpeedArguments, patches: list[Tensor]) -> Iterator[Row]:
             "library, plain noise": library_runs(patches, args.rounds, plain_noise=True),
         }
     for name in contestants["prod"]:
-        runs = {who: own[name] for who, own in contestants.items()}
+        runs = {who: own[name] for who, own in contestants.items() if name in own}
         seconds = take_turns(runs, args.rounds, clock=time.thread_time)
         rates = {who: args.patches / statistics.median(own) for who, own in seconds.items()}
         ratios = {who: median_ratio(own, seconds["prod"]) for who, own in seconds.items() if who != "prod"}
@@ -163,15 +169,16 @@ def line(row: Row) -> list[str]:
 
 def report(results: Row) -> str:
     """Markdown: facts and flags, a line for each degradation, and the memory."""
-    others, memory = list(results["rows"][0]["times_as_fast_as"]), results["memory"]
+    others, memory = list(max((row["times_as_fast_as"] for row in results["rows"]), key=len)), results["memory"]
     heads = ["", "PROD", *others, *(f"PROD to {who}" for who in others)]
+    lines = [cells + ["-"] * (len(heads) - len(cells)) for cells in map(line, results["rows"])]
     return f"""Made by `python -m examples.experiments.prod_speed.run`: {settings_text(results, "rows", "memory")}.
 
 Patches per second and core, drawing included (processor time of one thread), and how many times as fast PROD is.
 `mix` is PROD's random subsets in random order. The library's transforms are in `prod_speed/library.py`: the nearest
 in kind, and, as "plain noise", the same with its cheapest noise, which is neither signal-dependent nor coloured.
 
-{markdown_table(heads, map(line, results["rows"]))}
+{markdown_table(heads, lines)}
 
 Memory of the process over {memory["patches"]:,} patches: {memory["after_warm_up_mb"]:.1f} MB after the first tenth,
 {memory["peak_mb"]:.1f} MB at most, {memory["at_the_end_mb"]:.1f} MB at the end.

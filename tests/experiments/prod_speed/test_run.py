@@ -1,19 +1,23 @@
 """The measurement of PROD's speed, launched on the smallest settings, and the library that it compares with."""
 
 import json
+import re
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from support.experiments import launch
 
+from colora_peft.prod import JPEG, RandomOrderDegradation
 from examples.experiments.prod_speed import run as prod_speed
 from examples.experiments.prod_speed.library import library_transforms
 
 NAMES = ["mix", "blur", "noise", "rain", "jpeg", "motion"]
 
 
-def test_every_turn_draws_anew_and_the_same_in_each_run():
+def test_every_turn_has_draws_of_its_own_and_each_run_the_same():
     patch = torch.rand(3, 32, 32)
     drawn = []
 
@@ -31,6 +35,26 @@ def test_a_line_has_rates_and_ratios():
     row = {"degradation": "mix", "patches_per_second_and_core": {"prod": 200.0, "library": 80.0},
            "times_as_fast_as": {"library": 2.5}}  # fmt: skip
     assert prod_speed.line(row) == ["mix", "200", "80", "2.50x"]
+
+
+@dataclass(frozen=True)
+class Darken(JPEG):
+    """A sixth degradation, for which the library has nothing."""
+
+    name: ClassVar[str] = "darken"
+
+
+def test_a_degradation_that_the_library_has_not_is_measured_alone(monkeypatch):
+    monkeypatch.setattr(prod_speed, "default_degradations", lambda: (JPEG(), Darken()))
+    monkeypatch.setattr(prod_speed, "library_transforms", lambda plain_noise: {"jpeg": lambda image: image})
+    monkeypatch.setattr(prod_speed, "RandomOrderDegradation", lambda: RandomOrderDegradation((JPEG(), Darken())))
+    args = prod_speed.ProdSpeedArguments(patches=1, rounds=1)
+    rows = list(prod_speed.speeds(args, [torch.rand(3, 32, 32)]))
+    assert {row["degradation"]: len(row["times_as_fast_as"]) for row in rows} == {"mix": 0, "jpeg": 2, "darken": 0}
+    memory = {"patches": 1, "after_warm_up_mb": 1.0, "peak_mb": 1.0, "at_the_end_mb": 1.0}
+    table = prod_speed.report({"rows": rows, "memory": memory, "threads": 1})
+    assert re.search(r"\| darken \| [\d,]+ +\| - +\| - +\| - +\| - +\|", table)
+    assert re.search(r"\| jpeg +(\| [\d,]+ +){3}(\| [\d.]+x +){2}\|", table)
 
 
 def test_the_launched_measurement_needs_no_library(tmp_path):
