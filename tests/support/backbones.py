@@ -9,20 +9,26 @@ from support.tiny_networks import TINY_NAFNET, TINY_RESTORMER
 from colora_peft import CoLoRAConfig, adaptable_layers
 from colora_peft.models import NAFNetForImageRestoration, RestormerForImageRestoration
 
+NAFNET = "colora_peft.models.nafnet.modeling_nafnet.NAFNetForImageRestoration"
+RESTORMER = "colora_peft.models.restormer.modeling_restormer.RestormerForImageRestoration"
 BACKBONES = {
-    "nafnet": (NAFNetForImageRestoration, TINY_NAFNET),
-    "restormer": (RestormerForImageRestoration, TINY_RESTORMER),
+    "nafnet": (NAFNetForImageRestoration, TINY_NAFNET, NAFNET),
+    "restormer": (RestormerForImageRestoration, TINY_RESTORMER, RESTORMER),
     "restormer of dual pixels": (
         RestormerForImageRestoration,
         {**TINY_RESTORMER, "num_channels": 6, "dual_pixel": True, "bias": True, "norm_bias": False},
+        RESTORMER,
     ),
 }
-"""For each name, a class and settings of a configuration with a few thousand weights."""
+"""For each name, a class, settings of a configuration with a few thousand weights, and the class's full name.
+
+Adapters write that name down, so it must not change.
+"""
 
 
 def tiny_backbone(name, seed=0, trained=True):
     """A tiny network in evaluation mode; `trained` moves whatever is constant at first, such as norms and scales."""
-    model_class, settings = BACKBONES[name]
+    model_class, settings, _ = BACKBONES[name]
     torch.manual_seed(seed)
     model = model_class(model_class.config_class(**settings))
     with torch.no_grad():
