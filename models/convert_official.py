@@ -190,7 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = convert(args.file, args.out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last where the disk is full
         sys.exit(f"convert_official: {error}")
     print(f"""{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, task unknown.
 Saved in {args.out}. Licence: see {Path(args.out) / "README.md"}. Load it with:

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "contribution": "ranks utils",
     "tuner": "ranks utils",
     "images": "utils",
-    "prod": "images",
+    "prod": "images utils",
     "data": "images prod utils",
     "inference": "utils",
     "export": "inference utils",
@@ -52,7 +52,7 @@ def complaint(source, found, reason):
 
 
 def across_packages(found):
-    """What is wrong with an import of another package than one's own: '' if nothing is."""
+    """Complaint about an import of another package than one's own: '' if nothing is wrong."""
     if found.module not in PUBLIC and found.module != "colora_peft.export":
         return "import the package, not a module of it"
     if found.module in PUBLIC and found.name and found.name not in PUBLIC[found.module]:

@@ -6,12 +6,12 @@ python -m colora_peft.prod --photo path/to/clean/photo.jpg --output_file degrada
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from transformers import HfArgumentParser
 
 from colora_peft.images import read_image, save_sheet
+from colora_peft.utils import flag, run_script
 
 from .contact_sheet import draw_contact_sheet
 from .random_order import RandomOrderDegradation
@@ -21,11 +21,11 @@ from .random_order import RandomOrderDegradation
 class SheetArguments:
     """Flags of the contact sheet."""
 
-    photo: str = field(metadata={"help": "Path to a clean photo; its middle is shown."})
-    output_file: str = field(default="degradations.jpg", metadata={"help": "File of the sheet, .jpg or .png."})
-    resolution: int = field(default=256, metadata={"help": "Side of the square that is shown, in pixels."})
-    recipes: int = field(default=4, metadata={"help": "Number of random recipes below the single degradations."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn at random."})
+    photo: str = flag(help="Path to a clean photo; its middle is shown.")
+    output_file: str = flag("degradations.jpg", "File of the sheet, .jpg or .png.")
+    resolution: int = flag(256, "Side of the square that is shown, in pixels.")
+    recipes: int = flag(4, "Number of random recipes below the single degradations.")
+    seed: int = flag(0, "Seed of everything that is drawn at random.")
 
 
 def main(args: SheetArguments) -> None:
@@ -49,7 +49,5 @@ def main(args: SheetArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(SheetArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
-        sys.exit(f"colora_peft.prod: {error}")
+    sys.argv[0] = "colora_peft.prod"  # the name in messages
+    run_script(main, SheetArguments)

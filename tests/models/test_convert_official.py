@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from support.official_shapes import PUBLISHED_NAFNETS, nafnet_shapes, random_weights, restormer_shapes
 from transformers import AutoImageProcessor, AutoModelForImageToImage
@@ -142,6 +143,14 @@ def test_the_command_converts_and_says_bad_news_in_one_sentence(nafnet_weights, 
     assert "task unknown" in done.stdout and f"from_pretrained({out!r})" in done.stdout
     monkeypatch.setattr(sys, "argv", ["convert_official", file, out])
     with pytest.raises(SystemExit, match=r"^convert_official: .*out is there already and is not overwritten.*\.$"):
+        main()
+
+    def full_disk(self, folder):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(sys, "argv", ["convert_official", file, str(tmp_path / "new")])
+    monkeypatch.setattr(NAFNetForImageRestoration, "save_pretrained", full_disk)
+    with pytest.raises(SystemExit, match="^convert_official: No space left"):
         main()
 
 

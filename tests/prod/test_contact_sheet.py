@@ -44,7 +44,7 @@ def test_stronger_settings_change_the_image_more_and_are_ones_that_are_drawn(deg
 
 
 def cell(sheet, row, column, size=160, line_px=20):
-    """What stands there, where every caption of the sheet takes one line."""
+    """The image in that cell, where every caption of the sheet takes one line."""
     top, left = 8 + line_px + row * (size + line_px + 8), 8 + column * (size + 8)
     return sheet[top : top + size, left : left + size]
 
@@ -77,6 +77,7 @@ def test_the_command_writes_a_sheet_and_refuses_what_it_cannot_draw(tmp_path):
     assert Image.open(tmp_path / "new" / "sheet.jpg").width == 4 * (140 + 8) + 8
     done = run(*flags, "--output_file", tmp_path / "sheet.jpg", "--resolution", 41)
     assert done.returncode == 1
+    assert done.stderr.startswith("colora_peft.prod: ") and "Traceback" not in done.stderr
     assert "photo.png is 40x40 pixels; choose a --resolution between 1 and 40." in done.stderr
     done = run(*flags, "--output_file", tmp_path / "sheet.xyz", "--resolution", 32)
     assert done.returncode == 1 and "must end in .jpg or .png" in done.stderr

@@ -112,7 +112,7 @@ def test_streaks_out_of_focus_are_wider_and_fainter_and_hold_as_much_light():
 
 
 def test_farther_streaks_are_shorter_and_fainter():
-    """What the second and third layer add to the first, while streaks are too few to meet."""
+    """The second and third layer add to the first, while streaks are too few to meet."""
     one, two, three = (streaks(density=0.0003, length_px=24.0, focus_blur_px=1.0, layers=n) for n in (1, 2, 3))
     for added, distance in ((two - one, 2), (three - two, 3)):
         assert added.max().item() == pytest.approx(1 / distance, abs=0.1)
