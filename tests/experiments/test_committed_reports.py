@@ -25,6 +25,10 @@ GRIDS = [
 ]
 
 
+def test_every_program_has_committed_cells():
+    assert {path.parent.name for path in MEASURED} == set(PROGRAMS) and len(GRIDS) > 1
+
+
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_measurement_gives_its_report(path):
     results = json.loads(path.read_text(encoding="utf-8"))

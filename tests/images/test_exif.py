@@ -57,14 +57,17 @@ def test_damage_is_refused(data):
 
 def test_any_damaged_byte_is_refused_or_harmless():
     good, random = block(thumbnail=THUMBNAIL), np.random.default_rng(0)
+    accepted = 0
     for _ in range(300):
         bad = bytearray(good)
         bad[random.integers(len(bad))] = random.integers(256)
         for function in (lambda data: upright(data, 20, 30), block_entries):
             try:
                 function(bytes(bad))
+                accepted += 1
             except ValueError:
                 pass
+    assert accepted > 300  # of 600: most bytes are values, which may be any
 
 
 def tiff_of(*directories):

@@ -130,7 +130,9 @@ def test_two_writers_of_one_file_do_not_take_each_other_s_partial_file(tmp_path,
 
 
 def test_a_file_may_have_the_longest_name(tmp_path):
-    write_bytes(tmp_path / ("ä" * 125 + ".png"), b"content")
+    path = tmp_path / ("ä" * 125 + ".png")
+    write_bytes(path, b"content")
+    assert path.read_bytes() == b"content" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("there", [False, True])
