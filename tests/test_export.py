@@ -19,7 +19,7 @@ FORMATS = ["onnx", "torch_export"]
 
 
 class Pads(nn.Module):
-    """What matters of a restoration network: padding to a stride, pooling over the image, skips."""
+    """The parts of a restoration network that matter here: padding to a stride, pooling over the image, skips."""
 
     def __init__(self):
         super().__init__()

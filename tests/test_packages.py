@@ -10,6 +10,7 @@ from support.sources import ROOT, docstrings, sources
 
 PACKAGES = [source for source in sources("colora_peft") + sources("models") if source.is_package]
 FILES = sources("colora_peft") + sources("models") + sources("examples")
+TESTS = sources("tests")
 
 
 def test_every_folder_with_an_init_is_installed():
@@ -35,7 +36,7 @@ def test_packages_say_what_they_are_and_what_is_public(source):
 def test_docstrings_begin_with_a_verb_or_the_thing():
     wrong = [
         f"{source.path}:{line}: {text.splitlines()[0]}"
-        for source in FILES
+        for source in FILES + TESTS
         for line, text in docstrings(source)
         if re.match(r"(Of|What|Around|That)\b", text)
     ]
@@ -43,5 +44,9 @@ def test_docstrings_begin_with_a_verb_or_the_thing():
 
 
 def test_no_message_advises_a_package_that_no_index_has():
-    advice = re.compile(r"pip install [\"']?colora-peft")
-    assert not [source.path for source in FILES if advice.search((ROOT / source.path).read_text(encoding="utf-8"))]
+    advice = re.compile(r"pip install (-\S+ )*[\"']?colora-peft")
+    assert advice.search("`pip install -U colora-peft`") and advice.search('pip install "colora-peft[demo]"')
+    pages = [path for path in ROOT.rglob("*.md") if not {".git", "outputs"} & set(path.relative_to(ROOT).parts)]
+    assert pages
+    files = [*pages, *(ROOT / source.path for source in FILES)]
+    assert not [path for path in files if advice.search(path.read_text(encoding="utf-8"))]

@@ -106,9 +106,9 @@ def estimate_contributions(
 
     Args:
         model: Any module, not wrapped for several processes; its current weights are the pre-trained ones.
-        batches: Whatever `loss_fn` takes, on its device. "faig" and "probe" iterate over them anew for each pass: pass
-            a list or a DataLoader. The others pass once, so that a generator will do. A shuffling loader gives each
-            pass of the path the same batches, also with its own `generator`; draws in persistent workers differ.
+        batches: Whatever `loss_fn` takes, on its device. "faig" and "probe" iterate over them again for each pass:
+            pass a list or a DataLoader. The others pass once, so that a generator will do. A shuffling loader gives
+            each pass of the path the same batches, also with its own `generator`; draws in persistent workers differ.
         loss_fn: `loss_fn(model, batch)` gives a scalar tensor. It may use autocast, also `accelerator.autocast()`, or
             be called inside of it. Prefer bfloat16: in float16 small gradients vanish, because no loss is scaled.
         estimator: "faig", "probe", "gradient", "fisher" or "taylor" (see the top of this file).
@@ -198,7 +198,7 @@ def _check_model_and_batches(
         raise ValueError(f"The `batches` are a {type(batches).__name__}: pass a list or a DataLoader.")
     if isinstance(batches, Iterator) and estimator not in ONE_PASS_ESTIMATORS:
         raise ValueError(
-            f"The `batches` are a {type(batches).__name__}, which cannot be iterated anew for each pass: pass a list "
+            f"The `batches` are a {type(batches).__name__}, which cannot be iterated again for each pass: pass a list "
             "or a DataLoader."
         )
     if accelerator is not None and accelerator.num_processes > 1:

@@ -24,7 +24,7 @@ class OnResume(Enum):
 
 
 def flags_with(rule: OnResume, args: object) -> list[str]:
-    """The names of the flags with that rule; subclasses that declare a flag anew keep the rules of their bases."""
+    """The names of the flags with that rule; subclasses that declare a flag again keep the rules of their bases."""
     hints = [get_type_hints(kind, include_extras=True) for kind in type(args).__mro__[:-1]]
     names = [name for of_a_class in hints for name, hint in of_a_class.items()
              if rule in getattr(hint, "__metadata__", ())]  # fmt: skip

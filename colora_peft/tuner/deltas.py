@@ -86,7 +86,7 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         return weight_matrix_shape(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, rank: int, colora_alpha: float, init_weights: bool = True) -> None:
-        """Adds adapter `adapter_name` of `rank` >= 1, or makes it anew; A is drawn from torch's global generator.
+        """Adds adapter `adapter_name` of `rank` >= 1, or replaces it; A is drawn from torch's global generator.
 
         With `init_weights` the delta starts at zero, otherwise at random (for tests).
         """

@@ -306,7 +306,7 @@ def test_every_estimator_says_that_there_are_no_batches(estimator):
     model, _, _ = linear_pair()
     with pytest.raises(ValueError, match="`batches` are empty"):
         estimate(model, [], mse, estimator)
-    with pytest.raises(ValueError, match="empty iterator|cannot be iterated anew"):
+    with pytest.raises(ValueError, match="empty iterator|cannot be iterated again"):
         estimate(model, iter([]), mse, estimator)
     with pytest.raises(ValueError, match="`batches` are a int"):
         estimate(model, 3, mse, estimator)

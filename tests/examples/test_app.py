@@ -91,7 +91,7 @@ def test_the_page_asks_no_other_host_and_sends_nothing(restorer):
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Of the page as it is shipped."""
+    """Address of the page as it is shipped."""
     page = app.serve(app.PageArguments(max_megapixels=1))
     yield page.local_url
     page.close()

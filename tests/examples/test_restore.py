@@ -89,7 +89,7 @@ def test_the_identity_gives_back_the_same_images_with_all_that_describes_them(fo
     assert "2 written, 0 kept as they were, 0 failed." in capsys.readouterr().out
 
 
-def test_a_rerun_keeps_what_is_there_and_overwrite_makes_it_anew(folder, capsys):
+def test_a_rerun_keeps_what_is_there_and_overwrite_makes_it_again(folder, capsys):
     identity()
     before = stamps()
     Path("outputs/restored/a.png").unlink()

@@ -326,7 +326,7 @@ def test_bad_files_are_named_and_the_base_and_the_cache_stay_usable(hub, base, a
         colora_peft.load("someone/bad", base=base)
     assert "\n" not in str(caught.value)
     assert torch.equal(output(base), bare)
-    hub.add("someone/bad", adapter_files)  # its author mends it
+    hub.add("someone/bad", adapter_files)  # its author repairs it
     assert isinstance(colora_peft.load("someone/bad", base=base), PeftModel)
 
 

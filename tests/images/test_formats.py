@@ -1,4 +1,4 @@
-"""What is encoded here, other readers read: the pixels exactly, and all metadata."""
+"""Other readers read what is encoded here: the pixels exactly, and all metadata."""
 
 import io
 

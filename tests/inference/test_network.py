@@ -1,4 +1,4 @@
-"""What networks return, sizes that they do not take as they are, and what is said of those that do not fit."""
+"""Outputs of networks, sizes that they do not take as they are, and messages about those that do not fit."""
 
 from types import SimpleNamespace
 

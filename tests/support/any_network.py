@@ -14,7 +14,7 @@ def swin2sr():
 
 
 class Plain(nn.Module):
-    """Of a package without any of Hugging Face in it: a tensor in, a tensor out, even sizes only."""
+    """Network of a package without any of Hugging Face in it: a tensor in, a tensor out, even sizes only."""
 
     needs_multiple_of = 2
 

@@ -150,7 +150,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def gradients(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """Of each parameter that requires one, for a loss in which every output counts."""
+    """Gradient of each parameter that requires one, for a loss in which every output counts."""
     model.zero_grad()
     output = (forward or model)(x)
     output = output if isinstance(output, Tensor) else output.reconstruction

@@ -227,5 +227,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _etag(content: bytes) -> str:
-    """Of a file in git, by which the client names it in its cache."""
+    """Hash of a file in git, by which the client names it in its cache."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -84,7 +84,7 @@ def restormer_shapes(
 
 
 def random_weights(shapes, seed=0):
-    """Of the size that layers have at first; temperatures and the weights of norms about 1."""
+    """Weights of the size that layers have at first; temperatures and the weights of norms about 1."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():

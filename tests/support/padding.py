@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def check_reflection(pad, height, width):
-    """That `pad(images, 8)` mirrors, and goes back and forth where the image ends."""
+    """Checks that `pad(images, 8)` mirrors, and goes back and forth where the image ends."""
     x = torch.rand(1, 2, height, width)
     padded, expected = pad(x, 8), x
     for dim, size in ((2, height), (3, width)):

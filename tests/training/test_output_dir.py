@@ -42,7 +42,7 @@ def checkpoint(folder, step, **settings):
 
 
 def files(folder):
-    """What a user sees in it."""
+    """Names that a user sees in it."""
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 

@@ -1,4 +1,4 @@
-"""What a task says of its pairs before a run begins."""
+"""A task speaks about its pairs before a run begins."""
 
 from types import SimpleNamespace
 

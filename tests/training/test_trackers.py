@@ -80,7 +80,7 @@ def test_a_resumed_run_is_one_run_without_repeated_steps(tmp_path, eval_dir):
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
 def test_the_run_of_a_service_is_found_again(tmp_path, monkeypatch, kind):
-    """What the service would be asked for: a new name first, then to go on with that name."""
+    """The service is asked for a new name first, then to go on with that name."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda log_with, *_: [log_with])
     asked = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -23,7 +22,7 @@ from colora_peft.hub import hardware_name
 from colora_peft.training import TrainingDiverged, train, trained_parameters
 from colora_peft.training import load_network as load_network_of
 from colora_peft.training import measure_contributions as measure_contributions
-from colora_peft.utils import flag, relative_path, write_json
+from colora_peft.utils import digest_of_bytes, flag, relative_path, write_json
 from examples.finetune import FinetuneArguments as FinetuneArguments
 
 NETWORKS = Path(__file__).parents[1] / "networks"
@@ -195,7 +194,7 @@ def check_network(path: str) -> None:
 def network_fingerprint(path: str) -> str:
     """First digits of the hash of the file of weights in a network's folder."""
     check_network(path)
-    return hashlib.sha256(Path(path, "model.safetensors").read_bytes()).hexdigest()[:16]
+    return digest_of_bytes(Path(path, "model.safetensors").read_bytes())[:16]
 
 
 def load_network(path: str, accelerator: Accelerator) -> nn.Module:

@@ -57,7 +57,7 @@ class SpeedArguments:
         factory=lambda: ["2x256", "2x64"], help="Batches of inference: images x side in pixels."
     )
     rounds: int = flag(4, "Number of turns that each variant takes, after one that does not count.")
-    repeats: int = flag(2, "Number of times that the networks are made anew: their place in memory matters.")
+    repeats: int = flag(2, "Number of times that the networks are made again: their place in memory matters.")
     memory_repeats: int = flag(3, "Number of fresh processes in which each variant's memory is taken.")
     parameter_budget: float = flag(0.07, "Share of the weights, the same in every layer.")
     output_dir: str = flag(str(Path(__file__).parent), "Folder for the results.")
