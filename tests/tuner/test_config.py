@@ -124,7 +124,7 @@ def test_contributions_are_read_from_a_file_once(kind, tmp_path):
         (lambda content: content["scores"].update(body=-math.inf), "contributions.json.*'body' is -inf"),
         (
             lambda content: content.pop("num_batches"),
-            "contributions.json.*missing 1 .* argument: 'num_batches'",
+            "contributions.json.*lacks num_batches: measure again",
         ),
     ],
 )

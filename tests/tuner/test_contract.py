@@ -53,13 +53,17 @@ def test_name_of_the_adapter_makes_no_difference(row, name, tmp_path):
 
 
 @all_rows
-def test_layer_shows_the_weight_and_bias_of_its_base(row):
+def test_layer_shows_the_weight_that_it_runs_with_and_the_bias_of_its_base(row):
     bare, model = row.bare(), row.adapted()
     assert callable(model.save_pretrained) and callable(model.from_pretrained) and callable(model.push_to_hub)
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, CoLoRALayer):
             original = bare.get_submodule(name)
-            assert module.weight is module.base_layer.weight and torch.equal(module.weight, original.weight)
+            assert torch.equal(module.base_layer.weight, original.weight)
+            delta = module.get_delta_weight("default").to(original.weight.dtype)
+            torch.testing.assert_close(module.weight, original.weight + delta)
+            with model.disable_adapter():
+                assert module.weight is module.base_layer.weight
             assert module.bias is module.base_layer.bias
             assert (module.bias is None) == (original.bias is None)
 
@@ -175,7 +179,10 @@ def test_merging_twice_warns_and_changes_nothing(row):
 @pytest.mark.parametrize(("broken", "unload"), [(torch.nan, False), (torch.inf, True)], ids=["nan", "inf_unload"])
 def test_safe_merge_refuses_a_broken_adapter(row, broken, unload):
     model = row.adapted()
-    layers, expected = tuner_layers(model), [layer.weight.clone() for layer in tuner_layers(row.adapted())]
+    layers, expected = (
+        tuner_layers(model),
+        [layer.get_base_layer().weight.clone() for layer in tuner_layers(row.adapted())],
+    )
     for layer in layers:
         for container in (layer.colora_B, layer.colora_dense):
             for parameter in container.values():
@@ -183,7 +190,7 @@ def test_safe_merge_refuses_a_broken_adapter(row, broken, unload):
     with pytest.raises(ValueError, match="'default'"):
         model.merge_and_unload(safe_merge=True) if unload else model.merge_adapter(safe_merge=True)
     assert not any(layer.merged for layer in layers)
-    assert all(map(torch.equal, [layer.weight for layer in layers], expected))
+    assert all(map(torch.equal, [layer.get_base_layer().weight for layer in layers], expected))
 
 
 @all_rows

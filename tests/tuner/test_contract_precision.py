@@ -74,19 +74,19 @@ def test_inactive_and_loaded_adapters_are_frozen_also_on_a_half_precision_base(r
 def test_half_precision_network_runs_merges_and_unmerges(row, dtype, autocast_adapter_dtype):
     x, rounding = row.x(dtype), torch.finfo(dtype).eps
     model = row.adapted(dtype=dtype, autocast_adapter_dtype=autocast_adapter_dtype)
-    expected, before = run(model, x), [layer.weight.clone() for layer in tuner_layers(model)]
+    expected, before = run(model, x), [layer.get_base_layer().weight.clone() for layer in tuner_layers(model)]
     assert expected.dtype == dtype and far(expected, run(row.bare(dtype), x))
     torch.testing.assert_close(expected.float(), run(row.adapted(), row.x()), rtol=0, atol=10 * rounding)
     for safe in (False, True):
         model.merge_adapter(safe_merge=safe)
         assert torch.equal(run(model, x), expected)
-        merged = [layer.weight.clone() for layer in tuner_layers(model)]
+        merged = [layer.get_base_layer().weight.clone() for layer in tuner_layers(model)]
         assert {weight.dtype for weight in merged} == {dtype}
         model.unmerge_adapter()
         for layer, weight, sum_ in zip(tuner_layers(model), before, merged, strict=True):
             atol = rounding * sum_.abs().max().item()
-            torch.testing.assert_close(layer.weight, weight, rtol=0, atol=atol)
-            layer.weight.data.copy_(weight)  # the next merge starts afresh
+            torch.testing.assert_close(layer.get_base_layer().weight, weight, rtol=0, atol=atol)
+            layer.get_base_layer().weight.data.copy_(weight)  # the next merge starts afresh
     assert torch.equal(run(model.merge_and_unload(), x), expected)
 
 
