@@ -5,7 +5,7 @@ adapted layer. Adapters can be renamed, blended, swapped in a compiled network, 
 colora_peft` registers the method with PEFT.
 """
 
-from .config import METHOD_VERSION, PRIOR_CONTRIBUTIONS, CoLoRAConfig
+from .config import PRIOR_CONTRIBUTIONS, CoLoRAConfig
 from .fingerprint import base_fingerprint, is_other_base
 from .functional import factors_save_time, run_with_factors, run_with_weight
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -14,7 +14,7 @@ from .lora_export import lora_obstacle, save_as_lora
 from .model import CoLoRAModel
 from .registration import register_colora
 from .renaming import rename_adapter
-from .scaling import adapter_scaling
+from .scaling import METHOD_VERSION, adapter_scaling
 from .targets import check_not_compiled, resolve_ranks
 
 __all__ = [

@@ -78,7 +78,7 @@ def blend_adapters(
     """
     blend.check(configs)
     adapters = blend.adapters
-    colora_alpha = configs[adapters[0]].colora_alpha
+    first = configs[adapters[0]]
     ranks = dict.fromkeys((name for adapter in adapters for name in configs[adapter].ranks), 0)
     blends = {}
     for name, layer in layers.items():
@@ -89,10 +89,11 @@ def blend_adapters(
         ]
         if parts:
             ranks[name] = _blended_rank(name, layer, [adapter for adapter, _ in parts], blend)
-            blends[name] = _blended_weights(layer, parts, ranks[name], colora_alpha, blend.combination_type)
+            scaling = adapter_scaling(ranks[name], *layer.matrix_shape, first.colora_alpha, first.method_version)
+            blends[name] = _blended_weights(layer, parts, ranks[name], scaling, blend.combination_type)
     # The ranks alone say where the blend is.
     config = replace(
-        configs[adapters[0]],
+        first,
         ranks=ranks,
         target_modules={name for name, rank in ranks.items() if rank > 0},
         exclude_modules=None,
@@ -122,10 +123,9 @@ def _blended_rank(name: str, layer: CoLoRALayer, adapters: list[str], blend: Ble
 
 
 def _blended_weights(
-    layer: CoLoRALayer, parts: Iterable[tuple[str, float]], rank: int, colora_alpha: float, combination_type: str
+    layer: CoLoRALayer, parts: Iterable[tuple[str, float]], rank: int, scaling: float, combination_type: str
 ) -> dict[str, Tensor]:
     """Returns the parameters of the sum in one layer by parameter name, as `CoLoRALayer.place_adapter` takes them."""
-    scaling = adapter_scaling(rank, *layer.matrix_shape, colora_alpha)
     if layer.matrix_shape.is_dense(rank):
         return {"colora_dense": _sum_of_deltas(layer, parts) / scaling}
     if combination_type == "svd":

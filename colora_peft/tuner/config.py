@@ -12,14 +12,9 @@ from colora_peft.ranks import ContributionScores, check_scores
 
 from .peft_internals import SAVES_BIASES
 from .registration import COLORA
+from .scaling import METHOD_VERSION
 
 BIAS_MODES = ("none", "all", "colora_only")
-METHOD_VERSION = 2
-"""Version of the adapter file format. Increase it when older and newer releases would misread each other's files.
-
-2: another factor before the delta (`colora_peft.tuner.scaling`).
-"""
-
 PRIOR_CONTRIBUTIONS = "colora_contributions"
 """Field of a network's configuration with contributions for any task: layer name to score >= 0."""
 
@@ -61,7 +56,7 @@ class CoLoRAConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt, for layers inside an nn.ModuleList or nn.Sequential.
         layers_pattern: Name of that list; PEFT needs it where the list is a direct child of the network.
         init_weights: False draws B at random, so that a new adapter is not the identity: for tests.
-        method_version: Version of the file format, written by the package.
+        method_version: Version of the file format, written by the package. An adapter keeps the one it was made with.
         base_fingerprint: Fingerprint of the weights that the adapter belongs to, written by the package; see
             `colora_peft.tuner.fingerprint.base_fingerprint`. None: not known.
 
@@ -113,21 +108,15 @@ class CoLoRAConfig(PeftConfig):
     def _check_method_version(self, from_file: bool) -> None:
         if self.method_version is None:  # the first versions wrote none
             self.method_version = 1 if from_file else METHOD_VERSION
-        if not isinstance(self.method_version, int):
+        if not isinstance(self.method_version, int) or self.method_version < 1:
             raise ValueError(
-                f"The adapter's method_version is {self.method_version!r}, not a whole number: adapter_config.json "
-                "is damaged, take it from where the adapter came from."
+                f"The adapter's method_version is {self.method_version!r}, not a whole number >= 1: "
+                "adapter_config.json is damaged, take it from where the adapter came from."
             )
         if self.method_version > METHOD_VERSION:
             raise ValueError(
                 f"The adapter was saved by a newer colora_peft (method_version {self.method_version}, this one "
                 f"reads {METHOD_VERSION}): update colora_peft, in a clone with `git pull`."
-            )
-        if self.method_version < METHOD_VERSION:
-            raise ValueError(
-                f"The adapter was saved by an older colora_peft (method_version {self.method_version}, this one "
-                f"reads {METHOD_VERSION}), which scaled its delta otherwise: train it again, or install the version "
-                "that saved it."
             )
 
     def _check_numbers(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colora_peft.ranks import MatrixShape, weight_matrix_shape
 
 from .peft_internals import move_to_base_device
-from .scaling import STD_OF_A, adapter_scaling
+from .scaling import METHOD_VERSION, STD_OF_A, adapter_scaling
 
 INITIAL_STD = 0.02
 """Standard deviation of B, and of a dense delta, under `init_weights=False`."""
@@ -60,7 +60,7 @@ class DeltaStore(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("colora_A", "colora_B", "colora_dense")
-    other_param_names: tuple[str, ...] = ("rank", "colora_alpha", "scaling")
+    other_param_names: tuple[str, ...] = ("rank", "colora_alpha", "method_version", "scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -73,6 +73,7 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         self.colora_dense = nn.ParameterDict()
         self.rank: dict[str, int] = {}
         self.colora_alpha: dict[str, float] = {}
+        self.method_version: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -85,13 +86,20 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         """Shape (d, k) of W0 as a matrix."""
         return weight_matrix_shape(self.get_base_layer())
 
-    def update_layer(self, adapter_name: str, rank: int, colora_alpha: float, init_weights: bool = True) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        rank: int,
+        colora_alpha: float,
+        init_weights: bool = True,
+        method_version: int = METHOD_VERSION,
+    ) -> None:
         """Adds adapter `adapter_name` of `rank` >= 1, or replaces it; A is drawn from torch's global generator.
 
         With `init_weights` the delta starts at zero, otherwise at random (for tests).
         """
         start = {name: torch.zeros(shape) for name, shape in delta_shapes(self.matrix_shape, rank).items()}
-        self.place_adapter(adapter_name, rank, colora_alpha, start)
+        self.place_adapter(adapter_name, rank, colora_alpha, start, method_version)
         # Registered first, drawn then: PEFT's low_cpu_mem_usage moves parameters to `meta` on registration.
         if adapter_name in self.colora_A:
             nn.init.normal_(self.colora_A[adapter_name], std=STD_OF_A)
@@ -100,7 +108,14 @@ class DeltaStore(nn.Module, BaseTunerLayer):
             nn.init.normal_(up[adapter_name], std=INITIAL_STD)
         move_to_base_device(self, adapter_name)
 
-    def place_adapter(self, adapter_name: str, rank: int, colora_alpha: float, weights: dict[str, Tensor]) -> None:
+    def place_adapter(
+        self,
+        adapter_name: str,
+        rank: int,
+        colora_alpha: float,
+        weights: dict[str, Tensor],
+        method_version: int = METHOD_VERSION,
+    ) -> None:
         """Gives this layer an adapter with these weights, in place of an older one of its name.
 
         Args:
@@ -108,12 +123,14 @@ class DeltaStore(nn.Module, BaseTunerLayer):
             rank: Rank of the delta, at least 1.
             colora_alpha: Gain; with the rank it gives the scaling.
             weights: `colora_A` (r, k) and `colora_B` (d, r), or `colora_dense` (d, k) if the rank is dense.
+            method_version: Version of the rule that gives the scaling.
         """
         self._drop(adapter_name)
         for parameter_name, tensor in weights.items():
             getattr(self, parameter_name)[adapter_name] = nn.Parameter(tensor)
         self.rank[adapter_name] = self.matrix_shape.stored_rank(rank)
         self.colora_alpha[adapter_name] = colora_alpha
+        self.method_version[adapter_name] = method_version
         self.set_scale(adapter_name, 1.0)
 
     def remove_adapter(self, adapter_name: str) -> None:
@@ -166,7 +183,8 @@ class DeltaStore(nn.Module, BaseTunerLayer):
                 self.set_scale(adapter, 1.0 if scale is None else now / scale)
 
     def _trained_scaling(self, adapter: str) -> float:
-        return adapter_scaling(self.rank[adapter], *self.matrix_shape, self.colora_alpha[adapter])
+        rule = self.colora_alpha[adapter], self.method_version[adapter]
+        return adapter_scaling(self.rank[adapter], *self.matrix_shape, *rule)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns delta_W of `adapter` in W0's shape and dtype, differentiable in the adapter's parameters.

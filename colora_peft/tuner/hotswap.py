@@ -118,7 +118,7 @@ def hotswap_adapter(
             continue
         device = layer.get_base_layer().weight.device
         own = {parameter: _as_loaded(found[f"{name}.{parameter}"], device) for parameter in shapes[name]}
-        layer.place_adapter(adapter_name, ranks[name], config.colora_alpha, own)
+        layer.place_adapter(adapter_name, ranks[name], config.colora_alpha, own, config.method_version)
         layer.set_requires_grad(adapter_name, False)
     tuner.peft_config[adapter_name] = config
 

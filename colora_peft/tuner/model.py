@@ -120,7 +120,7 @@ class CoLoRAModel(BaseTuner):
         layer = target if isinstance(target, CoLoRALayer) else CoLoRALayer(target)
         # What is made to be loaded into starts as nothing, however it was trained.
         init_weights = peft_config.init_weights or peft_config.inference_mode
-        layer.update_layer(adapter_name, rank, peft_config.colora_alpha, init_weights)
+        layer.update_layer(adapter_name, rank, peft_config.colora_alpha, init_weights, peft_config.method_version)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             replace_layer(self, parent, target_name, layer, target)
@@ -160,7 +160,9 @@ class CoLoRAModel(BaseTuner):
         blend = Blend(adapters, weights, adapter_name, combination_type, svd_rank)
         config, deltas = blend_adapters(layers, self.peft_config, blend)
         for name, delta in deltas.items():
-            layers[name].place_adapter(adapter_name, config.ranks[name], config.colora_alpha, delta)
+            layers[name].place_adapter(
+                adapter_name, config.ranks[name], config.colora_alpha, delta, config.method_version
+            )
             layers[name].set_requires_grad(adapter_name, False)
         self.peft_config[adapter_name] = config
 

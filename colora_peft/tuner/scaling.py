@@ -1,21 +1,31 @@
-"""The factor before the delta and the start of A, chosen so that one learning rate serves every rank."""
+"""The factor before the delta and the start of A, chosen so that one learning rate serves every rank.
+
+New adapters have the rule of `METHOD_VERSION`. Those of older versions keep theirs, so that they compute as they did.
+"""
 
 import math
 
 from colora_peft.ranks import MatrixShape
 
+METHOD_VERSION = 2
+"""Version of the adapter file format. Increase it when older and newer releases would misread each other's files.
+
+1 and 2 differ in `adapter_scaling` alone. The first files name no version.
+"""
+
 STD_OF_A = 1.0
 """Standard deviation of A at the start; see `adapter_scaling`."""
 
 
-def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
+def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float, method_version: int = METHOD_VERSION) -> float:
     """Returns the factor before the delta of a (d, k) layer.
 
-    It is colora_alpha / (rank sqrt(k)) for factors and colora_alpha / k for a dense delta. This is our choice, not the
-    paper's: one learning rate shall suit every rank. So the *output* of the layer must move equally far on the inputs
-    that it sees. Adam moves each parameter by about lr a step, whatever its gradient. For an input x the gradient of a
-    dense delta D has the signs of x, and that of B the signs of A x. So all entries push the output the same way. With
-    A ~ N(0, 1) and B = 0 the first step moves each output by
+    It is colora_alpha / (rank sqrt(k)) for factors and colora_alpha / k for a dense delta; in method_version 1 it was
+    colora_alpha / sqrt(rank) and colora_alpha / sqrt(k). This is our choice, not the paper's: one learning rate shall
+    suit every rank. So the *output* of the layer must move equally far on the inputs that it sees. Adam moves each
+    parameter by about lr a step, whatever its gradient. For an input x the gradient of a dense delta D has the signs
+    of x, and that of B the signs of A x. So all entries push the output the same way. With A ~ N(0, 1) and B = 0 the
+    first step moves each output by
 
         scaling * lr * sum of rank entries |A x|  ~  scaling * lr * 0.8 rank |x|
 
@@ -33,4 +43,6 @@ def adapter_scaling(rank: int, d: int, k: int, colora_alpha: float) -> float:
 
     Measured beside the rule that it replaced: examples/experiments/scaling.
     """
+    if method_version == 1:
+        return colora_alpha / math.sqrt(k if MatrixShape(d, k).is_dense(rank) else rank)
     return colora_alpha / (k if MatrixShape(d, k).is_dense(rank) else rank * math.sqrt(k))

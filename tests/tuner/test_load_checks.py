@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from support.tiny_networks import Sequence, network
@@ -104,21 +104,53 @@ def test_fields_of_a_newer_peft_are_ignored_with_a_warning(tmp_path):
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("read", [PeftModel.from_pretrained, lambda _, folder: PeftConfig.from_pretrained(folder)])
-@pytest.mark.parametrize("version", [{"method_version": 1}, {"method_version": None}, {}])
-def test_an_adapter_of_another_scaling_is_refused_instead_of_misread(tmp_path, version, read):
-    bare, _, _, folder = saved(tmp_path)
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text())
-    del config["method_version"]
-    file.write_text(json.dumps(config | version))
-    with pytest.raises(ValueError, match="older colora_peft .method_version 1.*train it again"):
-        read(bare, folder)
+OLD_FACTORS = {
+    1: lambda alpha, rank, k, dense: alpha / (k if dense else rank) ** 0.5,
+    2: lambda alpha, rank, k, dense: alpha / (k if dense else rank * k**0.5),
+}
 
 
-def test_a_version_that_is_no_number_is_named(tmp_path):
-    bare, _, _, folder = saved(tmp_path, {"method_version": "two"})
-    with pytest.raises(ValueError, match="method_version is 'two', not a whole number"):
+@torch.no_grad()
+@pytest.mark.parametrize("written", [{"method_version": 1}, {"method_version": None}, {}, {"method_version": 2}])
+def test_an_adapter_of_an_older_version_computes_as_it_did(tmp_path, written):
+    """Loaded, saved and loaded again, swapped in, or blended with one of today: its delta is that of its version."""
+    bare, x, _, folder = saved(tmp_path, {"colora_alpha": 3.0})
+    file, version = folder / "adapter_config.json", written.get("method_version") or 1
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "method_version"}
+    file.write_text(json.dumps(config | written))
+    expected, stored = copy.deepcopy(bare), load_file(folder / "adapter_model.safetensors")
+    for name, rank in RANKS.items():
+        if rank:
+            own = {kind: stored.get(f"{PREFIX}{name}.colora_{kind}") for kind in ("A", "B", "dense")}
+            dense = own["dense"] is not None
+            weight = expected.get_submodule(name).weight
+            factor = OLD_FACTORS[version](3.0, rank, weight[0].numel(), dense)
+            weight += factor * (own["dense"] if dense else own["B"] @ own["A"]).view_as(weight)
+    model = PeftModel.from_pretrained(copy.deepcopy(bare), folder).eval()
+    assert model.peft_config["default"].method_version == version
+    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-6)
+
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["method_version"] == version
+    again = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / "again").eval()
+    assert torch.equal(again(x), model(x))
+
+    today = get_peft_model(copy.deepcopy(bare), CoLoRAConfig(ranks=dict(RANKS), init_weights=False)).eval()
+    today.load_adapter(folder, "old")
+    today.add_weighted_adapter(["default", "old"], [0.0, 1.0], "blend")
+    today.add_weighted_adapter(["old", "default"], [1.0, 0.0], "tuned", "svd")
+    for name in ("old", "blend", "tuned"):
+        today.set_adapter(name)
+        torch.testing.assert_close(today(x), expected(x), rtol=0, atol=1e-5)
+    hotswap_adapter(today, folder, "default")
+    today.set_adapter("default")
+    torch.testing.assert_close(today(x), expected(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", ["two", 0, 2.5])
+def test_a_version_that_is_no_number_is_named(tmp_path, version):
+    bare, _, _, folder = saved(tmp_path, {"method_version": version})
+    with pytest.raises(ValueError, match=f"method_version is {version!r}, not a whole number"):
         PeftModel.from_pretrained(bare, folder)
 
 
