@@ -1,6 +1,7 @@
 """The layers of a network that CoLoRA can adapt, those that it leaves out, and the weight of a layer as a matrix."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -30,17 +31,23 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     weights directly. Left out is also what PEFT trains whole (`modules_to_save`).
     """
     layers = {}
-    closed: str | None = None  # prefix of the last module whose inside is not ours; children follow their parent
-    for name, module in model.named_modules():
-        if closed is not None and name.startswith(closed):
-            continue
-        if isinstance(module, BaseTunerLayer | _CLOSED):
-            closed = f"{name}." if name else ""
+    for name, module in _reached_modules(model):
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
         if why_not_adaptable(module) is None:
             layers[name] = module
     return layers
+
+
+def _reached_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields modules with their full names, in network order, but none from inside of those that are closed to us."""
+    closed: str | None = None  # prefix of the last closed module; children follow their parent
+    for name, module in model.named_modules():
+        if closed is not None and name.startswith(closed):
+            continue
+        if isinstance(module, BaseTunerLayer | _CLOSED):
+            closed = f"{name}." if name else ""
+        yield name, module
 
 
 def why_not_adaptable(layer: nn.Module) -> str | None:
@@ -63,12 +70,7 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
 def left_out(model: nn.Module) -> list[str]:
     """Returns a line for each kind of layer with weights of an adaptable shape that `adaptable_layers` leaves out."""
     read_inside, computed = defaultdict(list), defaultdict(list)
-    closed: str | None = None
-    for name, module in model.named_modules():
-        if closed is not None and name.startswith(closed):
-            continue
-        if isinstance(module, BaseTunerLayer | _CLOSED):
-            closed = f"{name}." if name else ""
+    for name, module in _reached_modules(model):
         if isinstance(module, _READ_INSIDE):
             kind = nn.MultiheadAttention if isinstance(module, nn.MultiheadAttention) else nn.TransformerEncoderLayer
             read_inside[kind.__name__].append(name)
