@@ -124,18 +124,22 @@ class TunedGrid(NamedTuple):
     """Returns fingerprints of the networks and data that a variant names: they make a cell the same, too."""
     retry_failed: bool = False
     """Whether cells that failed, if only for want of memory, are run again."""
+    fixed_rate: Callable[[V], float | None] = lambda variant: None
+    """Returns the learning rate of a variant for which none is chosen."""
 
     def run(self, variants: Sequence[V]) -> None:
         """Run variant by variant and seed by seed the cells that the file lacks."""
         for variant in variants:
-            tuned = self.tuned_as(variant)
-            tuning = [self.cell(tuned, rate, self.args.tuning_seed) for rate in self.args.learning_rates]
-            best = chosen_rate(tuning)
+            best = self.fixed_rate(variant) or self._tune(self.tuned_as(variant))
             if best is None:
                 print(f"{variant}: left out, as every learning rate failed.", flush=True)
                 continue
             for seed in self.args.seeds:
                 self.cell(variant, best, seed)
+
+    def _tune(self, variant: V) -> float | None:
+        """The best learning rate of a variant with the tuning seed; None if all fail."""
+        return chosen_rate([self.cell(variant, rate, self.args.tuning_seed) for rate in self.args.learning_rates])
 
     def cell(self, variant: V, rate: float, seed: int) -> Cell:
         """The cell, from the file or run now. A run that fails is a cell with its error under `failed`."""

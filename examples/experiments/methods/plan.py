@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from colora_peft.training import METHODS
+from colora_peft.training import LEARNING_RATES, METHODS
 from colora_peft.utils import check_at_least, flag
 from examples.experiments.grid.cells import FinetuneArguments, check_lists, check_network
 from examples.experiments.grid.tuned import TunedArguments
@@ -15,7 +15,9 @@ NONE = "none"
 """Name of the network with new weights instead of pre-trained ones."""
 PEFT_LORA = "peft_lora"
 """The method that is PEFT's own LoRA, in the layers that it takes; "lora" is ours, in all."""
-BUDGETED = ("lora", PEFT_LORA, "colora")
+COLORA_DEFAULT = "colora_default"
+"""The method that is CoLoRA at the learning rate that finetune.py has without a flag: nothing is tuned for it."""
+BUDGETED = ("lora", PEFT_LORA, "colora", COLORA_DEFAULT)
 BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
 
@@ -54,7 +56,7 @@ class BenchmarkArguments(TunedArguments):
     def __post_init__(self) -> None:
         names = ("tasks", "networks", "comparisons", "train_pairs", "budgets", "learning_rates", "seeds")
         check_lists({name: getattr(self, name) for name in names})
-        for name, known in (("comparisons", COMPARISONS), ("methods", (*METHODS, PEFT_LORA))):
+        for name, known in (("comparisons", COMPARISONS), ("methods", (*METHODS, PEFT_LORA, COLORA_DEFAULT))):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"--{name} has {value!r}: choose of {', '.join(known)}.")
@@ -91,8 +93,13 @@ class Variant(NamedTuple):
     train_pairs: int
     network: str
     method: str
-    """One of `colora_peft.training.METHODS`, or PEFT_LORA."""
+    """One of `colora_peft.training.METHODS`, PEFT_LORA or COLORA_DEFAULT."""
     parameter_budget: float | None = None
+
+    @property
+    def fixed_rate(self) -> float | None:
+        """The learning rate that nobody tunes; None if it is tuned."""
+        return LEARNING_RATES["colora"] if self.method == COLORA_DEFAULT else None
 
     def tuned_as(self, args: BenchmarkArguments) -> Variant:
         """The variant whose learning rate this one takes."""

@@ -14,7 +14,7 @@ from examples.experiments.grid.cells import Cell
 from examples.experiments.grid.curves import plot_curves
 from examples.experiments.grid.results import Key, KeyOf, Results, Settings, differences_table, results_of, spread
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, SETTINGS_FILE
-from examples.experiments.methods.plan import NONE, PEFT_LORA
+from examples.experiments.methods.plan import COLORA_DEFAULT, NONE, PEFT_LORA
 from examples.experiments.methods.plots import plot_radar
 from examples.experiments.tables import markdown_table
 
@@ -26,7 +26,8 @@ SETTINGS = Settings(
 IMAGES_FOLDER = "pictures"
 WORDS = f"""*full* trains all weights, *decoder* and *bias* these alone. *colora* has ranks by contribution, *lora* one
 rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the
-layers that it takes. The number is the budget; one rank for all layers may leave some of it unused."""
+layers that it takes. *{COLORA_DEFAULT}* is *colora* at the learning rate that finetune.py has without a flag: nothing
+was tuned for it. The number is the budget; one rank for all layers may leave some of it unused."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
 
@@ -111,6 +112,13 @@ def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
         claims[f"CoLoRA minus one rank for all, both with a budget of {budget:g}"] = colora, (first, "lora", budget)
         claims[f"CoLoRA minus PEFT's LoRA, both with a budget of {budget:g}"] = colora, (first, PEFT_LORA, budget)
         claims[f"CoLoRA {budget:g} minus full tuning"] = colora, (first, "full", None)
+        default = (first, COLORA_DEFAULT, budget)
+        claims[f"CoLoRA without a flag minus PEFT's LoRA, both {budget:g}"] = default, (first, PEFT_LORA, budget)
+        claims[f"CoLoRA {budget:g} without a flag minus full tuning"] = default, (first, "full", None)
+    largest, *others = sorted(values_in(results, "parameter_budget"), reverse=True) or [None]
+    for budget in others:
+        one, other = ((first, COLORA_DEFAULT, share) for share in (budget, largest))
+        claims[f"CoLoRA without a flag, {budget:g} minus {largest:g}"] = one, other
 
     def key_of(way: tuple) -> KeyOf:
         return lambda task: (task, pairs, *way)

@@ -4,7 +4,8 @@
 
 Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
 each method, network and task is the best of --learning_rates on pairs held out of the training folder, with a seed of
-its own; the test folder is touched by the other seeds alone, at that rate. Images are evaluated on their centres
+its own; the test folder is touched by the other seeds alone, at that rate. colora_default alone has the rate that
+finetune.py has without a flag. Images are evaluated on their centres
 (--evaluated_size). Cells are kept and not run again: the comparison grows over many calls, and several processes may
 share the work (--part 0/2 and 1/2), also on one GPU. Each call ends by writing the report of all cells. A cell takes
 about 25 seconds on one core, and the default plan has 360 of them: choose with --tasks, --methods and --budgets.
@@ -50,7 +51,15 @@ from examples.experiments.grid.tuned import (
     settings_of,
 )
 from examples.experiments.methods.peft_lora import add_peft_lora
-from examples.experiments.methods.plan import BUDGET, NONE, PEFT_LORA, BenchmarkArguments, Variant, plan
+from examples.experiments.methods.plan import (
+    BUDGET,
+    COLORA_DEFAULT,
+    NONE,
+    PEFT_LORA,
+    BenchmarkArguments,
+    Variant,
+    plan,
+)
 from examples.experiments.methods.plots import save_best_median_worst
 from examples.experiments.methods.report import IMAGES_FOLDER, check_names, write_report
 
@@ -88,14 +97,14 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
     config, found = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET), {}
     with tempfile.TemporaryDirectory() as folder:
         run = run_arguments(args, folder, rate, seed)
-        if variant.method == "colora":
+        if variant.method in ("colora", COLORA_DEFAULT):
             scores = measure_contributions(network, drawn.patches, run, accelerator)
             config.contributions, found = scores.scores, {"seconds_contributions": scores.seconds}
         set_seed(seed)
         if variant.method == PEFT_LORA:
             model = add_peft_lora(network, config.parameter_budget)
         else:
-            model = prepare_for_tuning(network, variant.method, config)
+            model = prepare_for_tuning(network, "colora" if config.contributions else variant.method, config)
         also = None
         if seed != args.tuning_seed:
             also = partial(
@@ -160,7 +169,8 @@ def run_missing(args: BenchmarkArguments, folder: Path) -> None:
     check_data(args)
     groups = own_part(list(dict.fromkeys(variant.tuned_as(args) for variant in variants)), args.part)
     tuned_as, known = (lambda variant: variant.tuned_as(args)), partial(identity, args)
-    grid = TunedGrid(args, file, tuned_as, partial(run_cell, args, accelerator=accelerator), known, args.retry_failed)
+    run_variant, fixed = partial(run_cell, args, accelerator=accelerator), lambda variant: variant.fixed_rate
+    grid = TunedGrid(args, file, tuned_as, run_variant, known, args.retry_failed, fixed)
     grid.run([variant for variant in variants if variant.tuned_as(args) in groups])
 
 

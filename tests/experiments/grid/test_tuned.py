@@ -44,6 +44,17 @@ def test_a_variant_runs_its_seeds_at_the_rate_that_was_best_for_what_it_is_tuned
     assert len(ran) == 12
 
 
+def test_a_variant_with_a_rate_of_its_own_runs_its_seeds_at_that_alone(tmp_path):
+    runs = grid(tmp_path, lambda variant, rate, seed: {"psnr": rate})
+    runs = runs._replace(fixed_rate=lambda variant: 0.5 if variant.name == "x" else None)
+    runs.run([Named("x"), Named("y")])
+    found = {"x": [], "y": []}
+    for cell in runs.file.cells:
+        found[cell["name"]].append((cell["learning_rate"], cell["seed"]))
+    assert found["x"] == [(0.5, 5), (0.5, 1)]
+    assert found["y"] == [(1e-3, TUNING), (3e-3, TUNING), (2e-3, TUNING), (3e-3, 5), (3e-3, 1)]
+
+
 def test_runs_that_diverge_are_cells_and_a_method_whose_rates_all_fail_is_left_out(tmp_path, capsys):
     def run_cell(variant, rate, seed):
         if variant.name == "y" or rate == 3e-3:

@@ -6,7 +6,9 @@ import pytest
 from support.examples import EXAMPLES, write_pairs
 from support.experiments import launch
 
+from colora_peft.training import LEARNING_RATES
 from examples.experiments.methods import plan, report, run
+from examples.experiments.methods.plan import Variant
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +27,10 @@ def arguments(data_dir, **settings):
 def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(data_dir):
     args = arguments(data_dir, networks=["prod=x", "single=y", "none"], train_pairs=[3, 4], budgets=[0.07, 0.02])
     planned = plan.plan(args)
-    assert len(planned) == len(set(planned)) == 2 * 2 * (3 + 2 + 3 * 2)
+    assert len(planned) == len(set(planned)) == 2 * 2 * (3 + 2 + 4 * 2)
     assert {v.network for v in planned if v.method != "full"} == {"prod"}
     assert {v.network for v in planned if v.method == "full"} == {"prod", "single", "none"}
-    assert {v.parameter_budget for v in planned if v.method in ("lora", "peft_lora", "colora")} == {0.07, 0.02}
+    assert {v.parameter_budget for v in planned if v.method in plan.BUDGETED} == {0.07, 0.02}
     assert all(v.tuned_as(args) == v._replace(train_pairs=16) for v in planned)
 
 
@@ -85,6 +87,23 @@ def test_report_has_the_claims_and_says_what_failed(tmp_path):
     assert "| CoLoRA 0.07 minus full tuning | +0.50 ± 0.00 (2) |" in text
     assert "| prod + full | 0.205 ± 0.007 |" in text
     assert "- a, 16 pairs, none + full, 0.008, seed 0: infinite" in text
+
+
+def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(tmp_path):
+    def default(seed, psnr, budget):
+        return cell(seed, psnr, method="colora_default", parameter_budget=budget, learning_rate=5e-3)
+
+    cells = [default(seed, 20.5 + seed, 0.07) for seed in (0, 1)] + [
+        default(seed, 20.4 + seed, 0.02) for seed in (0, 1)
+    ]
+    cells += [cell(seed, 20.0 + seed, method="peft_lora", parameter_budget=0.07) for seed in (0, 1)]
+    write_cells(tmp_path, cells)
+    text = report.write_report(tmp_path)
+    assert "| CoLoRA without a flag minus PEFT's LoRA, both 0.07 | +0.50 ± 0.00 (2) |" in text
+    assert "| CoLoRA without a flag, 0.02 minus 0.07 | -0.10 ± 0.00 (2) |" in text
+    assert "| prod + colora_default 0.07 | 21.00 ± 0.71 (2) at 0.005 |" in text
+    rates = {Variant("a", 16, "prod", method).fixed_rate for method in ("colora", "full", "peft_lora", "lora")}
+    assert rates == {None} and Variant("a", 16, "prod", "colora_default").fixed_rate == LEARNING_RATES["colora"]
 
 
 def test_a_report_of_failures_alone_names_them(tmp_path):
@@ -160,7 +179,8 @@ def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path
     done = launch(*command)
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "cells.json").read_text())
-    assert len(cells) == 2 * (6 + 1) * 3  # tasks, ways and networks, seeds with the one to tune
+    # Tasks, ways and networks, seeds with the one to tune; and the way for which nothing is tuned.
+    assert len(cells) == 2 * (6 + 1) * 3 + 2 * 2
     for task in ("a", "b"):  # switched off, an adapter leaves the network what it was, whatever was trained
         switched_off = [(task, method) for method in ("lora", "peft_lora", "colora")]
         kept = {c["psnr_old_task"] for c in cells if (c["task"], c["method"]) in switched_off and c["seed"] != 100}
@@ -175,7 +195,7 @@ def test_launched_benchmark_runs_every_cell_once(data_dir, tiny_nafnet, tmp_path
         "one rank for all, both with a budget of 0.3",
     ):
         assert row in text
-    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2 * (6 + 1)
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2 * (7 + 1)
     again = launch(*command, "--data_dir", tmp_path / "gone", "--report_only", "True")
     assert again.returncode == 0 and json.loads((tmp_path / "cells.json").read_text()) == cells
     changed = [*command, "--networks", f"prod={EXAMPLES / 'checkpoints' / 'nafnet-small-prod'}", "--tasks", "a",
