@@ -95,6 +95,8 @@ class TrainingRun:
         fingerprint = getattr(dataset, "fingerprint", None) if accelerator.is_main_process else None
         self._fingerprint: str | None = Processes(accelerator).from_main(fingerprint)
         self._frozen = frozen_digest(model)
+        config = getattr(model, "peft_config", {}).get("default")
+        self._method_version: int | None = getattr(config, "method_version", None)
         self._recent: list[tuple[float, float]] = []
         self._recent_seconds = 0.0
         self._step_started = self._started = time.perf_counter()
@@ -118,8 +120,8 @@ class TrainingRun:
         """Load a checkpoint, if there is one, and return the number of steps done.
 
         Raises:
-            ValueError: if the checkpoint belongs to another model, dataset, precision or global batch, or was at
-                places in a stream for another number of processes; nothing was changed.
+            ValueError: if the checkpoint belongs to another model, method version, dataset, precision or global batch,
+                or was at places in a stream for another number of processes; nothing was changed.
         """
         if checkpoint is None:
             return 0
@@ -180,6 +182,13 @@ class TrainingRun:
                 f"({self._frozen}): the network to adapt was replaced. Give the one that the run began with, or start "
                 "again."
             )
+        version = saved.get("method_version", self._method_version and 2)  # older checkpoints do not say
+        if version != self._method_version:
+            raise ValueError(
+                f"{checkpoint} holds an adapter of method_version {version}, this run has one of "
+                f"{self._method_version}, which computes something else with the same weights: finish the run with "
+                "the release that began it, or start again."
+            )
         self._check_same_data(checkpoint, saved.get("dataset"), saved.get("positions"))
 
     def _check_same_data(self, checkpoint: Path, fingerprint: str | None, positions: list[Position] | None) -> None:
@@ -215,6 +224,7 @@ class TrainingRun:
                     "scaler": None if scaler is None else scaler.state_dict(),
                     "dataset": self._fingerprint,
                     "frozen": self._frozen,
+                    "method_version": self._method_version,
                     "positions": None if positions[0] is None else positions,
                     "skipped": self._skipped.count,
                     "prolonged": self._prolonged,

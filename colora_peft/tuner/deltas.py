@@ -114,7 +114,7 @@ class DeltaStore(nn.Module, BaseTunerLayer):
         rank: int,
         colora_alpha: float,
         weights: dict[str, Tensor],
-        method_version: int = METHOD_VERSION,
+        method_version: int,
     ) -> None:
         """Gives this layer an adapter with these weights, in place of an older one of its name.
 

@@ -37,6 +37,7 @@ from colora_peft.inference import restoration_loss
 from colora_peft.training import checkpoint as checkpoint_module
 from colora_peft.training.checkpoint import list_checkpoints
 from colora_peft.training.loop import DataFailed, TrainingDiverged, reconstruct, train
+from colora_peft.tuner import METHOD_VERSION
 
 # --- exactness ------------------------------------------------------------------------------------------------------
 
@@ -322,6 +323,36 @@ def test_a_run_does_not_go_on_over_another_base(tmp_path):
     with pytest.raises(ValueError, match="other frozen weights .*the network to adapt was replaced"):
         run(tmp_path, adapted(0.1), **resume)
     run(tmp_path, adapted(0.0), **resume)
+
+
+def test_a_run_does_not_go_on_with_an_adapter_of_another_scaling(tmp_path):
+    def adapted():
+        return get_peft_model(nafnet(), CoLoRAConfig(ranks=2))
+
+    run(tmp_path, adapted(), max_train_steps=2)
+    resume = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    run(tmp_path, adapted(), **resume)
+    state_file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    assert state["method_version"] == METHOD_VERSION
+    state_file.write_text(json.dumps({**state, "method_version": METHOD_VERSION - 1}))
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=f"of method_version {METHOD_VERSION - 1}, this .* {METHOD_VERSION}, .* finish the run"
+    ):
+        run(tmp_path, model, **resume)
+    assert_equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("make", [nafnet, lambda: get_peft_model(nafnet(), CoLoRAConfig(ranks=2, method_version=2))])
+def test_checkpoints_of_older_releases_name_no_method_version_and_hold_the_second(tmp_path, make):
+    run(tmp_path, make(), max_train_steps=2)
+    state_file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    del state["method_version"]
+    state_file.write_text(json.dumps(state))
+    run(tmp_path, make(), resume_from_checkpoint="latest", max_train_steps=2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
