@@ -35,12 +35,12 @@ MAX_PAIRS = 64
 LICENCE = """license: other
 license_name: non-commercial-research
 """
-"""That of the base, whatever the photos have."""
+"""The licence of the base, whatever the photos have."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a card says about the photos of a task."""
+    """The words of a card about the photos of a task."""
 
     data: str
     """Source and licence, as `--data_card`."""

@@ -27,6 +27,13 @@ def add_peft_lora(model: nn.Module, parameter_budget: float) -> PeftModel:
     Raises:
         ValueError: The budget does not pay for rank 1, or there is no such layer.
     """
+    rank, taken = lora_rank(model, parameter_budget)
+    # A pattern, because PEFT takes a name in a list for the end of longer ones as well.
+    return get_peft_model(model, LoraConfig(r=rank, target_modules="|".join(re.escape(name) for name in taken)))
+
+
+def lora_rank(model: nn.Module, parameter_budget: float) -> tuple[int, list[str]]:
+    """Return the rank of `add_peft_lora`, which raises the same, and the names of the layers that it adapts."""
     layers = adaptable_layers(model)
     taken = [name for name, layer in layers.items() if isinstance(layer, LORA_LAYERS) and _groups(layer) == 1]
     if not taken:
@@ -35,8 +42,7 @@ def add_peft_lora(model: nn.Module, parameter_budget: float) -> PeftModel:
     rank = allowed // sum(sum(weight_matrix_shape(layers[name])) for name in taken)
     if rank < 1:
         raise ValueError(f"A budget of {parameter_budget:g} does not pay for rank 1 of PEFT's LoRA in every layer.")
-    # A pattern, because PEFT takes a name in a list for the end of longer ones as well.
-    return get_peft_model(model, LoraConfig(r=rank, target_modules="|".join(re.escape(name) for name in taken)))
+    return int(rank), taken
 
 
 def _groups(layer: nn.Module) -> int:

@@ -1,0 +1,156 @@
+"""Ways to begin an adaptation, beside PEFT's LoRA: does any of them restore better?
+
+    python -m examples.experiments.start.run --data_dir path/to/data --model_name_or_path path/to/network
+
+Every way runs at every learning rate, on the same pairs and patches. Quality is measured on pairs held out of the
+training folder; the test folder is not touched. Cells are kept and not run again. `--part 0/2` and `1/2` share them
+between two processes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from math import nan, sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from colora_peft.data import PairedImageFolder, PairedPatches, collate
+from colora_peft.training import DataFailed, use_all_cores
+from colora_peft.utils import flag, run_script, write_text
+from examples.experiments.grid.cells import (
+    Cell,
+    CellFile,
+    NetworkArguments,
+    PairCentres,
+    check_lists,
+    load_network,
+    network_fingerprint,
+    own_part,
+    run_arguments,
+    split_pairs,
+    train_and_validate,
+)
+from examples.experiments.start.ways import PEFT_LORA, WAYS, begin
+from examples.experiments.tables import markdown_table
+
+SHARED = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
+Row = tuple[str, float]
+"""A way and its learning rate."""
+
+
+@dataclass(kw_only=True)
+class StartArguments(NetworkArguments):
+    """Flags of the comparison."""
+
+    data_dir: str = flag(help="Folder that holds TASK/train with input/ and target/.")
+    tasks: list[str] = flag(
+        factory=lambda: ["underwater", "noise", "rain", "lowlight", "shadow", "haze_real"],
+        help="Names of the tasks, folders of --data_dir.",
+    )
+    ways: list[str] = flag(factory=lambda: list(WAYS), help=f"Ways to begin: {', '.join(WAYS)}.")
+    learning_rates: list[float] = flag(factory=lambda: [3e-3, 6e-3], help="Learning rates to run each way with.")
+    train_pairs: int = flag(32, "Number of pairs to train on, where there are so many besides those held out.")
+    validation_pairs: int = flag(14, "Number of pairs that are held out of the training folder.")
+    max_train_steps: int = flag(300, "Number of training steps of each cell.")
+    evaluated_size: int = flag(256, "Side in pixels of the image centres that quality is measured on.")
+    parameter_budget: float = flag(0.07, "Trained share of the weights.")
+    gradient_batches: int = flag(8, "Number of batches that the gradient is the mean of.")
+    output_dir: str = flag("outputs/start", "Folder for cells.json and report.md.")
+
+    def __post_init__(self) -> None:
+        check_lists({name: getattr(self, name) for name in ("tasks", "ways", "learning_rates", "seeds")})
+        unknown = [name for name in self.ways if name not in WAYS]
+        if unknown:
+            raise ValueError(f"There is no way {unknown[0]!r}; choose of {', '.join(WAYS)}.")
+
+
+def run_cell(args: StartArguments, settings: Cell, accelerator: Accelerator) -> Cell:
+    """Train once; PSNR on the pairs held out."""
+    train_dir, seed = str(Path(args.data_dir) / settings["task"] / "train"), settings["seed"]
+    pairs = min(args.train_pairs, len(PairedImageFolder(train_dir)) - args.validation_pairs)
+    chosen, validation = split_pairs(train_dir, pairs, args.validation_pairs, seed, "drawn")
+    patches, size = PairedPatches(chosen, args.resolution, seed), args.per_device_train_batch_size
+    samples = [[patches[number * size + i] for i in range(size)] for number in range(args.gradient_batches)]
+    batches = [
+        {name: batch[name].to(accelerator.device) for name in ("pixel_values", "labels")}
+        for batch in map(collate, samples)
+    ]
+    set_seed(seed)
+    network = load_network(args.model_name_or_path, accelerator)
+    model = begin(network, settings["way"], batches, args.parameter_budget)
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_arguments(args, folder, settings["learning_rate"], seed)
+        return train_and_validate(model, patches, PairCentres(validation, args.evaluated_size), run, accelerator)
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def rows_of(cells: list[Cell]) -> dict[Row, dict[tuple[str, int], float]]:
+    """PSNR by task and seed of each way and learning rate."""
+    rows: dict[Row, dict[tuple[str, int], float]] = {}
+    for cell in cells:
+        if "psnr" in cell:
+            rows.setdefault((cell["way"], cell["learning_rate"]), {})[cell["task"], cell["seed"]] = cell["psnr"]
+    return rows
+
+
+def reference(rows: dict[Row, dict[tuple[str, int], float]]) -> Row | None:
+    """PEFT's LoRA at the learning rate that is best on the mean over what all its rates have; None without it."""
+    own = {row: values for row, values in rows.items() if row[0] == PEFT_LORA}
+    common = set.intersection(*map(set, own.values())) if own else set()
+    return max(own, key=lambda row: mean(own[row][key] for key in common)) if common else None
+
+
+def report(cells: list[Cell]) -> str:
+    """Markdown: difference of every row to PEFT's LoRA by task, and its mean with its standard error."""
+    rows = rows_of(cells)
+    base = reference(rows)
+    if base is None:
+        return f"No cells of {PEFT_LORA}, to which the others are compared.\n"
+    tasks = list(dict.fromkeys(task for values in rows.values() for task, _ in values))
+    lines = []
+    for row, values in rows.items():
+        found = {key: values[key] - rows[base][key] for key in values if key in rows[base]}
+        if not found:
+            continue
+        by_task = {task: [value for (own, _), value in found.items() if own == task] for task in tasks}
+        means = [f"{mean(own):+.2f}" if own else "" for own in by_task.values()]
+        error = stdev(found.values()) / sqrt(len(found)) if len(found) > 1 else nan
+        lines.append([row[0], f"{row[1]:g}", *means, f"{mean(found.values()):+.2f} ± {error:.2f}", len(found)])
+    first = cells[0]
+    return (
+        f"PSNR in dB minus that of {PEFT_LORA} at {base[1]:g}, paired by task and draw; the mean over the pairs with "
+        f"its standard error. {first['max_train_steps']} steps of {first['per_device_train_batch_size']} x "
+        f"{first['resolution']}, budget {first['parameter_budget']:.0%}, {first['validation_pairs']} pairs held out "
+        f"of the training folder.\n\n{markdown_table(['way', 'learning rate', *tasks, 'mean', 'pairs'], lines)}\n"
+    )
+
+
+def main(args: StartArguments) -> None:
+    accelerator = Accelerator()
+    use_all_cores(accelerator)
+    file = CellFile(Path(args.output_dir) / "cells.json")
+    shared = {
+        name: getattr(args, name) for name in (*SHARED, "evaluated_size", "parameter_budget", "gradient_batches")
+    }
+    shared["model_sha256"] = network_fingerprint(args.model_name_or_path)
+    grid = list(product(args.seeds, args.tasks, args.ways, args.learning_rates))
+    for seed, task, way, rate in own_part(grid, args.part):
+        settings = {"task": task, "way": way, "learning_rate": rate, "seed": seed, **shared}
+        if file.find(settings) is None:
+            cell = {**settings, **run_cell(args, settings, accelerator)}
+            file.add(cell)
+            print(f"{task}, {way}, {rate:g}, seed {seed}: {cell.get('psnr', nan):.2f} dB", flush=True)
+    text = report(CellFile(file.path).cells)
+    write_text(file.path.with_name("report.md"), text)
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    run_script(main, StartArguments, DataFailed)
