@@ -182,7 +182,8 @@ class TrainingRun:
                 f"({self._frozen}): the network to adapt was replaced. Give the one that the run began with, or start "
                 "again."
             )
-        version = saved.get("method_version", self._method_version and 2)  # older checkpoints do not say
+        # Older checkpoints do not say. Versions 1 and 2 are then that of the run: it has one of 1 from its adapter.
+        version = saved.get("method_version", self._method_version and min(self._method_version, 2))
         if version != self._method_version:
             raise ValueError(
                 f"{checkpoint} holds an adapter of method_version {version}, this run has one of "

@@ -1,10 +1,10 @@
-"""Make the shipped adapters anew, on the shipped network.
+"""Makes the shipped adapters anew, on the shipped network.
 
     python -m examples.experiments.base.ship --tasks_dir path/to/tasks
 
 Every adapter is a launch of examples/finetune.py with its defaults. Of its folder, what may be passed on goes to
 examples/adapters: weights, configuration, figures and card, and images only where the licence of the photos allows it.
-The card says what the photos are and what the adapter is for. An adapter in --output_dir is not trained again.
+The card says what the photos are and what the adapter is for. A finished run in --output_dir is not repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from PIL import Image
 
 from colora_peft.data import PairedImageFolder
-from colora_peft.utils import flag, relative_path, run_script, write_text
+from colora_peft.hub import load_backbone
+from colora_peft.tuner import base_fingerprint
+from colora_peft.utils import flag, relative_path, run_script, writing_folder
 
 EXAMPLES = Path(__file__).parents[2]
 FILES = (
@@ -30,6 +32,7 @@ FILES = (
     "preprocessor_config.json",
 )
 IMAGES = "before_after.png"
+BASE = "checkpoints/nafnet-small-prod"
 MAX_PAIRS = 64
 
 LICENCE = """license: other
@@ -72,8 +75,8 @@ TASKS = {
     ),
     "lowlight": Task(
         "real short and long exposures: LOL, for research; the adapter is for that, too",
-        "Photos of LOL, for research: the adapter is for that alone, and no photo is shown. It knows indoor scenes "
-        "that are nearly black, taken by one camera. It brightens every image, also one that is bright already.",
+        "Photos of LOL, for research: the adapter is for that alone, and no photo is shown. It knows exposures "
+        "that were far too short, and is for such images alone.",
     ),
     "haze": Task(
         "synthetic haze in rooms: SOTS indoor of RESIDE, for research; the adapter is for that, too",
@@ -92,7 +95,9 @@ TASKS = {
 class ShipArguments:
     """Flags of the script."""
 
-    tasks_dir: str = flag(help="Folder whose folders TASK/train and TASK/test hold pairs; underwater photos are here.")
+    tasks_dir: str = flag(
+        help="Folder whose folders TASK/train and TASK/test hold pairs; not for underwater, see examples/data."
+    )
     tasks: list[str] = flag(factory=lambda: list(TASKS), help="Names of the tasks.")
     output_dir: str = flag("outputs/adapters", "Folder for the whole results of the runs.")
 
@@ -113,38 +118,54 @@ def finetune_flags(args: ShipArguments, name: str) -> list[str]:
     return [*flags, "--max_train_samples", str(pairs), "--data_card", TASKS[name].data]
 
 
-def ship(run_dir: Path, name: str) -> Path:
-    """Copy what may be passed on of a finished run to the shipped adapters, and write its card."""
-    folder, task = EXAMPLES / "adapters" / name, TASKS[name]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for file in FILES:
-        shutil.copy(run_dir / file, folder)
-    text = (run_dir / "README.md").read_text(encoding="utf-8")
-    if task.may_show_images:
-        Image.open(run_dir / IMAGES).convert("RGB").save(folder / "before_after.jpg", quality=88)
-    write_text(folder / "README.md", card(text, name, str(run_dir)))
+def ship(run_dir: Path, name: str, tasks_dir: str) -> Path:
+    """Copies what may be passed on of a finished run to the shipped adapters, with its card.
+
+    Raises:
+        ValueError: The run adapted another network than the shipped one, or its card has another form; nothing was
+            changed.
+    """
+    config = json.loads((run_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    if config["base_fingerprint"] != base_fingerprint(load_backbone(str(EXAMPLES / BASE))):
+        raise ValueError(f"{run_dir} holds an adapter of another network than {BASE}: delete it to train it anew.")
+    text = card((run_dir / "README.md").read_text(encoding="utf-8"), name, str(run_dir), tasks_dir)
+    folder = EXAMPLES / "adapters" / name
+    with writing_folder(folder) as partial:
+        for file in FILES:
+            shutil.copy(run_dir / file, partial)
+        if TASKS[name].may_show_images:
+            Image.open(run_dir / IMAGES).convert("RGB").save(partial / "before_after.jpg", quality=88)
+        (partial / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
-def card(text: str, name: str, run_dir: str) -> str:
-    """The card of a shipped adapter from that of its run."""
-    task, place = TASKS[name], relative_path(EXAMPLES / "adapters" / name)
-    image = next(line for line in text.splitlines() if f"({IMAGES})" in line)
-    shown = image.replace(IMAGES, "before_after.jpg") if task.may_show_images else ""
-    text = text.replace(f"{image}\n\n", f"{shown}\n\n" if shown else "")
-    text = text.replace("model-index:", f"{LICENCE}model-index:", 1)
-    text = text.replace(f"# {name}\n\n", f"# {name}\n\n{task.about}\n\n", 1)
-    return text.replace(" --resume_from_checkpoint latest", "").replace(run_dir, place)
+def card(text: str, name: str, run_dir: str, tasks_dir: str) -> str:
+    """Returns the card of a shipped adapter, from that of its run.
+
+    Raises:
+        ValueError: The text lacks a place that is to be changed.
+    """
+    task = TASKS[name]
+    images = f"![input, restored, target]({IMAGES})\n\n"
+    changes = {
+        "model-index:\n": f"{LICENCE}model-index:\n",
+        f"# {name}\n\n": f"# {name}\n\n{task.about}\n\n",
+        images: images.replace(IMAGES, "before_after.jpg") if task.may_show_images else "",
+    }
+    for before, after in changes.items():
+        if before not in text:
+            raise ValueError(f"The card of {run_dir} has no {before.strip()!r}: change card() in {__name__}.")
+        text = text.replace(before, after, 1)
+    return text.replace(run_dir, f"examples/adapters/{name}").replace(tasks_dir, "data")
 
 
 def main(args: ShipArguments) -> None:
     for name in args.tasks:
         run_dir = Path(args.output_dir) / name
         if not (run_dir / "metrics.json").is_file():
-            command = [sys.executable, str(EXAMPLES / "finetune.py"), *finetune_flags(args, name)]
+            command = [sys.executable, relative_path(EXAMPLES / "finetune.py"), *finetune_flags(args, name)]
             subprocess.run([*command, "--resume_from_checkpoint", "latest"], check=True)
-        folder = ship(run_dir, name)
+        folder = ship(run_dir, name, args.tasks_dir)
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         size = (folder / "adapter_model.safetensors").stat().st_size + (folder / "adapter_config.json").stat().st_size
         figures = [f"{metrics[f'psnr_{when}']:.2f} dB" for when in ("input", "before", "after")]
@@ -153,4 +174,4 @@ def main(args: ShipArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ShipArguments)
+    run_script(main, ShipArguments, subprocess.CalledProcessError)

@@ -130,7 +130,9 @@ class TunedGrid(NamedTuple):
     def run(self, variants: Sequence[V]) -> None:
         """Run variant by variant and seed by seed the cells that the file lacks."""
         for variant in variants:
-            best = self.fixed_rate(variant) or self._tune(self.tuned_as(variant))
+            best = self.fixed_rate(variant)
+            if best is None:
+                best = self._tune(self.tuned_as(variant))
             if best is None:
                 print(f"{variant}: left out, as every learning rate failed.", flush=True)
                 continue

@@ -33,7 +33,7 @@ def add_peft_lora(model: nn.Module, parameter_budget: float) -> PeftModel:
 
 
 def lora_rank(model: nn.Module, parameter_budget: float) -> tuple[int, list[str]]:
-    """Return the rank of `add_peft_lora`, which raises the same, and the names of the layers that it adapts."""
+    """Returns the rank of `add_peft_lora`, and the names of the layers that it adapts; it raises the same."""
     layers = adaptable_layers(model)
     taken = [name for name, layer in layers.items() if isinstance(layer, LORA_LAYERS) and _groups(layer) == 1]
     if not taken:

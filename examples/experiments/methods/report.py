@@ -113,12 +113,12 @@ def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
         claims[f"CoLoRA minus PEFT's LoRA, both with a budget of {budget:g}"] = colora, (first, PEFT_LORA, budget)
         claims[f"CoLoRA {budget:g} minus full tuning"] = colora, (first, "full", None)
         default = (first, COLORA_DEFAULT, budget)
-        claims[f"CoLoRA without a flag minus PEFT's LoRA, both {budget:g}"] = default, (first, PEFT_LORA, budget)
-        claims[f"CoLoRA {budget:g} without a flag minus full tuning"] = default, (first, "full", None)
+        claims[f"CoLoRA {budget:g} at finetune.py's rate minus PEFT's LoRA"] = default, (first, PEFT_LORA, budget)
+        claims[f"CoLoRA {budget:g} at finetune.py's rate minus full tuning"] = default, (first, "full", None)
     largest, *others = sorted(values_in(results, "parameter_budget"), reverse=True) or [None]
     for budget in others:
         one, other = ((first, COLORA_DEFAULT, share) for share in (budget, largest))
-        claims[f"CoLoRA without a flag, {budget:g} minus {largest:g}"] = one, other
+        claims[f"CoLoRA at finetune.py's rate, {budget:g} minus {largest:g}"] = one, other
 
     def key_of(way: tuple) -> KeyOf:
         return lambda task: (task, pairs, *way)

@@ -8,7 +8,7 @@ its own; the test folder is touched by the other seeds alone, at that rate. colo
 finetune.py has without a flag. Images are evaluated on their centres
 (--evaluated_size). Cells are kept and not run again: the comparison grows over many calls, and several processes may
 share the work (--part 0/2 and 1/2), also on one GPU. Each call ends by writing the report of all cells. A cell takes
-about 25 seconds on one core, and the default plan has 360 of them: choose with --tasks, --methods and --budgets.
+about 25 seconds on one core, and the default plan has 390 of them: choose with --tasks, --methods and --budgets.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
         if variant.method == PEFT_LORA:
             model = add_peft_lora(network, config.parameter_budget)
         else:
-            model = prepare_for_tuning(network, "colora" if config.contributions else variant.method, config)
+            model = prepare_for_tuning(
+                network, "colora" if variant.method == COLORA_DEFAULT else variant.method, config
+            )
         also = None
         if seed != args.tuning_seed:
             also = partial(

@@ -74,7 +74,8 @@ RULES = {
     # The same, and A so large that it turns slowly: movement stays nearly equal after the first step, too. The
     # package's.
     "linear_unit": Rule(lambda r, k: 16 / (r * math.sqrt(k)), lambda k: 16 / k, lambda k: 1.0),
-    # Factors as LoRA has them with PEFT's alpha of 8, dense deltas that move the output alike in the first step.
+    # Factors as LoRA has them with PEFT's alpha of 8, and dense deltas that move the outputs as far as these in the
+    # first step of Adam.
     "lora_linear": Rule(lambda r, k: 8 / r, lambda k: 8 / (math.sqrt(3) * k), lambda k: 1 / math.sqrt(3 * k)),
     # The same as "linear_unit" with layers of large fan-in moving faster, as "sqrt" has it.
     "linear_unit_sqrt": Rule(lambda r, k: 4 / (3 * r), lambda k: 4 / (3 * math.sqrt(k)), lambda k: 1.0),

@@ -4,7 +4,7 @@
 
 Every way runs at every learning rate, on the same pairs and patches. Quality is measured on pairs held out of the
 training folder; the test folder is not touched. Cells are kept and not run again. `--part 0/2` and `1/2` share them
-between two processes.
+between two processes. A folder holds cells of one network and one set of settings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from accelerate.utils import set_seed
 
 from colora_peft.data import PairedImageFolder, PairedPatches, collate
 from colora_peft.training import DataFailed, use_all_cores
-from colora_peft.utils import flag, run_script, write_text
+from colora_peft.tuner import METHOD_VERSION
+from colora_peft.utils import check_at_least, flag, run_script, write_text
 from examples.experiments.grid.cells import (
     Cell,
     CellFile,
@@ -35,10 +36,11 @@ from examples.experiments.grid.cells import (
     split_pairs,
     train_and_validate,
 )
+from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, check_same_settings, method_settings
 from examples.experiments.start.ways import PEFT_LORA, WAYS, begin
 from examples.experiments.tables import markdown_table
 
-SHARED = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
+COUNTS = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
 Row = tuple[str, float]
 """A way and its learning rate."""
 
@@ -67,12 +69,33 @@ class StartArguments(NetworkArguments):
         unknown = [name for name in self.ways if name not in WAYS]
         if unknown:
             raise ValueError(f"There is no way {unknown[0]!r}; choose of {', '.join(WAYS)}.")
+        for name in (*COUNTS, "evaluated_size", "gradient_batches"):
+            check_at_least(self, name, 1)
+        if not 0 < self.parameter_budget <= 1:
+            raise ValueError(f"--parameter_budget is {self.parameter_budget:g}: choose a share above 0, at most 1.")
+
+    def train_dir(self, task: str) -> Path:
+        """Folder of the pairs of a task."""
+        return Path(self.data_dir) / task / "train"
+
+    def shared_settings(self) -> Cell:
+        """Settings that all cells of a folder have in common."""
+        names = (*COUNTS, "evaluated_size", "gradient_batches", "parameter_budget")
+        network = {"model_sha256": network_fingerprint(self.model_name_or_path), "method_version": METHOD_VERSION}
+        return {**{name: getattr(self, name) for name in names}, **network, **method_settings()}
 
 
 def run_cell(args: StartArguments, settings: Cell, accelerator: Accelerator) -> Cell:
-    """Train once; PSNR on the pairs held out."""
-    train_dir, seed = str(Path(args.data_dir) / settings["task"] / "train"), settings["seed"]
-    pairs = min(args.train_pairs, len(PairedImageFolder(train_dir)) - args.validation_pairs)
+    """Trains once and measures PSNR on the pairs held out.
+
+    Raises:
+        ValueError: The folder has no pairs to train on besides those.
+    """
+    train_dir, seed = str(args.train_dir(settings["task"])), settings["seed"]
+    count = len(PairedImageFolder(train_dir))
+    if count <= args.validation_pairs:
+        raise ValueError(f"{train_dir} holds {count} pairs: lower --validation_pairs {args.validation_pairs}.")
+    pairs = min(args.train_pairs, count - args.validation_pairs)
     chosen, validation = split_pairs(train_dir, pairs, args.validation_pairs, seed, "drawn")
     patches, size = PairedPatches(chosen, args.resolution, seed), args.per_device_train_batch_size
     samples = [[patches[number * size + i] for i in range(size)] for number in range(args.gradient_batches)]
@@ -114,7 +137,7 @@ def report(cells: list[Cell]) -> str:
     if base is None:
         return f"No cells of {PEFT_LORA}, to which the others are compared.\n"
     tasks = list(dict.fromkeys(task for values in rows.values() for task, _ in values))
-    lines = []
+    lines, failed = [], [cell for cell in cells if "failed" in cell]
     for row, values in rows.items():
         found = {key: values[key] - rows[base][key] for key in values if key in rows[base]}
         if not found:
@@ -125,30 +148,39 @@ def report(cells: list[Cell]) -> str:
         lines.append([row[0], f"{row[1]:g}", *means, f"{mean(found.values()):+.2f} ± {error:.2f}", len(found)])
     first = cells[0]
     return (
-        f"PSNR in dB minus that of {PEFT_LORA} at {base[1]:g}, paired by task and draw; the mean over the pairs with "
+        f"PSNR in dB minus that of {PEFT_LORA} at {base[1]:g}, paired by task and draw; the mean over the draws with "
         f"its standard error. {first['max_train_steps']} steps of {first['per_device_train_batch_size']} x "
         f"{first['resolution']}, budget {first['parameter_budget']:.0%}, {first['validation_pairs']} pairs held out "
-        f"of the training folder.\n\n{markdown_table(['way', 'learning rate', *tasks, 'mean', 'pairs'], lines)}\n"
+        f"of the training folder.\n\n{markdown_table(['way', 'learning rate', *tasks, 'mean', 'draws'], lines)}\n"
+        + "".join(f"\nFailed: {c['task']}, {c['way']}, {c['learning_rate']:g}, seed {c['seed']}.\n" for c in failed)
     )
 
 
 def main(args: StartArguments) -> None:
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError("A cell runs in one process: start several with --part instead of launching them.")
     use_all_cores(accelerator)
-    file = CellFile(Path(args.output_dir) / "cells.json")
-    shared = {
-        name: getattr(args, name) for name in (*SHARED, "evaluated_size", "parameter_budget", "gradient_batches")
-    }
-    shared["model_sha256"] = network_fingerprint(args.model_name_or_path)
-    grid = list(product(args.seeds, args.tasks, args.ways, args.learning_rates))
-    for seed, task, way, rate in own_part(grid, args.part):
-        settings = {"task": task, "way": way, "learning_rate": rate, "seed": seed, **shared}
+    check_same_settings(args.output_dir, args.shared_settings())
+    shared = {name: getattr(args, name) for name in (*COUNTS, "parameter_budget")}
+    data = {task: PairedImageFolder(args.train_dir(task)).fingerprint for task in args.tasks}
+    file, grid = (
+        CellFile(Path(args.output_dir) / CELLS_FILE),
+        product(args.seeds, args.tasks, args.ways, args.learning_rates),
+    )
+    for seed, task, way, rate in own_part(list(grid), args.part):
+        settings = {"task": task, "data": data[task], "way": way, "learning_rate": rate, "seed": seed, **shared}
         if file.find(settings) is None:
-            cell = {**settings, **run_cell(args, settings, accelerator)}
+            try:
+                cell = {**settings, **run_cell(args, settings, accelerator)}
+            except DataFailed:  # says nothing about the way
+                raise
+            except ValueError as error:  # a budget below rank 1: the others still run
+                cell = {**settings, "failed": str(error)}
             file.add(cell)
             print(f"{task}, {way}, {rate:g}, seed {seed}: {cell.get('psnr', nan):.2f} dB", flush=True)
     text = report(CellFile(file.path).cells)
-    write_text(file.path.with_name("report.md"), text)
+    write_text(file.path.with_name(REPORT_FILE), text)
     print(f"\n{text}")
 
 

@@ -87,8 +87,9 @@ def mean_gradients(network: nn.Module, batches: Sequence[dict[str, Tensor]]) -> 
 def ranks_by_gain(gradients: Mapping[str, Tensor], parameter_budget: float) -> dict[str, int]:
     """Returns the ranks that greedily buy the largest sum of singular values of the gradients for each parameter.
 
-    A step along the first r pairs of singular vectors, all equally long, lowers the loss by the sum of the first r
-    singular values. So each further rank has a gain and a price, and the best of all layers is bought next.
+    To first order, equally long steps along the first r pairs of singular vectors lower the loss in proportion to
+    the sum of the first r singular values. So each further rank has a gain and a price, and the best of all layers is
+    bought next.
     """
     shapes = {name: MatrixShape(*gradient.shape) for name, gradient in gradients.items()}
     left = int(parameter_budget * sum(shape.size for shape in shapes.values()))
@@ -120,7 +121,7 @@ def _offers(gradient: Tensor, shape: MatrixShape) -> list[tuple[float, int, int]
 
 @torch.no_grad()
 def align(model: PeftModel, gradients: Mapping[str, Tensor]) -> None:
-    """Turns the first rows of each A to the leading right singular vectors of the layer's gradient; lengths stay."""
+    """Turns the first rows of each A to the leading right singular vectors of the gradient, at their mean length."""
     for name, module in model.named_modules():
         if isinstance(module, CoLoRALayer) and "default" in module.colora_A:
             factor = module.colora_A["default"]

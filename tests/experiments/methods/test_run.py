@@ -99,8 +99,8 @@ def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(t
     cells += [cell(seed, 20.0 + seed, method="peft_lora", parameter_budget=0.07) for seed in (0, 1)]
     write_cells(tmp_path, cells)
     text = report.write_report(tmp_path)
-    assert "| CoLoRA without a flag minus PEFT's LoRA, both 0.07 | +0.50 ± 0.00 (2) |" in text
-    assert "| CoLoRA without a flag, 0.02 minus 0.07 | -0.10 ± 0.00 (2) |" in text
+    assert "| CoLoRA 0.07 at finetune.py's rate minus PEFT's LoRA | +0.50 ± 0.00 (2) |" in text
+    assert "| CoLoRA at finetune.py's rate, 0.02 minus 0.07 | -0.10 ± 0.00 (2) |" in text
     assert "| prod + colora_default 0.07 | 21.00 ± 0.71 (2) at 0.005 |" in text
     rates = {Variant("a", 16, "prod", method).fixed_rate for method in ("colora", "full", "peft_lora", "lora")}
     assert rates == {None} and Variant("a", 16, "prod", "colora_default").fixed_rate == LEARNING_RATES["colora"]

@@ -122,6 +122,33 @@ def test_without_pefts_lora_the_report_says_so():
     assert run.report([cell("aligned", 6e-3, 21.0)]).startswith("No cells of peft_lora")
 
 
+def test_what_failed_is_in_the_report():
+    cells = [cell("peft_lora", 3e-3, 20.0), {**cell("aligned", 6e-3, 0.0, seed=1), "failed": "infinite"}]
+    del cells[1]["psnr"]
+    assert "Failed: a, aligned, 0.006, seed 1." in run.report(cells)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_batches": 0}, "--gradient_batches"),
+        ({"validation_pairs": -3}, "--validation_pairs"),
+        ({"parameter_budget": 7.0}, "--parameter_budget is 7"),
+        ({"seeds": []}, "--seeds must list"),
+    ],
+)
+def test_bad_numbers_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        run.StartArguments(data_dir="x", **settings)
+
+
+def test_a_folder_with_no_pairs_besides_those_held_out_is_named(tmp_path):
+    write_pairs(tmp_path / "a" / "train", 3)
+    args = run.StartArguments(data_dir=str(tmp_path), validation_pairs=3)
+    with pytest.raises(ValueError, match="holds 3 pairs: lower --validation_pairs 3"):
+        run.run_cell(args, {"task": "a", "seed": 0}, None)
+
+
 def test_an_unknown_way_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="no way 'strait'; choose of peft_lora, colora,"):
         run.StartArguments(data_dir="x", ways=["strait"])
@@ -140,3 +167,5 @@ def test_launched_comparison_runs_every_cell_once(tiny_nafnet, tmp_path):
         cells = json.loads((tmp_path / "out" / "cells.json").read_text())
         assert [c["way"] for c in cells] == list(ways.WAYS)
     assert (tmp_path / "out" / "report.md").read_text() == run.report(cells)
+    other = launch(*command, "--max_train_steps", 2)
+    assert other.returncode == 1 and "has cells with max_train_steps 1, not 2" in other.stderr
