@@ -1,4 +1,4 @@
-"""Grids in which every method is tuned alike.
+"""Grids in which every method is tuned alike, but those that have a learning rate of their own.
 
 The learning rate of a method is the best on pairs held out of the training folder, with a seed of its own
 (--tuning_seed). The other seeds run at that rate; they alone touch the test folder, and they alone are reported.
