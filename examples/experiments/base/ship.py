@@ -156,7 +156,7 @@ def card(text: str, name: str, run_dir: str, tasks_dir: str) -> str:
         if before not in text:
             raise ValueError(f"The card of {run_dir} has no {before.strip()!r}: change card() in {__name__}.")
         text = text.replace(before, after, 1)
-    return text.replace(run_dir, f"examples/adapters/{name}").replace(tasks_dir, "data")
+    return text.replace(run_dir, f"examples/adapters/{name}").replace(f"{Path(tasks_dir)}/", "data/")
 
 
 def main(args: ShipArguments) -> None:

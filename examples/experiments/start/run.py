@@ -37,7 +37,8 @@ from examples.experiments.grid.cells import (
     train_and_validate,
 )
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, check_same_settings, method_settings
-from examples.experiments.start.ways import PEFT_LORA, WAYS, begin
+from examples.experiments.methods.plan import PEFT_LORA
+from examples.experiments.start.ways import WAYS, begin
 from examples.experiments.tables import markdown_table
 
 COUNTS = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")

@@ -14,6 +14,7 @@ from colora_peft import CoLoRAConfig, CoLoRALayer, adaptable_layers, weight_matr
 from colora_peft.inference import evaluation_mode, restoration_loss
 from colora_peft.ranks import MatrixShape
 from examples.experiments.methods.peft_lora import add_peft_lora, lora_rank
+from examples.experiments.methods.plan import PEFT_LORA
 from examples.experiments.scaling.run import RULES, apply_rule
 
 PREFIX = "base_model.model."
@@ -33,7 +34,6 @@ class Way(NamedTuple):
     """Whether biases, norms and whatever else no adapter covers are trained, too."""
 
 
-PEFT_LORA = "peft_lora"
 WAYS: Mapping[str, Way | None] = {
     PEFT_LORA: None,
     "colora": Way("linear_unit"),

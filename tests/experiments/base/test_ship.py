@@ -77,6 +77,13 @@ def test_the_card_says_what_the_adapter_is_for_and_names_no_path_of_the_machine(
     assert ("--train_dir data/" in card.content) == (name != "underwater")
 
 
+def test_words_of_the_card_stay_that_are_those_of_the_folder_of_tasks(place, monkeypatch):
+    monkeypatch.setattr(ship, "PairedImageFolder", lambda folder: range(100))
+    run_dir = make_run("rain", place, monkeypatch)
+    text = (run_dir / "README.md").read_text()
+    assert "photos" in text and ship.card(text, "rain", str(run_dir), "photos").count("photos") >= text.count("photos")
+
+
 def test_what_an_earlier_release_shipped_of_it_is_replaced_whole(shipped):
     folder = shipped("rain")
     (folder / "old.txt").write_text("x")

@@ -11,6 +11,7 @@ from colora_peft import CoLoRALayer, adaptable_layers
 from colora_peft.hub import load_backbone
 from colora_peft.ranks import MatrixShape
 from colora_peft.training import trained_parameters
+from examples.experiments.methods.plan import PEFT_LORA
 from examples.experiments.start import run, ways
 
 BATCHES = [
@@ -43,7 +44,7 @@ def test_every_way_begins_as_the_network_and_keeps_the_budget(name, tiny_nafnet)
     weights = figures["trainable_parameters"] / figures["trainable_ratio"]
     assert 0 < figures["trainable_parameters"] - (rest if name == "rest" else 0) <= BUDGET * weights
     bare = sum(layer.weight.requires_grad for layer in adaptable_layers(network).values())
-    assert bare == 0 and (rest > 0) == (name in ("rest", ways.PEFT_LORA))  # PEFT's factors have four dimensions
+    assert bare == 0 and (rest > 0) == (name in ("rest", PEFT_LORA))  # PEFT's factors have four dimensions
 
 
 def test_an_aligned_first_step_lowers_the_loss_as_much_as_its_rank_can(tiny_nafnet):
