@@ -22,6 +22,7 @@ from statistics import mean
 from tqdm.auto import tqdm
 
 from colora_peft.utils import flag, run_script, write_json, write_text
+from examples.experiments.grid.results import over_tasks, paired_difference
 from examples.experiments.tables import markdown_table
 
 FINETUNE = Path(__file__).parents[2] / "finetune.py"
@@ -88,23 +89,27 @@ def adapt(args: AdaptArguments, cell: Cell, network: str) -> Cell:
 
 
 def table(found: list[Cell]) -> str:
-    """Mean PSNR over the draws by task and network, in Markdown; draws that not all networks have do not count."""
+    """Mean PSNR by task and network, and the last network minus the first, in Markdown.
+
+    The difference is paired by draw, with its standard error and the number of draws; those that not all networks
+    have do not count.
+    """
     networks = list(dict.fromkeys(cell["network"] for cell in found))
-    values = {(cell["task"], cell["draw"], cell["network"]): cell["psnr_after"] for cell in found}
-    draws: dict[object, list[object]] = {}
-    for task, draw in dict.fromkeys((cell["task"], cell["draw"]) for cell in found):
-        if all((task, draw, network) in values for network in networks):
-            draws.setdefault(task, []).append(draw)
-    rows = [[mean(values[task, draw, name] for draw in own) for name in networks] for task, own in draws.items()]
-    heads = ["task", "draws", *networks, "last - first"]
-    lines = [_cells(task, len(own), row) for (task, own), row in zip(draws.items(), rows, strict=True)]
+    cells = {(cell["task"], cell["draw"], cell["network"]): cell for cell in found}
+    rows, differences = [], []
+    for task in dict.fromkeys(cell["task"] for cell in found):
+        draws = sorted({draw for other, draw, _ in cells if other == task})
+        whole = [draw for draw in draws if all((task, draw, network) in cells for network in networks)]
+        if not whole:
+            continue
+        own = [[cells[task, draw, network]["psnr_after"] for draw in whole] for network in networks]
+        differences.append(paired_difference(own[-1], own[0]))
+        inputs = mean(cells[task, draw, networks[0]]["psnr_input"] for draw in whole)
+        rows.append([task, *(f"{value:.2f}" for value in (inputs, *map(mean, own))), differences[-1]])
     if rows:
-        lines.append(_cells("mean of the tasks", "", [mean(column) for column in zip(*rows, strict=True)]))
-    return markdown_table(heads, lines)
-
-
-def _cells(name: object, draws: object, row: list[float]) -> list[object]:
-    return [name, draws, *(f"{value:.2f}" for value in row), f"{row[-1] - row[0]:+.2f}"]
+        columns = [mean(float(row[column]) for row in rows) for column in range(1, len(networks) + 2)]
+        rows.append(["mean of the tasks", *(f"{value:.2f}" for value in columns), over_tasks(differences)])
+    return markdown_table(["task", "input", *networks, "last - first"], rows)
 
 
 def main(args: AdaptArguments) -> None:

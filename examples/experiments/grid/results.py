@@ -112,9 +112,13 @@ def difference(results: Results, key: Key, other: Key) -> Difference | None:
     if key not in results or other not in results:
         return None
     one, two = results[key].psnr, results[other].psnr
-    values = [one[seed] - two[seed] for seed in one if seed in two]
-    if not values:
-        return None
+    seeds = [seed for seed in one if seed in two]
+    return paired_difference([one[seed] for seed in seeds], [two[seed] for seed in seeds]) if seeds else None
+
+
+def paired_difference(one: Sequence[float], two: Sequence[float]) -> Difference:
+    """Mean of the differences of two equally long sequences, with its standard error."""
+    values = [a - b for a, b in zip(one, two, strict=True)]
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Difference(mean(values), error, len(values))
 
