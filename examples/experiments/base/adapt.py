@@ -112,6 +112,11 @@ def table(found: list[Cell]) -> str:
     return markdown_table(["task", "input", *networks, "last - first"], rows)
 
 
+def report(found: list[Cell]) -> str:
+    """The page of adapt.json, in Markdown."""
+    return f"PSNR in dB of the test images after the adaptation.\n\n{table(found)}\n"
+
+
 def main(args: AdaptArguments) -> None:
     path = Path(args.output_dir) / "adapt.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +126,7 @@ def main(args: AdaptArguments) -> None:
             continue
         found.append(adapt(args, cell, network))
         write_json(path, found)
-    page = f"PSNR in dB of the test images after the adaptation.\n\n{table(found)}\n"
+    page = report(found)
     write_text(path.with_suffix(".md"), page)
     print(page)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,12 +131,18 @@ def table(figures: Figures) -> str:
     return markdown_table(heads, rows)
 
 
+def report(results: dict[str, Any]) -> str:
+    """The page of base.json, in Markdown."""
+    return f"PSNR in dB, the mean over the images.\n\n{table(results['psnr'])}\n"
+
+
 def main(args: BaseArguments) -> None:
     figures = compare(args)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "base.json", {"resolution": args.resolution, "draws": args.draws, "psnr": figures})
-    page = f"PSNR in dB, the mean over the images.\n\n{table(figures)}\n"
+    results = {"resolution": args.resolution, "draws": args.draws, "psnr": figures}
+    write_json(output_dir / "base.json", results)
+    page = report(results)
     write_text(output_dir / "base.md", page)
     print(page)
 
