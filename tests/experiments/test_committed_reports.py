@@ -6,6 +6,7 @@ import shutil
 import pytest
 from support.examples import EXAMPLES
 
+from examples.experiments.base import adapt, evaluate
 from examples.experiments.contributions import report as contributions
 from examples.experiments.methods import report as methods
 from examples.experiments.prod_speed import run as prod_speed
@@ -33,6 +34,14 @@ def test_every_program_has_committed_cells():
 def test_a_measurement_gives_its_report(path):
     results = json.loads(path.read_text(encoding="utf-8"))
     assert path.with_suffix(".md").read_text(encoding="utf-8") == PROGRAMS[path.parent.name].report(results)
+
+
+@pytest.mark.parametrize(("name", "program"), [("base", evaluate), ("adapt", adapt)])
+def test_the_figures_of_the_networks_give_their_page_and_the_tables_of_the_readme(name, program):
+    folder = EXPERIMENTS / "base"
+    page = program.report(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    assert (folder / f"{name}.md").read_text(encoding="utf-8") == page
+    assert page.partition("\n\n")[2] in (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", GRIDS, ids=lambda folder: folder.name)
