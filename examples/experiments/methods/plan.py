@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from colora_peft.training import LEARNING_RATES, METHODS
 from colora_peft.utils import check_at_least, flag
-from examples.experiments.grid.cells import FinetuneArguments, check_lists, check_network
+from examples.experiments.grid.cells import check_lists, check_network
 from examples.experiments.grid.tuned import TunedArguments
+from examples.finetune import SHIPPED_NETWORK
 
 NONE = "none"
 """Name of the network with new weights instead of pre-trained ones."""
@@ -32,7 +33,7 @@ class BenchmarkArguments(TunedArguments):
         help="Names of the tasks to run, folders of --data_dir.",
     )
     networks: list[str] = flag(
-        factory=lambda: [f"prod={FinetuneArguments.model_name_or_path}"],
+        factory=lambda: [f"prod={SHIPPED_NETWORK}"],
         help="NAME=FOLDER_OR_ID of pre-trained networks; the first is the one that is tuned in all ways. "
         f"{NONE} alone: new weights of the first one's shape.",
     )

@@ -24,6 +24,12 @@ def arguments(data_dir, **settings):
     return plan.BenchmarkArguments(**{"data_dir": str(data_dir), "tasks": ["a", "b"], **settings})
 
 
+def test_the_shipped_network_is_tuned_where_none_is_named(data_dir, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    (path,) = arguments(data_dir).network_paths().values()
+    assert (EXAMPLES.parent / path).samefile(EXAMPLES / "checkpoints" / "nafnet-small-prod")
+
+
 def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(data_dir):
     args = arguments(data_dir, networks=["prod=x", "single=y", "none"], train_pairs=[3, 4], budgets=[0.07, 0.02])
     planned = plan.plan(args)
