@@ -105,11 +105,12 @@ def table(found: list[Cell]) -> str:
         own = [[cells[task, draw, network]["psnr_after"] for draw in whole] for network in networks]
         differences.append(paired_difference(own[-1], own[0]))
         inputs = mean(cells[task, draw, networks[0]]["psnr_input"] for draw in whole)
-        rows.append([task, *(f"{value:.2f}" for value in (inputs, *map(mean, own))), differences[-1]])
+        rows.append((task, [inputs, *map(mean, own)], differences[-1]))
     if rows:
-        columns = [mean(float(row[column]) for row in rows) for column in range(1, len(networks) + 2)]
-        rows.append(["mean of the tasks", *(f"{value:.2f}" for value in columns), over_tasks(differences)])
-    return markdown_table(["task", "input", *networks, "last - first"], rows)
+        columns = zip(*(figures for _, figures, _ in rows), strict=True)
+        rows.append(("mean of the tasks", list(map(mean, columns)), over_tasks(differences)))
+    lines = [[name, *(f"{figure:.2f}" for figure in figures), change] for name, figures, change in rows]
+    return markdown_table(["task", "input", *networks, "last - first"], lines)
 
 
 def report(found: list[Cell]) -> str:
