@@ -126,6 +126,8 @@ class TunedGrid(NamedTuple):
     """Whether cells that failed, if only for want of memory, are run again."""
     fixed_rate: Callable[[V], float | None] = lambda variant: None
     """Returns the learning rate of a variant for which none is chosen."""
+    own_rates: Callable[[V], Sequence[float] | None] = lambda variant: None
+    """Returns the learning rates to try for a variant, if they are not those of the flags."""
 
     def run(self, variants: Sequence[V]) -> None:
         """Run variant by variant and seed by seed the cells that the file lacks."""
@@ -141,7 +143,8 @@ class TunedGrid(NamedTuple):
 
     def _tune(self, variant: V) -> float | None:
         """The best learning rate of a variant with the tuning seed; None if all fail."""
-        return chosen_rate([self.cell(variant, rate, self.args.tuning_seed) for rate in self.args.learning_rates])
+        rates = self.own_rates(variant) or self.args.learning_rates
+        return chosen_rate([self.cell(variant, rate, self.args.tuning_seed) for rate in rates])
 
     def cell(self, variant: V, rate: float, seed: int) -> Cell:
         """The cell, from the file or run now. A run that fails is a cell with its error under `failed`."""

@@ -49,6 +49,9 @@ class BenchmarkArguments(TunedArguments):
         factory=lambda: [BUDGET, 0.02],
         help=f"Trained shares of the weights ({', '.join(BUDGETED)}); rates are chosen at each.",
     )
+    full_learning_rates: list[float] | None = flag(
+        None, "Learning rates to try for full tuning, whose best is lower. Default: --learning_rates."
+    )
     tuned_at: int = flag(16, "Number of pairs that learning rates are chosen at, for all numbers of pairs.")
     retry_failed: bool = flag(False, "Run the cells that failed once more.")
     report_only: bool = flag(False, "Run nothing, write the report of the cells.")
@@ -57,6 +60,8 @@ class BenchmarkArguments(TunedArguments):
     def __post_init__(self) -> None:
         names = ("tasks", "networks", "comparisons", "train_pairs", "budgets", "learning_rates", "seeds")
         check_lists({name: getattr(self, name) for name in names})
+        if self.full_learning_rates is not None:
+            check_lists({"full_learning_rates": self.full_learning_rates})
         for name, known in (("comparisons", COMPARISONS), ("methods", (*METHODS, PEFT_LORA, COLORA_DEFAULT))):
             for value in getattr(self, name):
                 if value not in known:
@@ -101,6 +106,10 @@ class Variant(NamedTuple):
     def fixed_rate(self) -> float | None:
         """The learning rate that nobody tunes; None if it is tuned."""
         return LEARNING_RATES["colora"] if self.method == COLORA_DEFAULT else None
+
+    def own_rates(self, args: BenchmarkArguments) -> list[float] | None:
+        """The learning rates to try, if they are not --learning_rates."""
+        return args.full_learning_rates if self.method == "full" else None
 
     def tuned_as(self, args: BenchmarkArguments) -> Variant:
         """The variant whose learning rate this one takes."""

@@ -12,7 +12,17 @@ from colora_peft.utils import write_text
 from examples.experiments.grid import results as grid_results
 from examples.experiments.grid.cells import Cell
 from examples.experiments.grid.curves import plot_curves
-from examples.experiments.grid.results import Key, KeyOf, Results, Settings, differences_table, results_of, spread
+from examples.experiments.grid.results import (
+    Key,
+    KeyOf,
+    Results,
+    Settings,
+    difference,
+    differences_table,
+    over_tasks,
+    results_of,
+    spread,
+)
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, SETTINGS_FILE
 from examples.experiments.methods.plan import COLORA_DEFAULT, NONE, PEFT_LORA
 from examples.experiments.methods.plots import plot_radar
@@ -82,6 +92,35 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
             average = f"{mean(mean(result.psnr.values()) for result in found):.2f}" if whole else ""
             rows.append([name, *(spread(result) if result else "" for result in found), average])
     return markdown_table([f"{pairs} pairs", *tasks, "mean"], rows)
+
+
+def default_table(results: Results, inputs: dict[str, float], tasks: list[str], pairs: int) -> str:
+    """Markdown: CoLoRA as finetune.py runs it without a flag, beside others at their own best rates; a row by task.
+
+    The budget is the largest that CoLoRA ran with. Tasks that one of the ways lacks are left out; empty if none is
+    left. The table of the project's README is this one.
+    """
+    _, _, network, method, budget = max(
+        (key for key in results if key[3] == COLORA_DEFAULT), key=lambda key: key[4], default=(None,) * 5
+    )
+    ways = {
+        "full fine-tuning": (network, "full", None),
+        "PEFT's LoRA": (network, PEFT_LORA, budget),
+        "CoLoRA, no flag": (network, method, budget),
+    }
+    rows, found, differences = [], {}, []
+    for task in tasks:
+        own = [results.get((task, pairs, *way)) for way in ways.values()]
+        if all(own):
+            found[task] = [inputs[task], *(mean(result.psnr.values()) for result in own)]
+            differences.append(difference(results, *((task, pairs, *way) for way in reversed([*ways.values()][1:]))))
+            rows.append([task, *(f"{value:.2f}" for value in found[task]), differences[-1]])
+    if not rows:
+        return ""
+    rows.append(
+        ["mean", *(f"{mean(column):.2f}" for column in zip(*found.values(), strict=True)), over_tasks(differences)]
+    )
+    return markdown_table(["task", "input", *ways, "CoLoRA minus PEFT's LoRA"], rows)
 
 
 def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, heading: str) -> str:
@@ -299,6 +338,9 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
     tasks = [task for task in values_in(results, "task") if any(cell["task"] == task for cell in own)]
     inputs, ssim = ({cell["task"]: cell[name] for cell in own} for name in ("psnr_input", "ssim_input"))
     parts = [quality_table(results, inputs, tasks, pairs)]
+    default = default_table(results, inputs, tasks, pairs)
+    if default:
+        parts += ["CoLoRA with nothing tuned, the others at the rate that is best for each task:", default]
     differences = differences_table(results, tasks, claims_of(results, pairs), f"dB, {pairs} pairs")
     if differences:
         parts += ["Differences, paired by seed, with their standard error (tasks taken as independent of each other):"]

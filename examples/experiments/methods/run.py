@@ -67,9 +67,10 @@ from examples.experiments.methods.report import IMAGES_FOLDER, check_names, writ
 def shared_settings(args: BenchmarkArguments, accelerator: Accelerator) -> Cell:
     """Settings that all cells of a comparison have in common."""
     names = ("max_train_steps", "resolution", "per_device_train_batch_size", "evaluated_size", "validation_pairs")
+    tuning = ("tuning_seed", "tuned_at", "learning_rates", "full_learning_rates")
     run = run_arguments(args, "", args.learning_rates[0], args.seeds[0])
     return {
-        **{name: getattr(args, name) for name in (*names, "tuning_seed", "tuned_at", "learning_rates")},
+        **{name: getattr(args, name) for name in (*names, *tuning)},
         "estimator": run.estimator,
         "probe_batches": run.probe_batches,
         **method_settings(),
@@ -171,8 +172,9 @@ def run_missing(args: BenchmarkArguments, folder: Path) -> None:
     check_data(args)
     groups = own_part(list(dict.fromkeys(variant.tuned_as(args) for variant in variants)), args.part)
     tuned_as, known = (lambda variant: variant.tuned_as(args)), partial(identity, args)
-    run_variant, fixed = partial(run_cell, args, accelerator=accelerator), lambda variant: variant.fixed_rate
-    grid = TunedGrid(args, file, tuned_as, run_variant, known, args.retry_failed, fixed)
+    run_variant = partial(run_cell, args, accelerator=accelerator)
+    fixed, own_rates = (lambda variant: variant.fixed_rate), (lambda variant: variant.own_rates(args))
+    grid = TunedGrid(args, file, tuned_as, run_variant, known, args.retry_failed, fixed, own_rates)
     grid.run([variant for variant in variants if variant.tuned_as(args) in groups])
 
 

@@ -55,6 +55,18 @@ def test_a_variant_with_a_rate_of_its_own_runs_its_seeds_at_that_alone(tmp_path)
     assert found["y"] == [(1e-3, TUNING), (3e-3, TUNING), (2e-3, TUNING), (3e-3, 5), (3e-3, 1)]
 
 
+def test_a_variant_with_rates_of_its_own_is_tried_at_those_alone(tmp_path):
+    runs = grid(tmp_path, lambda variant, rate, seed: {"psnr": rate})
+    runs = runs._replace(own_rates=lambda variant: [5e-4, 2.5e-4] if variant.name == "x" else None)
+    runs.run([Named("x"), Named("y")])
+    tried = {"x": [], "y": []}
+    for cell in runs.file.cells:
+        if cell["seed"] == TUNING:
+            tried[cell["name"]].append(cell["learning_rate"])
+    assert tried == {"x": [5e-4, 2.5e-4], "y": [1e-3, 3e-3, 2e-3]}
+    assert {cell["learning_rate"] for cell in runs.file.cells if cell["name"] == "x" and cell["seed"] == 5} == {5e-4}
+
+
 def test_runs_that_diverge_are_cells_and_a_method_whose_rates_all_fail_is_left_out(tmp_path, capsys):
     def run_cell(variant, rate, seed):
         if variant.name == "y" or rate == 3e-3:

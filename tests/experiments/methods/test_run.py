@@ -38,6 +38,11 @@ def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(d
     assert {v.network for v in planned if v.method == "full"} == {"prod", "single", "none"}
     assert {v.parameter_budget for v in planned if v.method in plan.BUDGETED} == {0.07, 0.02}
     assert all(v.tuned_as(args) == v._replace(train_pairs=16) for v in planned)
+    lower = arguments(data_dir, full_learning_rates=[1e-4])
+    assert {v.own_rates(lower) == [1e-4] for v in planned if v.method == "full"} == {True}
+    assert (
+        {v.own_rates(lower) for v in planned if v.method != "full"} == {None} == {v.own_rates(args) for v in planned}
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,7 @@ def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(d
         ({"comparisons": ["both"]}, ValueError, "--comparisons has 'both': choose of pretraining, tuning"),
         ({"methods": ["full", "colra"]}, ValueError, "--methods has 'colra': choose of"),
         ({"budgets": [7.0]}, ValueError, "--budgets has 7, which is no share"),
+        ({"full_learning_rates": []}, ValueError, "--full_learning_rates must list at least one value"),
         ({"validation_pairs": 0}, ValueError, "validation_pairs"),
     ],
 )
@@ -108,6 +114,9 @@ def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(t
     assert "| CoLoRA 0.07 at finetune.py's rate minus PEFT's LoRA | +0.50 ± 0.00 (2) |" in text
     assert "| CoLoRA at finetune.py's rate, 0.02 minus 0.07 | -0.10 ± 0.00 (2) |" in text
     assert "| prod + colora_default 0.07 | 21.00 ± 0.71 (2) at 0.005 |" in text
+    assert "CoLoRA with nothing tuned" not in text, "there is no full tuning beside it"
+    write_cells(tmp_path, [*cells, *(cell(seed, 19.0 + seed) for seed in (0, 1))])
+    assert "| a | 10.00 | 19.50 | 20.50 | 21.00 | +0.50 ± 0.00 (2) |" in report.write_report(tmp_path)
     rates = {Variant("a", 16, "prod", method).fixed_rate for method in ("colora", "full", "peft_lora", "lora")}
     assert rates == {None} and Variant("a", 16, "prod", "colora_default").fixed_rate == LEARNING_RATES["colora"]
 
