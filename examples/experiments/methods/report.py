@@ -97,8 +97,8 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
 def default_table(results: Results, inputs: dict[str, float], tasks: list[str], pairs: int) -> str:
     """Markdown: CoLoRA as finetune.py runs it without a flag, beside others at their own best rates; a row by task.
 
-    The budget is the largest that CoLoRA ran with. Tasks that one of the ways lacks are left out; empty if none is
-    left. The table of the project's README is this one.
+    The budget is the largest that CoLoRA ran with. Tasks are left out that one of the ways lacks, or has with other
+    seeds; empty if none is left. The table of the project's README is this one.
     """
     _, _, network, method, budget = max(
         (key for key in results if key[3] == COLORA_DEFAULT), key=lambda key: key[4], default=(None,) * 5
@@ -108,18 +108,17 @@ def default_table(results: Results, inputs: dict[str, float], tasks: list[str], 
         "PEFT's LoRA": (network, PEFT_LORA, budget),
         "CoLoRA, no flag": (network, method, budget),
     }
-    rows, found, differences = [], {}, []
+    rows, values, differences = [], [], []
     for task in tasks:
-        own = [results.get((task, pairs, *way)) for way in ways.values()]
-        if all(own):
-            found[task] = [inputs[task], *(mean(result.psnr.values()) for result in own)]
-            differences.append(difference(results, *((task, pairs, *way) for way in reversed([*ways.values()][1:]))))
-            rows.append([task, *(f"{value:.2f}" for value in found[task]), differences[-1]])
+        keys = [(task, pairs, *way) for way in ways.values()]
+        own = [results.get(key) for key in keys]
+        if all(own) and len({frozenset(result.psnr) for result in own}) == 1:
+            values.append([inputs[task], *(mean(result.psnr.values()) for result in own)])
+            differences.append(difference(results, keys[-1], keys[-2]))
+            rows.append([task, *(f"{value:.2f}" for value in values[-1]), differences[-1]])
     if not rows:
         return ""
-    rows.append(
-        ["mean", *(f"{mean(column):.2f}" for column in zip(*found.values(), strict=True)), over_tasks(differences)]
-    )
+    rows.append(["mean", *(f"{mean(own):.2f}" for own in zip(*values, strict=True)), over_tasks(differences)])
     return markdown_table(["task", "input", *ways, "CoLoRA minus PEFT's LoRA"], rows)
 
 

@@ -117,6 +117,8 @@ def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(t
     assert "CoLoRA with nothing tuned" not in text, "there is no full tuning beside it"
     write_cells(tmp_path, [*cells, *(cell(seed, 19.0 + seed) for seed in (0, 1))])
     assert "| a | 10.00 | 19.50 | 20.50 | 21.00 | +0.50 ± 0.00 (2) |" in report.write_report(tmp_path)
+    write_cells(tmp_path, [*cells, cell(0, 19.0)])
+    assert "CoLoRA with nothing tuned" not in report.write_report(tmp_path), "full tuning has one draw of two"
     rates = {Variant("a", 16, "prod", method).fixed_rate for method in ("colora", "full", "peft_lora", "lora")}
     assert rates == {None} and Variant("a", 16, "prod", "colora_default").fixed_rate == LEARNING_RATES["colora"]
 
