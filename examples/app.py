@@ -106,7 +106,7 @@ def nothing_restored() -> tuple[None, str, dict[str, object]]:
 def add_adapter(
     restorer: PhotoRestorer, folders_allowed: bool, name_or_path: str
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """Load an adapter that the user named, and choose it."""
+    """Loads an adapter that the user named, and chooses it."""
     with shown_as_message(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if not folders_allowed and Path(name_or_path.strip()).exists():
@@ -217,12 +217,12 @@ def theme() -> gr.themes.Base:
 
 
 def launch(args: PageArguments) -> None:
-    """Load everything, and serve the page until it is stopped."""
+    """Loads everything and serves the page until it is stopped."""
     serve(args).block_thread()
 
 
 def serve(args: PageArguments) -> gr.Blocks:
-    """Load everything, and serve the page from a thread."""
+    """Loads everything and serves the page from a thread."""
     check_writable(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir(), "The folder for uploads")
     transformers_logging.disable_progress_bar()
     adapters = adapters_in(args.adapters_dir)

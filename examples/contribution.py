@@ -1,4 +1,4 @@
-"""Measure how much each layer of a pre-trained restoration network contributes to a task, and look at it.
+"""Measures how much each layer of a pre-trained restoration network contributes to a task, and look at it.
 
     accelerate launch examples/contribution.py
 
@@ -139,7 +139,7 @@ def main(args: ContributionArguments) -> None:
 
 
 def write_prior(args: ContributionArguments, accelerator: Accelerator) -> None:
-    """Write the mean of the tasks' contributions, each counting alike, into the network's configuration."""
+    """Writes the mean of the tasks' contributions, each counting alike, into the network's configuration."""
     with Processes(accelerator).failing_together():
         if accelerator.is_main_process:
             check_writable(args.model_name_or_path, "--model_name_or_path")
@@ -160,7 +160,7 @@ def write_prior(args: ContributionArguments, accelerator: Accelerator) -> None:
 
 
 def check_output_dir(args: ContributionArguments) -> None:
-    """Refuse a folder that holds something else, or a measurement that nobody asked to replace. Writes nothing."""
+    """Refuses a folder that holds something else, or a measurement that nobody asked to replace. Writes nothing."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; choose a folder.")

@@ -1,4 +1,4 @@
-"""Export a network, with an adapter merged into it, to one file for phones, cameras and other runtimes.
+"""Exports a network, with an adapter merged into it, to one file for phones, cameras and other runtimes.
 
     python examples/export.py --adapter outputs/finetune
 
@@ -65,7 +65,7 @@ class ExportArguments:
 
 
 def check_output_file(args: ExportArguments) -> None:
-    """Refuse a file of another kind, or one that nobody asked to replace. Writes nothing."""
+    """Refuses a file of another kind, or one that nobody asked to replace. Writes nothing."""
     path, suffix = Path(args.output_file), EXPORT_SUFFIXES[args.format]
     if path.suffix != suffix:
         raise ValueError(f"--output_file {path} does not end in {suffix}, as files of --format {args.format} do.")

@@ -1,4 +1,4 @@
-"""Adapt a pre-trained restoration network to pairs of images.
+"""Adapts a pre-trained restoration network to pairs of images.
 
     accelerate launch examples/finetune.py
 
@@ -121,7 +121,7 @@ class FinetuneArguments(TaskArguments, TrainArguments):
         TrainArguments.__post_init__(self)
 
     def _check_further(self) -> None:
-        """Refuse what a given adapter has settled: its method and its ranks."""
+        """Refuses what a given adapter has settled: its method and its ranks."""
         settled = ("method", "contributions", "parameter_budget", "beta", "estimator")
         defaults = {each.name: each.default for each in fields(self)}
         given = [f"--{name}" for name in settled if getattr(self, name) != defaults[name]]
@@ -268,7 +268,7 @@ def quality_line(name: str, psnr_db: float, ssim: float) -> str:
 def save(
     model: torch.nn.Module, eval_pairs: PairSource, metrics: TuningMetrics, facts: RunFacts, args: FinetuneArguments
 ) -> None:
-    """Write the result, its images, its card and last the metrics, say how to load it, and push it if asked to."""
+    """Writes the result, its images, its card and last the metrics, says how to load it, and pushes it if asked to."""
     output_dir = Path(args.output_dir)
     is_adapter = isinstance(model, PeftModel)
     images = {"before_after.png": "input, restored, target"}

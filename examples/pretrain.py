@@ -238,7 +238,7 @@ def main(args: PretrainArguments) -> None:
 
 
 def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, images: str) -> None:
-    """Write the network and its card into the output folder, and push them if asked to."""
+    """Writes the network and its card into the output folder, and pushes them if asked to."""
     dtype = torch.float16 if args.half_precision_weights else torch.float32
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * facts.processes
     began = "" if args.model_name_or_path is None else f", beginning with the weights of {args.model_name_or_path}"

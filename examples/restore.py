@@ -1,4 +1,4 @@
-"""Restore images with a network and adapters.
+"""Restores images with a network and adapters.
 
     python examples/restore.py --input photo.jpg folder "more/**/*.tif" --adapter outputs/finetune
 
@@ -26,7 +26,7 @@ SHIPPED_NETWORK = str(Path(__file__).resolve().parent / "checkpoints" / "nafnet-
 
 
 def main(args: RestoreArguments) -> int:
-    """Restore all images and return the exit code."""
+    """Restores all images and returns the exit code."""
     return restore_images(args, SHIPPED_NETWORK)
 
 

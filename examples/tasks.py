@@ -141,7 +141,7 @@ def tasks_in(data_dir: str | Path) -> list[str]:
 
 
 def train_missing(args: TasksArguments) -> None:
-    """Train an adapter for each task that has none yet, one after another."""
+    """Trains an adapter for each task that has none yet, one after another."""
     for task in args.tasks:
         if (args.adapter_dir(task) / METRICS_FILE).is_file():  # what finetune.py writes last
             print(f"{task}: kept, in {args.adapter_dir(task)}{note_on_settings(args, task)}.")
@@ -174,7 +174,7 @@ def size_kb(folder: Path) -> float:
 
 
 def overview(args: TasksArguments, adapters: AdapterSet) -> str:
-    """Load the adapter of each task, and report what it gained in its training run."""
+    """Loads the adapter of each task, and reports what it gained in its training run."""
     rows = []
     for task in args.tasks:
         folder = args.adapter_dir(task)
@@ -240,7 +240,7 @@ def test_pairs(args: TasksArguments, task: str) -> PairSource:
 
 
 def draw_examples(adapters: AdapterSet, path: str) -> None:
-    """Draw the example photos of the adapters that are loaded: input, restored, target."""
+    """Draws the example photos of the adapters that are loaded: input, restored, target."""
     rows = []
     for label, names in EXAMPLES.items():
         if label in adapters.labels:

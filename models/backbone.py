@@ -82,7 +82,7 @@ class RestorationBackbone(PreTrainedModel):
         return (reconstruction,) if loss is None else (loss, reconstruction)
 
     def save_image_processor(self, folder: str | Path) -> None:
-        """Write the file from which `AutoImageProcessor` loads; networks for other images than RGB have none."""
+        """Writes the file from which `AutoImageProcessor` loads; networks for other images than RGB have none."""
         if self.config.num_channels == 3:
             RestorationImageProcessor().save_pretrained(folder)
 

@@ -68,7 +68,7 @@ def convert(file: str | Path, out: str | Path) -> PreTrainedModel:
 
 
 def check_is_free(out: Path) -> None:
-    """Refuse an output that is there, unless it is a folder with nothing but what is being written."""
+    """Refuses an output that is there, unless it is a folder with nothing but what is being written."""
     if out.exists() and not (out.is_dir() and all(path.name.endswith(PARTIAL) for path in out.iterdir())):
         raise FileExistsError(f"{out} is there already and is not overwritten; name another folder or remove it.")
 

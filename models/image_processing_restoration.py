@@ -33,7 +33,7 @@ class RestorationImageProcessor(BaseImageProcessor):
     def preprocess(
         self, images: ImageLike | Sequence[ImageLike], return_tensors: str | TensorType | None = "pt"
     ) -> BatchFeature:
-        """Convert one image or a batch of images of one size.
+        """Converts one image or a batch of images of one size.
 
         The EXIF orientation is applied, grey becomes RGB and transparency is laid on white, as
         `colora_peft.images.read_image` does.
@@ -65,7 +65,7 @@ class RestorationImageProcessor(BaseImageProcessor):
     def post_process_image_restoration(
         self, outputs: ModelOutput | Tensor, output_type: Literal["pil", "np"] = "pil"
     ) -> list[Image.Image] | list[np.ndarray]:
-        """Convert what the network returns to images.
+        """Converts what the network returns to images.
 
         Args:
             outputs: Output of the network, or its `reconstruction` (B, 3, H, W).

@@ -33,12 +33,21 @@ def test_packages_say_what_they_are_and_what_is_public(source):
     assert not [name for name in source.public_names if not hasattr(package, name)]
 
 
+IMPERATIVE = (
+    "Add|Adapt|Begin|Blur|Build|Check|Choose|Compare|Compute|Convert|Copy|Count|Create|Delete|Download|Draw|Evaluate|"
+    "Fill|Find|Get|Give|Go|Keep|Load|Make|Measure|Merge|Move|Open|Plot|Print|Push|Put|Raise|Read|Refuse|Register|"
+    "Remove|Replace|Restore|Return|Run|Save|Say|Send|Set|Show|Split|Start|Stop|Store|Take|Train|Update|Upload|Wait|"
+    "Write"
+)
+"""Verbs that a docstring must have in the third person."""
+
+
 def test_docstrings_begin_with_a_verb_or_the_thing():
     wrong = [
         f"{source.path}:{line}: {text.splitlines()[0]}"
         for source in FILES + TESTS
         for line, text in docstrings(source)
-        if re.match(r"(Of|What|Around|That)\b", text)
+        if re.match(rf"(Of|What|Around|That)\b|({IMPERATIVE}) ", text)
     ]
     assert not wrong, "\n".join(wrong)
 

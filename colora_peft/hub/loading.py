@@ -157,7 +157,7 @@ def load_for_training(
 
 
 def _check_complete(model: PeftModel, folder: Path, source: Source) -> None:
-    """Refuse an adapter whose layers are not those of the network: PEFT leaves out what it does not find."""
+    """Refuses an adapter whose layers are not those of the network: PEFT leaves out what it does not find."""
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
     differing = sorted(stored ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys())
@@ -207,7 +207,7 @@ def _read_foreign_config(folder: Path, source: Source) -> PeftConfig:
 
 
 def _check_readable(file: Path, source: Source) -> None:
-    """Refuse a damaged file before anything is changed, as far as its header tells."""
+    """Refuses a damaged file before anything is changed, as far as its header tells."""
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -258,7 +258,7 @@ def _attach(
     source: Source,
     is_trainable: bool = False,
 ) -> nn.Module:
-    """Put the adapter onto the network, if that is the one it was trained on."""
+    """Puts the adapter onto the network, if that is the one it was trained on."""
     check_not_compiled(network)
     adapted = isinstance(network, PeftModel)
     if adapted and not isinstance(network.base_model, CoLoRAModel):

@@ -1,4 +1,4 @@
-"""Load the network that is adapted: from a folder, from the Hub, or from a function of the user's own."""
+"""Loads the network that is adapted: from a folder, from the Hub, or from a function of the user's own."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def create_hub_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Make the repository to push to, unless it is there; its full id. Shows before a training that pushing may work.
+    """Makes the repository to push to, unless it is there; its full id. Shows before a training that pushing may work.
 
     Raises:
         OSError: The Hub refuses, or does not answer.
@@ -40,7 +40,7 @@ def create_hub_repo(repo_id: str, *, private: bool | None = None, token: str | b
 def push_folder(
     folder: str | Path, repo_id: str, *, token: str | bool | None = None, message: str = "Upload with colora_peft"
 ) -> str:
-    """Push the result of a run in one commit: `RESULT_FILES`, and the images that its card shows.
+    """Pushes the result of a run in one commit: `RESULT_FILES`, and the images that its card shows.
 
     Args:
         folder: Output folder of `finetune.py` or `pretrain.py`; checkpoints and logs in it stay here.

@@ -64,7 +64,7 @@ def default_degradations() -> tuple[Degradation, ...]:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """Blur by a Gaussian, round or stretched: defocus, resampling, and the uneven softness of lenses off their axis.
+    """Blurs by a Gaussian, round or stretched: defocus, resampling, and the uneven softness of lenses off their axis.
 
     sigma_px: standard deviation along each axis in pixels, both drawn. 0.3 does not show: the neighbours get 0.4%. At
         3 no detail below some 10 pixels is left, and what is can only be guessed.
@@ -128,7 +128,7 @@ class Noise:
         return {"std_255": std_255, "shot_share": 0.5, "colour_correlation": 0.4, "seed": seed}
 
     def apply(self, image: Tensor, std_255: float, shot_share: float, colour_correlation: float, seed: int) -> Tensor:
-        """Add the noise field of `seed`."""
+        """Adds the noise field of `seed`."""
         generator = torch.Generator().manual_seed(seed)
         fields = torch.randn((4, *image.shape[1:]), generator=generator)
         # Three fields of their own and one in common have unit variance and the wanted correlation by construction.
@@ -174,7 +174,7 @@ class JPEG:
 
 @dataclass(frozen=True)
 class MotionBlur:
-    """Blur along the path of a shaking camera or a moving subject.
+    """Blurs along the path of a shaking camera or a moving subject.
 
     The path is a walk with inertia: each of its steps, half a pixel long, turns the heading by a normal angle of
     `shake_deg` / sqrt(steps), so that the heading at its end is normal around the first with a standard deviation of

@@ -106,7 +106,7 @@ class AdapterSet:
                 self.add(label, path)
 
     def add(self, label: str, path: str | Path, only_colora: bool = False) -> None:
-        """Load one more adapter, from a folder or the Hub.
+        """Loads one more adapter, from a folder or the Hub.
 
         Args:
             label: Its label.
@@ -162,7 +162,7 @@ class AdapterSet:
             known.pop(label, None)
 
     def blend(self, labels: Sequence[str], weights: Sequence[float], label: str) -> None:
-        """Add the exact weighted sum of CoLoRA adapters, as an adapter of its own.
+        """Adds the exact weighted sum of CoLoRA adapters, as an adapter of its own.
 
         Raises:
             ValueError: as `add_weighted_adapter` of CoLoRA, or if there is no adapter of one of the labels.

@@ -65,7 +65,7 @@ def network_of(args: RestoreArguments, adapters: Sequence[str], default: str | N
 
 
 def restore_images(args: RestoreArguments, default_network: str | None = None) -> int:
-    """Restore all images and return the exit code.
+    """Restores all images and returns the exit code.
 
     Args:
         args: The flags.
@@ -119,5 +119,5 @@ def restore_images(args: RestoreArguments, default_network: str | None = None) -
 
 
 def run_command() -> None:
-    """Run the program by the command line of this process, and end it."""
+    """Runs the program by the command line of this process, and ends it."""
     run_script(restore_images, RestoreArguments, words="input")

@@ -84,7 +84,7 @@ class PhotoRestorer:
         return list(self._adapters.labels)
 
     def add_adapter(self, name_or_path: str) -> str:
-        """Load an adapter of CoLoRA from a folder or the Hub, unless it is there; the name it has in `adapters`.
+        """Loads an adapter of CoLoRA from a folder or the Hub, unless it is there; the name it has in `adapters`.
 
         Raises:
             ValueError: as `AdapterSet.add`, also for another method; all is as it was.
@@ -102,7 +102,7 @@ class PhotoRestorer:
             return asked_for
 
     def restore_file(self, path: str | Path, adapter: str, strength: float, progress: bool = False) -> RestoredPhoto:
-        """Restore a photo, tile by tile if it is large.
+        """Restores a photo, tile by tile if it is large.
 
         Args:
             path: File of the photo; one that was restored before counts as unchanged.
@@ -143,7 +143,7 @@ class PhotoRestorer:
 
 
 def read_checked(path: Path, max_pixels: int) -> ImageFile:
-    """Read a photo. Errors tell its name alone, because the page's users must not learn the folders of this machine.
+    """Reads a photo. Errors tell its name alone, because the page's users must not learn the folders of this machine.
 
     Raises:
         ValueError: The file is not an image, damaged, or one of more pixels.
@@ -172,7 +172,7 @@ def result_suffix(path: Path) -> str:
 
 
 def write_preview(path: Path, image: ImageFile) -> None:
-    """Write an image for a browser: 8 bits, on white, and no larger than a screen."""
+    """Writes an image for a browser: 8 bits, on white, and no larger than a screen."""
     preview = to_pil(image.on_white)
     preview.thumbnail((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.LANCZOS)
     profile, _ = fitting_profile(image.icc_profile, 3)

@@ -162,7 +162,7 @@ def _with_format(name: Path, file_format: str | None) -> Path:
 
 
 def _check_outputs(jobs: Sequence[Job]) -> None:
-    """Refuse two inputs for one output, and an output that is an input, under whatever name."""
+    """Refuses two inputs for one output, and an output that is an input, under whatever name."""
     # Without case: some file systems do not tell A.png from a.png.
     owners: dict[str, Path] = {}
     sources = [path for job in jobs for path in (job.source, job.target) if path is not None]

@@ -47,7 +47,7 @@ class RestoreRun:
         return {"input": source, "weights": self.adapters.digest_of(label), **self.args.settings()}
 
     def check_kept(self, jobs: list[Job]) -> None:
-        """Refuse to keep results that this run would make otherwise. What cannot be compared fails alone, later.
+        """Refuses to keep results that this run would make otherwise. What cannot be compared fails alone, later.
 
         Raises:
             ValueError: There are such, and no --overwrite.
@@ -127,7 +127,7 @@ class RestoreRun:
         row.seconds = time.perf_counter() - start
 
     def _look(self, job: Job, image: ImageFile, rows: list[Row]) -> None:
-        """Measure and compare the results as they are in their files."""
+        """Measures and compares the results as they are in their files."""
         wanted = self.args.compare and rows and not (job.comparison.exists() and all(row.kept for row in rows))
         if not (wanted or job.target):
             return

@@ -33,7 +33,7 @@ class BestStep:
         self._figures = self._processes.from_main(read_best(output_dir) if self._processes.is_main else None)
 
     def keep(self, network: nn.Module, figures: dict[str, float], step: int) -> str | None:
-        """Save the network if it is better than the best so far; every process must call it.
+        """Saves the network if it is better than the best so far; every process must call it.
 
         Args:
             network: The network as it is evaluated, whole.
@@ -62,7 +62,7 @@ class BestStep:
 
 
 def save_result(network: nn.Module, folder: Path) -> None:
-    """Write an adapter or a network as users load it, with its image processor if it has one."""
+    """Writes an adapter or a network as users load it, with its image processor if it has one."""
     network.save_pretrained(folder)
     bare = network.get_base_model() if isinstance(network, PeftModel) else network
     if hasattr(bare, "save_image_processor"):

@@ -72,7 +72,7 @@ def checkpoint_tensors(
 def save_checkpoint(
     output_dir: str | Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], limit: int | None
 ) -> Path:
-    """Save `output_dir/checkpoint-<step>`, remove the oldest beyond `limit`, and those of later steps.
+    """Saves `output_dir/checkpoint-<step>`, removes the oldest beyond `limit`, and those of later steps.
 
     A run that finds checkpoints of later steps went back to an earlier one. The new checkpoint is complete and on the
     disk before an old one goes.
@@ -113,7 +113,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | Path, model: nn.Module, averages: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Any], OptimizerState]:
-    """Load a checkpoint into `model` and, where given, `averages`; return its JSON state and Adam's.
+    """Loads a checkpoint into `model` and, where given, `averages`; returns its JSON state and Adam's.
 
     Raises:
         ValueError: if the folder is no readable checkpoint, or one of another model; nothing was changed then.

@@ -34,7 +34,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the averages with the weights after `step` optimiser steps."""
+        """Updates the averages with the weights after `step` optimiser steps."""
         weight = 1 - self.decay_at(step)
         for name, parameter in self._parameters.items():
             self.averages[name].lerp_(parameter, weight)

@@ -52,7 +52,7 @@ class Engine:
         self._optimizer.optimizer.state = state
 
     def set_learning_rate(self, rate: float) -> None:
-        """Set the rate of the step to come."""
+        """Sets the rate of the step to come."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
@@ -65,7 +65,7 @@ class Engine:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the loss divided by the number of batches of a step: the mean over them."""
+        """Adds the gradients of the loss divided by the number of batches of a step: the mean over them."""
         self._accelerator.backward(loss)
 
     def clip(self) -> Tensor:

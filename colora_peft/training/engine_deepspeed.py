@@ -35,7 +35,7 @@ def is_zero(accelerator: Accelerator) -> bool:
 
 
 def check_zero(accelerator: Accelerator) -> None:
-    """Refuse settings under which DeepSpeed would train otherwise than a run without it.
+    """Refuses settings under which DeepSpeed would train otherwise than a run without it.
 
     Raises:
         ValueError: for old versions of it, settings in a file of DeepSpeed's, stages but 1 and 2 (3 shards the

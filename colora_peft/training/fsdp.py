@@ -19,7 +19,7 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 
 def check_distributed_type(accelerator: Accelerator) -> None:
-    """Refuse launches under which a run would be wrong or could not be resumed.
+    """Refuses launches under which a run would be wrong or could not be resumed.
 
     Raises:
         ValueError: for FSDP version 1 (no whole tensors by name) and Megatron (it steps inside the backward pass,

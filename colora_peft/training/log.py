@@ -10,7 +10,7 @@ from colora_peft.utils import write_text
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row at the end.
+    """Adds a row at the end.
 
     Raises:
         OSError: if it cannot be written (a full disk).

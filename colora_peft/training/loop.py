@@ -52,7 +52,7 @@ def train(
     checkpoint: Path | None = None,
     eval_pairs: PairSource | None = None,
 ) -> tuple[nn.Module, float]:
-    """Train the parameters of `model` that require gradients.
+    """Trains the parameters of `model` that require gradients.
 
     Args:
         model: Any network that `reconstruct` understands.
@@ -126,13 +126,13 @@ def _after_step(run: TrainingRun, done: int, figures: StepFigures, eval_pairs: P
 
 
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Put back the running statistics, which the batches of a failed step have changed."""
+    """Puts back the running statistics, which the batches of a failed step have changed."""
     for buffer, before in buffers:
         buffer.copy_(before)
 
 
 def _stop_without_data(run: TrainingRun, step: int, first_step: int, error: DataFailed) -> None:
-    """Save the state after the steps so far, unless waiting processes would have to help, and raise."""
+    """Saves the state after the steps so far, unless waiting processes would have to help, and raises."""
     if step == first_step:
         raise error
     if run.accelerator.num_processes > 1:
@@ -172,7 +172,7 @@ def _backward(
     accelerator: Accelerator,
     signals: StopSignals,
 ) -> StepFigures:
-    """Run the batches of one step forward and backward, and return the figures of all processes.
+    """Runs the batches of one step forward and backward, and returns the figures of all processes.
 
     The gradients are clipped now or in the step to come.
     """

@@ -1,4 +1,4 @@
-"""Check that an adapted network computes what its merged network computes.
+"""Checks that an adapted network computes what its merged network computes.
 
 It does wherever layers are called or their `weight` is read. Networks that write weights themselves, or read them by
 other names, train an adapter that does nothing afterwards. Those layers are found here, before the training.

@@ -25,7 +25,7 @@ _BIASES = ("bias", "in_proj_bias")
 
 
 def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -> nn.Module:
-    """Make exactly those parameters of `model` trainable that the method trains.
+    """Makes exactly those parameters of `model` trainable that the method trains.
 
     Args:
         model: The pre-trained network.

@@ -33,7 +33,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def check_output_dir(args: TrainArguments, accelerator: Accelerator | None = None) -> Path | None:
-    """Refuse an output folder that the run may not write into; return the checkpoint to resume from, if any.
+    """Refuses an output folder that the run may not write into; returns the checkpoint to resume from, if any.
 
     `--resume_from_checkpoint latest` begins a run that has not begun, so that one command starts it and restarts it.
 
@@ -108,7 +108,7 @@ def _begin(args: TrainArguments) -> None:
 
 
 def _lock(output_dir: Path) -> FileLock:
-    """Keep other runs out of the folder: two would delete each other's files and mix their logs."""
+    """Keeps other runs out of the folder: two would delete each other's files and mix their logs."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output_dir / _LOCK_FILE, timeout=_LOCK_SECONDS, mode=0o666)
     try:
@@ -126,7 +126,7 @@ def _lock(output_dir: Path) -> FileLock:
 
 
 def _empty(output_dir: Path) -> None:
-    """Delete what is in the folder, which may be a link or a volume of its own."""
+    """Deletes what is in the folder, which may be a link or a volume of its own."""
     for path in output_dir.iterdir():
         if path.name == _LOCK_FILE:
             continue

@@ -117,7 +117,7 @@ class TrainingRun:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def resume(self, checkpoint: Path | None) -> int:
-        """Load a checkpoint, if there is one, and return the number of steps done.
+        """Loads a checkpoint, if there is one, and returns the number of steps done.
 
         Raises:
             ValueError: if the checkpoint belongs to another model, method version, dataset, precision or global batch,
@@ -143,7 +143,7 @@ class TrainingRun:
         return state["step"]
 
     def _note_new_length(self, before: dict[str, Any], step: int) -> None:
-        """Say which learning rates a run of another length has, unless those so far would have been the same."""
+        """Says which learning rates a run of another length has, unless those so far would have been the same."""
         planned = copy.copy(self.args)
         for name in flags_with(OnResume.LENGTH, planned):
             setattr(planned, name, before.get(name, getattr(planned, name)))
@@ -207,7 +207,7 @@ class TrainingRun:
             )
 
     def save(self, step: int) -> Path:
-        """Save a checkpoint of the state after `step` steps; every process returns when it is complete, or fails."""
+        """Saves a checkpoint of the state after `step` steps; every process returns when it is complete, or fails."""
         path = self.output_dir / f"checkpoint-{step}"
         processes = Processes(self.accelerator)
         positions = processes.lists_of_all([self.position])
@@ -236,7 +236,7 @@ class TrainingRun:
         return path
 
     def save_last_good(self) -> Path:
-        """Save the network as a user loads it, if it knows how to save itself, and return the folder."""
+        """Saves the network as a user loads it, if it knows how to save itself, and returns the folder."""
         folder = self.output_dir / "last_good"
         with self._result_weights():
             network = self.network.get(self.model)
@@ -280,7 +280,7 @@ class TrainingRun:
         return self._bar
 
     def finish_step(self, done: int, figures: StepFigures) -> None:
-        """Update averages and progress after step number `done`; sometimes write a row of the log.
+        """Updates averages and progress after step number `done`; sometimes writes a row of the log.
 
         Raises:
             TooManySkipped: if too many images could not be used so far; the state is saved as a checkpoint.
@@ -302,7 +302,7 @@ class TrainingRun:
         self._step_started = time.perf_counter()
 
     def _log(self, done: int) -> None:
-        """Show and write the means over the steps since the last time."""
+        """Shows and writes the means over the steps since the last time."""
         loss, psnr = (sum(column) / len(column) for column in zip(*self._recent, strict=True))
         speed = len(self._recent) * self.global_batch_size / max(self._recent_seconds, 1e-9)
         self._recent.clear()
@@ -315,7 +315,7 @@ class TrainingRun:
             log_figures(self.accelerator, "training", figures, done)
 
     def validate(self, pairs: PairSource, done: int) -> None:
-        """Evaluate the weights that are the result if the run ends here, and keep them if they are the best so far."""
+        """Evaluates the weights that are the result if the run ends here, and keeps them if none were better."""
         with self._result_weights():
             network = self.network.get(self.model)
             figures = validate(network, pairs, self.output_dir, done, self.accelerator)

@@ -1,4 +1,4 @@
-"""Check that a saved adapter, loaded afresh, is the network that was measured: buffers that moved are not in it."""
+"""Checks that a saved adapter, loaded afresh, is the network that was measured: buffers that moved are not in it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class SkippedImages:
         self.count = 0
 
     def resume(self, step: int, count: int) -> None:
-        """Go on after `step` steps in which `count` samples needed another image."""
+        """Goes on after `step` steps in which `count` samples needed another image."""
         self.count = count
         if self._writes:
             cut_rows(self._file, step)

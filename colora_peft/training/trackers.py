@@ -83,14 +83,14 @@ def running_trackers(accelerator: Accelerator, args: TrainArguments) -> Iterator
 
 
 def log_figures(accelerator: Accelerator, kind: str, figures: dict[str, float], step: int) -> None:
-    """Send figures to every tracker, once: a resumed run repeats steps after its checkpoint. Call it on the main
+    """Sends figures to every tracker, once: a resumed run repeats steps after its checkpoint. Call it on the main
     process, with the steps of a `kind` in order."""
     if _is_new(accelerator, kind, step):
         accelerator.log(figures, step=step)
 
 
 def log_image(accelerator: Accelerator, name: str, file: Path, step: int) -> None:
-    """Send an image file to every tracker, as `log_figures` does its figures."""
+    """Sends an image file to every tracker, as `log_figures` does its figures."""
     if not _is_new(accelerator, name, step):
         return
     for tracker in accelerator.trackers:

@@ -22,7 +22,7 @@ _IMAGES = 4
 def validate(
     model: nn.Module, pairs: PairSource, output_dir: Path, step: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Evaluate the network after `step` steps; the processes share the pairs out.
+    """Evaluates the network after `step` steps; the processes share the pairs out.
 
     The main process writes a row of mean PSNR (dB) and SSIM, those of the inputs as `*_input`, to
     `validation_log.jsonl` and images (input | restored | target) to `samples/step-<step>.png`.

@@ -27,7 +27,7 @@ def run_script(
     *expected: type[Exception],
     words: str | None = None,
 ) -> None:
-    """Parse the command line into `arguments`, call `main` with them, and end the process with the code it returns.
+    """Parses the command line into `arguments`, calls `main` with them, and ends the process with the code it returns.
 
     Errors that a user can act on end it with one sentence and the code 1.
 
@@ -70,12 +70,12 @@ def print_any_name() -> None:
 
 
 def check_at_least(args: object, name: str, least: int) -> None:
-    """Refuse a flag whose value is below `least`."""
+    """Refuses a flag whose value is below `least`."""
     if getattr(args, name) < least:
         raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that NumPy or torch would refuse."""
+    """Refuses a seed that NumPy or torch would refuse."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be at least 0 and below 2**32, got {seed}.")

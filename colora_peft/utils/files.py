@@ -32,7 +32,7 @@ def partial_path(path: str | Path) -> Path:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it.
+    """Writes a file so that a reader sees the old one or the new one, never half of it.
 
     After an error the old file is as it was and nothing else is left.
     """
@@ -45,17 +45,17 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text as `write_bytes` does; of a file name's bytes that are no text it holds escapes."""
+    """Writes UTF-8 text as `write_bytes` does; of a file name's bytes that are no text it holds escapes."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write indented JSON as `write_text` does."""
+    """Writes indented JSON as `write_text` does."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
-    """Refuse a folder that cannot be made or written into, before the work whose results it is for.
+    """Refuses a folder that cannot be made or written into, before the work whose results it is for.
 
     A file is written where the folder is or would be, and deleted: permissions do not tell of a full disk.
 
@@ -127,7 +127,7 @@ def writing_folder(path: str | Path, keep_others: bool = False) -> Iterator[Path
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put the folder `new` in the place of `path`; if that fails, what was there is there again."""
+    """Puts the folder `new` in the place of `path`; if that fails, what was there is there again."""
     old = path.rename(partial_path(path)) if path.exists() else None
     try:
         os.replace(new, path)
@@ -153,7 +153,7 @@ def _flush(folder: Path) -> None:
 
 
 def share_weights(folder: str | Path) -> None:
-    """Give the safetensors files in a folder the permissions that new files have here.
+    """Gives the safetensors files in a folder the permissions that new files have here.
 
     The library of safetensors writes them for their owner alone.
     """

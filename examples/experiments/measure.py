@@ -126,7 +126,7 @@ def settings_text(results: Row, *without: str) -> str:
 
 
 def save_results(folder: str | Path, name: str, results: Row, report: Callable[[Row], str]) -> None:
-    """Write the results as JSON and beside it the report that is made of them."""
+    """Writes the results as JSON and beside it the report that is made of them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", results)

@@ -1,4 +1,4 @@
-"""Push and pull with the real client against a Hub on this machine, and all that can be wrong with what is pulled."""
+"""Pushing and pulling with the real client against a Hub on this machine, and all that can be wrong with what is pulled."""
 
 import json
 import os

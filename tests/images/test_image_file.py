@@ -1,4 +1,4 @@
-"""Read and written without a change, an image is what it was: pixels to the bit, and all that describes it."""
+"""An image read and written without a change is what it was: pixels to the bit, and all that describes it."""
 
 import io
 import threading

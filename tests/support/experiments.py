@@ -7,6 +7,6 @@ from .examples import EXAMPLES
 
 
 def launch(module: str, *flags: object) -> subprocess.CompletedProcess:
-    """Run `python -m examples.experiments.MODULE` with these flags in the root of the repository."""
+    """Runs `python -m examples.experiments.MODULE` with these flags in the root of the repository."""
     command = [sys.executable, "-m", f"examples.experiments.{module}", *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent)

@@ -70,7 +70,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def add(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
-        """Put a commit there without the client; its hash."""
+        """Puts a commit there without the client; its hash."""
         return self.repos.setdefault(repo_id, Repo(private)).commit(files)
 
 

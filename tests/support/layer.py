@@ -59,7 +59,7 @@ def adapted(bare, rank=1, name="default", colora_alpha=16.0, **settings):
 
 
 def shake(layer, seed=1):
-    """Give every adapter parameter another random value, as training would."""
+    """Gives every adapter parameter another random value, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

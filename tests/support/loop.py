@@ -124,7 +124,7 @@ accelerator.end_training()
 
 
 def launch_two(tmp_path, folder, broken=(), signal_at=None, eval_dir=None, eval_count=1, **flags):
-    """Run the script above on two processes; a sample may be broken, or ask its process to stop."""
+    """Runs the script above on two processes; a sample may be broken, or ask its process to stop."""
     what = {"broken": broken, "signal_at": signal_at, "eval_dir": eval_dir, "eval_count": eval_count, "flags": flags}
     argv = str(folder), json.dumps(what)
     script = tmp_path / "script.py"

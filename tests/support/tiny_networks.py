@@ -67,7 +67,7 @@ def network(name="restorer", seed=0):
 
 
 def trained(model, x, steps=3):
-    """Take a few steps so that no adapter is the identity."""
+    """Takes a few steps so that no adapter is the identity."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):

@@ -86,7 +86,7 @@ def case(folder, stage=2, precision="no", network="nafnet", broken=(), **flags):
 
 
 def launch(tmp_path, cases):
-    """Train them one after another under DeepSpeed."""
+    """Trains them one after another under DeepSpeed."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(TESTS)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]

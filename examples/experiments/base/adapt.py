@@ -1,4 +1,4 @@
-"""Compare pre-trained networks by what a short adaptation to real tasks makes of them.
+"""Compares pre-trained networks by what a short adaptation to real tasks makes of them.
 
     python -m examples.experiments.base.adapt --networks path/to/old path/to/new --tasks_dir path/to/tasks \
         --tasks rain noise underwater --output_dir outputs/base
@@ -62,7 +62,7 @@ def cells(args: AdaptArguments) -> Iterator[tuple[Cell, str]]:
 
 
 def adapt(args: AdaptArguments, cell: Cell, network: str) -> Cell:
-    """Run one cell.
+    """Runs one cell.
 
     Raises:
         ValueError: the run failed; it says why.

@@ -1,4 +1,4 @@
-"""Compare pre-trained networks, bare, on photos that none of them was trained on.
+"""Compares pre-trained networks, bare, on photos that none of them was trained on.
 
     python -m examples.experiments.base.evaluate --networks path/to/old path/to/new \
         --clean_dirs path/to/kodak --noise_dir path/to/noise/test --output_dir outputs/base

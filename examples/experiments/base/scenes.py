@@ -1,4 +1,4 @@
-"""Check that no test scene of any task is among the training photos.
+"""Checks that no test scene of any task is among the training photos.
 
     python -m examples.experiments.base.scenes --train_dir path/to/photos --tasks_dir path/to/tasks
 
@@ -79,7 +79,7 @@ def compare_tasks(args: SceneArguments) -> dict[str, dict[str, object]]:
 
 
 def main(args: SceneArguments) -> None:
-    """Print the table.
+    """Prints the table.
 
     Raises:
         ValueError: a test image is too close to a training photo.

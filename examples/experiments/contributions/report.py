@@ -192,7 +192,7 @@ def correlation_table(scores: dict[tuple[str, str, int], ContributionScores], ro
 
 
 def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
-    """Draw PSNR over the budget."""
+    """Draws PSNR over the budget."""
     curves = {
         "CoLoRA": keys.colora,
         "CoLoRA, at least rank 1": partial(keys.colora, min_rank=1),
@@ -205,7 +205,7 @@ def plot_budgets(results: Results, tasks: list[str], keys: Keys, path: Path) -> 
 
 
 def plot_betas(results: Results, tasks: list[str], keys: Keys, path: Path) -> None:
-    """Draw PSNR over beta."""
+    """Draws PSNR over beta."""
 
     def key_of(task: str, beta: float) -> Key:
         return keys.colora(task, beta=beta) if beta else keys.same_share(task)
@@ -247,7 +247,7 @@ def sections(
 
 
 def write_report(folder: Path) -> str:
-    """Write the report, budgets.png and betas.png into `folder`; returns the text."""
+    """Writes the report, budgets.png and betas.png into `folder`; returns the text."""
     cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
     results, scores = results_of(cells, SETTINGS, settings["tuning_seed"]), load_scores(folder / SCORES_FOLDER)
     keys, tasks = Keys(settings["default_estimator"], settings["beta"]), values_in(results, name="task")

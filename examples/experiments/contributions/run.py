@@ -119,7 +119,7 @@ def tuned_network(args: StudyArguments, patches: PairedPatches, seed: int, accel
 
 
 def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    """Train once; PSNR on the test folder, or for the tuning seed on pairs held out of the training folder."""
+    """Trains once; PSNR on the test folder, or for the tuning seed on pairs held out of the training folder."""
     drawn = draw(args, args.tasks()[variant.task], args.train_pairs, seed)
     config = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET, beta=0.0)
     if variant.method == "colora":
@@ -135,7 +135,7 @@ def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, acc
 
 
 def main(args: StudyArguments) -> None:
-    """Run the cells that the folder lacks and write the report of all."""
+    """Runs the cells that the folder lacks and writes the report of all."""
     accelerator = Accelerator()
     use_all_cores(accelerator)
     folder = Path(args.output_dir)

@@ -61,7 +61,7 @@ class NetworkArguments(GridArguments):
 
 
 def check_lists(lists: dict[str, Sequence[object]]) -> None:
-    """Refuse flags that list nothing, or a value twice."""
+    """Refuses flags that list nothing, or a value twice."""
     for name, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
@@ -110,7 +110,7 @@ class CellFile:
         return next((cell for cell in self.cells if all(cell.get(name) == value for name, value in wanted)), None)
 
     def add(self, cell: Cell, in_place_of: Cell | None = None) -> None:
-        """Add `cell` to the cells that the file holds by now, and take out the other."""
+        """Adds `cell` to the cells that the file holds by now, and takes out the other."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
             self._read()
@@ -139,7 +139,7 @@ def train_and_validate(
     accelerator: Accelerator,
     also: Callable[[nn.Module], Cell] | None = None,
 ) -> Cell:
-    """Train once and measure quality on the pairs to validate on.
+    """Trains once and measures quality on the pairs to validate on.
 
     Returns:
         Quality, sizes, seconds, hardware and versions; on a GPU the peak memory of training (on a CPU it would be that
@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
 
 
 def check_network(path: str) -> None:
-    """Refuse the name of a network that experiments read if it has not been made yet.
+    """Refuses the name of a network that experiments read if it has not been made yet.
 
     Raises:
         FileNotFoundError: Names the page that holds the command.

@@ -21,7 +21,7 @@ def plot_curves(
     xlabel: str,
     log_base: float | None = None,
 ) -> None:
-    """Draw mean test PSNR of each curve over `xs`, a panel for each task; bars span the deviation of the seeds."""
+    """Draws mean test PSNR of each curve over `xs`, a panel for each task; bars span the deviation of the seeds."""
     figure = Figure(figsize=(3.6 * len(tasks), 3.2), layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         for number, (label, key_of) in enumerate(curves.items()):

@@ -51,7 +51,7 @@ class Draw(NamedTuple):
 
 
 def draw(args: TunedArguments, train_dir: str, train_pairs: int, seed: int) -> Draw:
-    """Draw pairs of a folder TASK/train by the seed; for the tuning seed, as many as the held-out ones leave.
+    """Draws pairs of a folder TASK/train by the seed; for the tuning seed, as many as the held-out ones leave.
 
     Raises:
         ValueError: The folder holds too few pairs.
@@ -83,7 +83,7 @@ def method_settings() -> Cell:
 
 
 def check_same_settings(folder: str | Path, own: Cell) -> None:
-    """Write the settings that all cells of a grid share beside them, or refuse a folder of other settings.
+    """Writes the settings that all cells of a grid share beside them, or refuse a folder of other settings.
 
     Raises:
         ValueError: The folder has cells of other settings; names the setting.
@@ -130,7 +130,7 @@ class TunedGrid(NamedTuple):
     """Returns the learning rates to try for a variant, if they are not those of the flags."""
 
     def run(self, variants: Sequence[V]) -> None:
-        """Run variant by variant and seed by seed the cells that the file lacks."""
+        """Runs variant by variant and seed by seed the cells that the file lacks."""
         for variant in variants:
             best = self.fixed_rate(variant)
             if best is None:

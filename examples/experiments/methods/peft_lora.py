@@ -14,7 +14,7 @@ LORA_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def add_peft_lora(model: nn.Module, parameter_budget: float) -> PeftModel:
-    """Add adapters of PEFT's LoRA of the highest rank that the budget pays for, with PEFT's defaults for the rest.
+    """Adds adapters of PEFT's LoRA of the highest rank that the budget pays for, with PEFT's defaults for the rest.
 
     Linear layers and convolutions without groups are adapted. With groups, PEFT needs a rank that the groups divide:
     in depthwise convolutions that is more than they weigh. PEFT does not adapt transposed convolutions. Thin layers

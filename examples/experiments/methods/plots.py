@@ -24,7 +24,7 @@ def _style(name: str) -> dict[str, str]:
 
 
 def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path: Path) -> bool:
-    """Draw a spoke for each task, from the lowest PSNR to the highest; returns whether there is enough to draw.
+    """Draws a spoke for each task, from the lowest PSNR to the highest; returns whether there is enough to draw.
 
     It takes two rows that have all tasks, and three tasks.
     """
@@ -61,7 +61,7 @@ def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path:
 
 
 def save_best_median_worst(model: nn.Module, pairs: PairSource, path: Path) -> None:
-    """Save input, restored image and target where the network restores best, middling and worst by PSNR."""
+    """Saves input, restored image and target where the network restores best, middling and worst by PSNR."""
     rows = restore_some(model, pairs, count=len(pairs))
     order = sorted(range(len(rows)), key=lambda index: psnr(rows[index][1][None], rows[index][2][None]).item())
     chosen = dict.fromkeys([order[-1], order[len(order) // 2], order[0]])

@@ -264,7 +264,7 @@ def images(folder: Path) -> str:
 
 
 def check_names(cells: list[Cell]) -> None:
-    """Refuse cells in which one name means two networks or two tasks.
+    """Refuses cells in which one name means two networks or two tasks.
 
     Raises:
         ValueError: Names the network or the task.
@@ -280,7 +280,7 @@ def check_names(cells: list[Cell]) -> None:
 
 
 def write_report(folder: Path) -> str:
-    """Write the report and its plots into `folder`; returns the text.
+    """Writes the report and its plots into `folder`; returns the text.
 
     Raises:
         FileNotFoundError: The folder has no cells.

@@ -91,7 +91,7 @@ def load_network(args: BenchmarkArguments, name: str, accelerator: Accelerator) 
 
 
 def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    """Train once; quality on the test folder, or for the tuning seed on pairs held out of the training folder."""
+    """Trains once; quality on the test folder, or for the tuning seed on pairs held out of the training folder."""
     drawn = draw(args, args.train_dir(variant.task), variant.train_pairs, seed)
     set_seed(seed)
     network = load_network(args, variant.network, accelerator)
@@ -157,7 +157,7 @@ def look_further(
 
 
 def run_missing(args: BenchmarkArguments, folder: Path) -> None:
-    """Run the cells of the plan that the folder lacks, after a check of all data.
+    """Runs the cells of the plan that the folder lacks, after a check of all data.
 
     Raises:
         ValueError: Several processes were launched, or the folder has cells of other settings, weights or pairs.
@@ -179,7 +179,7 @@ def run_missing(args: BenchmarkArguments, folder: Path) -> None:
 
 
 def check_data(args: BenchmarkArguments) -> None:
-    """Read every pair once, so that none is found to be bad hours later.
+    """Reads every pair once, so that none is found to be bad hours later.
 
     Raises:
         ValueError: An image is unreadable, too small or of another size than its target; names it.
@@ -192,7 +192,7 @@ def check_data(args: BenchmarkArguments) -> None:
 
 
 def main(args: BenchmarkArguments) -> None:
-    """Run the cells that the folder lacks, unless --report_only, and write the report of all."""
+    """Runs the cells that the folder lacks, unless --report_only, and writes the report of all."""
     folder = Path(args.output_dir)
     if not args.report_only:
         run_missing(args, folder)

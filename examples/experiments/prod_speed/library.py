@@ -70,5 +70,5 @@ def _called(pipeline: Callable[..., dict[str, np.ndarray]]) -> Transform:
 
 
 def to_network(pixels: np.ndarray) -> Tensor:
-    """Convert (H, W, 3) uint8 to (3, H, W) float32 in [0, 1], as PROD returns it."""
+    """Converts (H, W, 3) uint8 to (3, H, W) float32 in [0, 1], as PROD returns it."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(255)

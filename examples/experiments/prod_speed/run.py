@@ -186,7 +186,7 @@ Memory of the process over {memory["patches"]:,} patches: {memory["after_warm_up
 
 
 def main(args: ProdSpeedArguments) -> None:
-    """Measure and write one JSON file for each kind of hardware, with its tables beside it."""
+    """Measures and writes one JSON file for each kind of hardware, with its tables beside it."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     library = [] if args.library == "none" else [args.library]

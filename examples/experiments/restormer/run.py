@@ -111,7 +111,7 @@ def timings(args: RestormerArguments, mode: Mode, shape: str) -> Iterator[Row]:
 
 
 def make_and_take_steps(variant: str, args: RestormerArguments, mode: Mode, shape: str) -> None:
-    """Make a variant and take three training steps."""
+    """Makes a variant and takes three training steps."""
     take_steps(make_network(variant, args.width, args.num_blocks).to(mode.device), mode, shape)
 
 
@@ -171,7 +171,7 @@ def measure(args: RestormerArguments) -> Iterator[Row]:
 
 
 def main(args: RestormerArguments) -> None:
-    """Measure and write the results."""
+    """Measures and writes the results."""
     facts = machine_facts(device(), "torch") | asdict(args)
     del facts["output_dir"]
     save_results(args.output_dir, machine_name(facts), {**facts, "rows": shown(measure(args), line)}, report)

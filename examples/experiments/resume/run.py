@@ -65,7 +65,7 @@ class Runs:
         network.save_pretrained(folder / "network")
 
     def start(self, output_dir: Path) -> subprocess.Popen:
-        """Begin the run, or go on with it where it has a checkpoint."""
+        """Begins the run, or goes on with it where it has a checkpoint."""
         flags = {
             "train_dir": EXAMPLES / "data" / "underwater" / "train" / "target",
             "config_name": self.folder / "network",
@@ -93,7 +93,7 @@ class Runs:
             )
 
     def finish(self, output_dir: Path) -> tuple[float, float]:
-        """Run to the end; seconds until the first new checkpoint, and between checkpoints after it."""
+        """Runs to the end; seconds until the first new checkpoint, and between checkpoints after it."""
         first_step = _last_step(output_dir)
         started = time.monotonic()
         process = self.start(output_dir)
@@ -125,7 +125,7 @@ def _last_step(output_dir: Path) -> int:
 
 
 def check_checkpoints(output_dir: Path) -> None:
-    """Read every file of every checkpoint.
+    """Reads every file of every checkpoint.
 
     Raises:
         ValueError: A file cannot be read; names it.
@@ -153,7 +153,7 @@ def differing_tensors(one: Path, other: Path) -> list[str]:
 
 
 def main(args: KillArguments) -> None:
-    """Run the training uninterrupted, then with kills, and compare the two."""
+    """Runs the training uninterrupted, then with kills, and compares the two."""
     folder = Path(args.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder} is there already; choose a new folder.")

@@ -149,7 +149,7 @@ class Known(NamedTuple):
 
 
 def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, known: Known) -> Cell:
-    """Train once; PSNR on the pairs to validate on (`psnr`) and on those trained on (`train_psnr`).
+    """Trains once; PSNR on the pairs to validate on (`psnr`) and on those trained on (`train_psnr`).
 
     The latter shows more surely how far the optimiser came.
     """
@@ -268,7 +268,7 @@ def _shown(value: float, form: str) -> str:
 
 
 def main(args: ScalingArguments) -> None:
-    """Run the cells that the file lacks and write the report of all."""
+    """Runs the cells that the file lacks and writes the report of all."""
     accelerator = Accelerator()
     use_all_cores(accelerator)
     file = CellFile(args.results)

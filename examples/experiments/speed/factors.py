@@ -90,7 +90,7 @@ def measure(args: FactorArguments) -> Iterator[list[str]]:
 
 
 def main(args: FactorArguments) -> None:
-    """Measure and write the table."""
+    """Measures and writes the table."""
     rows = shown(measure(args), list)
     heads = ["layer", "channels", "rank", "side", "million multiplications", "weight", "factors / weight", "rule"]
     hardware = f"{hardware_name(torch.device('cpu'))}, torch {torch.__version__}"

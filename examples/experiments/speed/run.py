@@ -90,7 +90,7 @@ def timings(args: SpeedArguments, network_name: str, mode: Mode, what: str, shap
 
 
 def adapt_and_take_steps(network_name: str, mode: Mode, shape: str, variant: str, parameter_budget: float) -> None:
-    """Make a variant and take three training steps, weights and Adam's moments included."""
+    """Makes a variant and takes three training steps, weights and Adam's moments included."""
     network = make_network(network_name)
     model = make_variant(network, variant, parameter_budget).to(mode.device)
     del network
@@ -139,7 +139,7 @@ def measure(args: SpeedArguments) -> Iterator[Row]:
 
 
 def main(args: SpeedArguments) -> None:
-    """Measure and write the results."""
+    """Measures and writes the results."""
     facts = {**machine_facts(device(), "torch", "peft", "colora-peft"), **asdict(args)}
     del facts["output_dir"]
     save_results(args.output_dir, machine_name(facts), {**facts, "rows": shown(measure(args), line)}, report)

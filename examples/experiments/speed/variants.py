@@ -108,7 +108,7 @@ class Mode:
         return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     def wait(self) -> None:
-        """Wait until the device has done all its work."""
+        """Waits until the device has done all its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -150,7 +150,7 @@ def training_step(model: nn.Module, mode: Mode, batch: dict[str, Tensor]) -> Cal
 
 
 def take_steps(model: nn.Module, mode: Mode, shape: str) -> None:
-    """Take three training steps, after which memory has reached its peak."""
+    """Takes three training steps, after which memory has reached its peak."""
     step = training_step(model, mode, images(shape, mode.device))
     for _ in range(3):
         step()

@@ -97,7 +97,7 @@ def measure(args: LoadingArguments) -> Iterator[list[str]]:
 
 
 def main(args: LoadingArguments) -> None:
-    """Measure and print."""
+    """Measures and print."""
     torch.set_num_threads(args.threads)
     print(markdown_table(["adapter", "operation", "wall clock", "processor"], measure(args)))
 

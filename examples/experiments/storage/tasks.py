@@ -50,14 +50,14 @@ class TasksArguments:
 
 
 def save_network(name: str, folder: Path) -> Path:
-    """Save the network as full fine-tuning does."""
+    """Saves the network as full fine-tuning does."""
     model = NAFNetForImageRestoration(NAFNetConfig()) if name == "nafnet-width32" else load_backbone(name)
     model.save_pretrained(folder)
     return folder
 
 
 def save_adapter(base: Path, budget: float, folder: Path) -> Path:
-    """Save an adapter with random factors."""
+    """Saves an adapter with random factors."""
     config = CoLoRAConfig(parameter_budget=budget, init_weights=False)
     get_peft_model(load_backbone(str(base)), config).save_pretrained(folder)
     return folder
@@ -122,7 +122,7 @@ def rows_of(name: str, num_tasks: list[int], folder: Path) -> list[list[object]]
 
 
 def main(args: TasksArguments) -> None:
-    """Measure and write the table."""
+    """Measures and writes the table."""
     torch.manual_seed(0)
     rows = []
     for name in args.models:

@@ -228,7 +228,7 @@ Seconds are those of this machine as busy as it was.
 
 
 def main(args: TilesArguments) -> None:
-    """Measure the quality of all choices, or the memory of a large image, and write the results."""
+    """Measures the quality of all choices, or the memory of a large image, and writes the results."""
     if args.memory is not None:
         sizes(args.memory, "x", "--memory")
     list(choices(args))  # refuses wrong sizes before anything is made
