@@ -1,4 +1,4 @@
-"""Pushing and pulling with the real client against a Hub on this machine, and all that can be wrong with what is pulled."""
+"""Pushing and pulling with the real client against a Hub on this machine, and all that can be wrong with a result."""
 
 import json
 import os

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from colora_peft.training import LEARNING_RATES, METHODS
 from colora_peft.utils import check_at_least, flag
-from examples.experiments.grid.cells import check_lists, check_network
+from examples.experiments.grid.cells import Cell, check_lists, check_network
 from examples.experiments.grid.tuned import TunedArguments
 from examples.finetune import SHIPPED_NETWORK
 
@@ -133,3 +133,13 @@ def variants_of(comparison: str, task: str, pairs: int, args: BenchmarkArguments
         return [Variant(task, pairs, network, "full") for network in networks]
     budgets = {method: args.budgets if method in BUDGETED else [None] for method in args.methods}
     return [Variant(task, pairs, networks[0], method, budget) for method in args.methods for budget in budgets[method]]
+
+
+def label(network: str, method: str, budget: float | None) -> str:
+    """A way to tune as the paper writes it."""
+    return f"{network} + {method}{f' {budget:.3g}' if budget is not None else ''}"
+
+
+def label_of(cell: Cell) -> str:
+    """The way to tune that a cell was run with."""
+    return label(cell["network"], cell["method"], cell.get("parameter_budget"))
