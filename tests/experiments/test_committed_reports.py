@@ -13,6 +13,7 @@ from examples.experiments.prod_speed import run as prod_speed
 from examples.experiments.restormer import run as restormer
 from examples.experiments.scaling import run as scaling
 from examples.experiments.speed import run as speed
+from examples.experiments.start import run as start
 from examples.experiments.tiles import run as tiles
 
 EXPERIMENTS = EXAMPLES / "experiments"
@@ -51,6 +52,7 @@ def test_the_cells_of_a_tuned_grid_give_its_report(folder, tmp_path):
     assert (again / "report.md").read_text(encoding="utf-8") == (folder / "report.md").read_text(encoding="utf-8")
 
 
-def test_the_cells_of_the_scaling_give_its_report():
-    cells = json.loads((EXPERIMENTS / "scaling" / "cells.json").read_text(encoding="utf-8"))
-    assert (EXPERIMENTS / "scaling" / "report.md").read_text(encoding="utf-8") == scaling.report(cells)
+@pytest.mark.parametrize(("name", "program"), [("scaling", scaling), ("start", start)])
+def test_the_cells_of_a_comparison_of_rates_give_its_report(name, program):
+    cells = json.loads((EXPERIMENTS / name / "cells.json").read_text(encoding="utf-8"))
+    assert (EXPERIMENTS / name / "report.md").read_text(encoding="utf-8") == program.report(cells)
