@@ -83,7 +83,7 @@ def method_settings() -> Cell:
 
 
 def check_same_settings(folder: str | Path, own: Cell) -> None:
-    """Writes the settings that all cells of a grid share beside them, or refuse a folder of other settings.
+    """Writes the settings that all cells of a grid share beside them, or refuses a folder of other settings.
 
     Raises:
         ValueError: The folder has cells of other settings; names the setting.

@@ -82,10 +82,10 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
 
 
 def default_table(results: Results, inputs: dict[str, float], tasks: list[str], pairs: int) -> str:
-    """Markdown: CoLoRA as finetune.py runs it without a flag, beside others at their own best rates; a row by task.
+    """Markdown: CoLoRA at the rate finetune.py has without a flag, beside others at their own best; a row by task.
 
     The budget is the largest that CoLoRA ran with. Tasks are left out that one of the ways lacks, or has with other
-    seeds; empty if none is left. The table of the project's README is this one.
+    seeds; empty if none is left.
     """
     _, _, network, method, budget = max(
         (key for key in results if key[3] == COLORA_DEFAULT), key=lambda key: key[4], default=(None,) * 5
@@ -93,7 +93,7 @@ def default_table(results: Results, inputs: dict[str, float], tasks: list[str], 
     ways = {
         "full fine-tuning": (network, "full", None),
         "PEFT's LoRA": (network, PEFT_LORA, budget),
-        "CoLoRA, no flag": (network, method, budget),
+        "CoLoRA, default rate": (network, method, budget),
     }
     rows, values, differences = [], [], []
     for task in tasks:
