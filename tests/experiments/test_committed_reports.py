@@ -13,7 +13,7 @@ from examples.experiments.prod_speed import run as prod_speed
 from examples.experiments.restormer import run as restormer
 from examples.experiments.scaling import run as scaling
 from examples.experiments.speed import run as speed
-from examples.experiments.start import run as start
+from examples.experiments.start import report as start
 from examples.experiments.tiles import run as tiles
 
 EXPERIMENTS = EXAMPLES / "experiments"
@@ -56,3 +56,11 @@ def test_the_cells_of_a_tuned_grid_give_its_report(folder, tmp_path):
 def test_the_cells_of_a_comparison_of_rates_give_its_report(name, program):
     cells = json.loads((EXPERIMENTS / name / "cells.json").read_text(encoding="utf-8"))
     assert (EXPERIMENTS / name / "report.md").read_text(encoding="utf-8") == program.report(cells)
+
+
+def test_the_page_of_results_has_the_means_of_the_ways_to_begin():
+    cells = json.loads((EXPERIMENTS / "start" / "cells.json").read_text(encoding="utf-8"))
+    rows = start.rows_of(cells)
+    base = start.reference(rows)
+    means = start.table_by_rate(start.differences_to(base, rows), base)
+    assert means in (EXPERIMENTS / "README.md").read_text(encoding="utf-8")

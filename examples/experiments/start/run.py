@@ -12,9 +12,8 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from itertools import product
-from math import nan, sqrt
+from math import nan
 from pathlib import Path
-from statistics import mean, stdev
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -37,13 +36,10 @@ from examples.experiments.grid.cells import (
     train_and_validate,
 )
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, check_same_settings, method_settings
-from examples.experiments.methods.plan import PEFT_LORA
+from examples.experiments.start.report import report
 from examples.experiments.start.ways import WAYS, begin
-from examples.experiments.tables import markdown_table
 
 COUNTS = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
-Row = tuple[str, float]
-"""A way and its learning rate."""
 
 
 @dataclass(kw_only=True)
@@ -112,51 +108,6 @@ def run_cell(args: StartArguments, settings: Cell, accelerator: Accelerator) -> 
         return train_and_validate(model, patches, PairCentres(validation, args.evaluated_size), run, accelerator)
 
 
-# ----------------------------------------------------------------------------------------------------------- report
-
-
-def rows_of(cells: list[Cell]) -> dict[Row, dict[tuple[str, int], float]]:
-    """PSNR by task and seed of each way and learning rate."""
-    rows: dict[Row, dict[tuple[str, int], float]] = {}
-    for cell in cells:
-        if "psnr" in cell:
-            rows.setdefault((cell["way"], cell["learning_rate"]), {})[cell["task"], cell["seed"]] = cell["psnr"]
-    return rows
-
-
-def reference(rows: dict[Row, dict[tuple[str, int], float]]) -> Row | None:
-    """PEFT's LoRA at the learning rate that is best on the mean over what all its rates have; None without it."""
-    own = {row: values for row, values in rows.items() if row[0] == PEFT_LORA}
-    common = set.intersection(*map(set, own.values())) if own else set()
-    return max(own, key=lambda row: mean(own[row][key] for key in common)) if common else None
-
-
-def report(cells: list[Cell]) -> str:
-    """Markdown: difference of every row to PEFT's LoRA by task, and its mean with its standard error."""
-    rows = rows_of(cells)
-    base = reference(rows)
-    if base is None:
-        return f"No cells of {PEFT_LORA}, to which the others are compared.\n"
-    tasks = list(dict.fromkeys(task for values in rows.values() for task, _ in values))
-    lines, failed = [], [cell for cell in cells if "failed" in cell]
-    for row, values in rows.items():
-        found = {key: values[key] - rows[base][key] for key in values if key in rows[base]}
-        if not found:
-            continue
-        by_task = {task: [value for (own, _), value in found.items() if own == task] for task in tasks}
-        means = [f"{mean(own):+.2f}" if own else "" for own in by_task.values()]
-        error = stdev(found.values()) / sqrt(len(found)) if len(found) > 1 else nan
-        lines.append([row[0], f"{row[1]:g}", *means, f"{mean(found.values()):+.2f} ± {error:.2f}", len(found)])
-    first = cells[0]
-    return (
-        f"PSNR in dB minus that of {PEFT_LORA} at {base[1]:g}, paired by task and draw; the mean over the draws with "
-        f"its standard error. {first['max_train_steps']} steps of {first['per_device_train_batch_size']} x "
-        f"{first['resolution']}, budget {first['parameter_budget']:.0%}, {first['validation_pairs']} pairs held out "
-        f"of the training folder.\n\n{markdown_table(['way', 'learning rate', *tasks, 'mean', 'draws'], lines)}\n"
-        + "".join(f"\nFailed: {c['task']}, {c['way']}, {c['learning_rate']:g}, seed {c['seed']}.\n" for c in failed)
-    )
-
-
 def main(args: StartArguments) -> None:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
@@ -165,11 +116,9 @@ def main(args: StartArguments) -> None:
     check_same_settings(args.output_dir, args.shared_settings())
     shared = {name: getattr(args, name) for name in (*COUNTS, "parameter_budget")}
     data = {task: PairedImageFolder(args.train_dir(task)).fingerprint for task in args.tasks}
-    file, grid = (
-        CellFile(Path(args.output_dir) / CELLS_FILE),
-        product(args.seeds, args.tasks, args.ways, args.learning_rates),
-    )
-    for seed, task, way, rate in own_part(list(grid), args.part):
+    file = CellFile(Path(args.output_dir) / CELLS_FILE)
+    grid = list(product(args.seeds, args.tasks, args.ways, args.learning_rates))
+    for seed, task, way, rate in own_part(grid, args.part):
         settings = {"task": task, "data": data[task], "way": way, "learning_rate": rate, "seed": seed, **shared}
         if file.find(settings) is None:
             try:

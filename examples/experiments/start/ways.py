@@ -44,6 +44,16 @@ WAYS: Mapping[str, Way | None] = {
     "rest": Way("lora_linear", is_aligned=True, trains_rest=True),
 }
 """All ways by name."""
+TITLES = {
+    PEFT_LORA: "PEFT's LoRA",
+    "colora": "CoLoRA",
+    "lora_start": "CoLoRA, start of PEFT's LoRA",
+    "aligned": "CoLoRA, A along the gradient",
+    "gain": "CoLoRA, A along the gradient, ranks by gain",
+    "lora_ranks": "CoLoRA, A along the gradient, ranks of PEFT's LoRA",
+    "rest": "CoLoRA, A along the gradient, biases and norms trained",
+}
+"""Titles of the ways in tables."""
 
 
 def begin(network: nn.Module, name: str, batches: Sequence[dict[str, Tensor]], parameter_budget: float) -> PeftModel:

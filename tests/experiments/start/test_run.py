@@ -100,35 +100,6 @@ def test_lora_ranks_are_those_of_pefts_lora(tiny_nafnet):
     assert len({rank for name, rank in ranks.items() if not shapes[name].is_dense(rank)}) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ report
-
-
-def cell(way, rate, psnr, task="a", seed=0):
-    shared = {"max_train_steps": 3, "per_device_train_batch_size": 2, "resolution": 32, "parameter_budget": 0.07,
-              "validation_pairs": 4}  # fmt: skip
-    return {"way": way, "learning_rate": rate, "psnr": psnr, "task": task, "seed": seed, **shared}
-
-
-def test_the_reference_is_pefts_lora_at_its_best_rate_and_differences_are_paired():
-    cells = [cell("peft_lora", 3e-3, 20.0), cell("peft_lora", 3e-3, 30.0, seed=1)]
-    cells += [cell("peft_lora", 6e-3, 20.5), cell("peft_lora", 6e-3, 30.1, seed=1), cell("peft_lora", 6e-3, 0.0, "b")]
-    cells += [cell("aligned", 6e-3, 21.0), cell("aligned", 6e-3, 30.2, seed=1), cell("aligned", 6e-3, 7.0, "c")]
-    text = run.report(cells)
-    assert "minus that of peft_lora at 0.006" in text
-    assert "| aligned | 0.006 | +0.30 |  |  | +0.30 ± 0.20 | 2 |" in text
-    assert "| peft_lora | 0.003 | -0.30 |  |  | -0.30 ± 0.20 | 2 |" in text
-
-
-def test_without_pefts_lora_the_report_says_so():
-    assert run.report([cell("aligned", 6e-3, 21.0)]).startswith("No cells of peft_lora")
-
-
-def test_what_failed_is_in_the_report():
-    cells = [cell("peft_lora", 3e-3, 20.0), {**cell("aligned", 6e-3, 0.0, seed=1), "failed": "infinite"}]
-    del cells[1]["psnr"]
-    assert "Failed: a, aligned, 0.006, seed 1." in run.report(cells)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

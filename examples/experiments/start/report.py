@@ -1,0 +1,91 @@
+"""The report of the ways to begin: differences to PEFT's LoRA, and their means."""
+
+from __future__ import annotations
+
+from math import nan, sqrt
+from statistics import mean, stdev
+
+from examples.experiments.grid.cells import Cell
+from examples.experiments.methods.plan import PEFT_LORA
+from examples.experiments.start.ways import TITLES
+from examples.experiments.tables import markdown_table
+
+Row = tuple[str, float]
+"""A way and its learning rate."""
+Draw = tuple[str, int]
+"""A task and the seed that drew its pairs."""
+
+
+def rows_of(cells: list[Cell]) -> dict[Row, dict[Draw, float]]:
+    """PSNR by task and seed of each way and learning rate."""
+    rows: dict[Row, dict[Draw, float]] = {}
+    for cell in cells:
+        if "psnr" in cell:
+            rows.setdefault((cell["way"], cell["learning_rate"]), {})[cell["task"], cell["seed"]] = cell["psnr"]
+    return rows
+
+
+def reference(rows: dict[Row, dict[Draw, float]]) -> Row | None:
+    """PEFT's LoRA at the learning rate that is best on the mean over what all its rates have; None without it."""
+    own = {row: values for row, values in rows.items() if row[0] == PEFT_LORA}
+    common = set.intersection(*map(set, own.values())) if own else set()
+    return max(own, key=lambda row: mean(own[row][key] for key in common)) if common else None
+
+
+def differences_to(base: Row, rows: dict[Row, dict[Draw, float]]) -> dict[Row, dict[Draw, float]]:
+    """PSNR of each row minus that of `base`, on the draws that both have; rows that share none are left out."""
+    found = {
+        row: {draw: values[draw] - rows[base][draw] for draw in values if draw in rows[base]}
+        for row, values in rows.items()
+    }
+    return {row: values for row, values in found.items() if values}
+
+
+def mean_with_error(values: list[float]) -> str:
+    """Mean and its standard error over the draws."""
+    error = stdev(values) / sqrt(len(values)) if len(values) > 1 else nan
+    return f"{mean(values):+.2f} ± {error:.2f}"
+
+
+def table_by_task(found: dict[Row, dict[Draw, float]]) -> str:
+    """Markdown: the differences of each row by task, and their mean over the draws."""
+    tasks = list(dict.fromkeys(task for values in found.values() for task, _ in values))
+    lines = []
+    for (way, rate), values in found.items():
+        by_task = {task: [value for (own, _), value in values.items() if own == task] for task in tasks}
+        means = [f"{mean(own):+.2f}" if own else "" for own in by_task.values()]
+        lines.append([way, f"{rate:g}", *means, mean_with_error(list(values.values())), len(values)])
+    return markdown_table(["way", "learning rate", *tasks, "mean", "draws"], lines)
+
+
+def table_by_rate(found: dict[Row, dict[Draw, float]], base: Row) -> str:
+    """Markdown: the mean differences by way and learning rate, without rows that lack some of the draws."""
+    complete = {row: values for row, values in found.items() if len(values) == len(found[base])}
+    rates = sorted({rate for _, rate in complete})
+    lines = []
+    for way in dict.fromkeys(way for way, _ in complete):
+        values = [
+            mean_with_error(list(complete[way, rate].values())) if (way, rate) in complete else "" for rate in rates
+        ]
+        lines.append(
+            [TITLES[way], *("0" if (way, rate) == base else text for rate, text in zip(rates, values, strict=True))]
+        )
+    return markdown_table(["", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def report(cells: list[Cell]) -> str:
+    """Markdown: both tables, and the cells that failed."""
+    rows = rows_of(cells)
+    base = reference(rows)
+    if base is None:
+        return f"No cells of {PEFT_LORA}, to which the others are compared.\n"
+    found, first = differences_to(base, rows), cells[0]
+    failed = [cell for cell in cells if "failed" in cell]
+    return (
+        f"PSNR in dB minus that of {PEFT_LORA} at {base[1]:g}, paired by task and draw; the mean over the draws with "
+        f"its standard error. {first['max_train_steps']} steps of {first['per_device_train_batch_size']} x "
+        f"{first['resolution']}, budget {first['parameter_budget']:.0%}, {first['validation_pairs']} pairs held out "
+        f"of the training folder.\n\n{table_by_task(found)}\n\nThe means by learning rate:\n\n"
+        f"{table_by_rate(found, base)}\n"
+        + "".join(f"\nFailed: {c['task']}, {c['way']}, {c['learning_rate']:g}, seed {c['seed']}.\n" for c in failed)
+    )
