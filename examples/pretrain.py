@@ -234,7 +234,7 @@ def main(args: PretrainArguments) -> None:
                 mixed_precision=accelerator.mixed_precision,
                 prolonged=prolonged_in_words(args.output_dir),
             )
-            save(model, args, facts, patches.fingerprint.partition(",")[0])
+            save(model, args, facts, patches.digest.partition(",")[0])
 
 
 def save(model: torch.nn.Module, args: PretrainArguments, facts: RunFacts, images: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from colora_peft.images import decode_stored, read_stored
 
-from .sources import file_size, fingerprint_of
+from .sources import digest_of_lines, file_size
 
 _PAUSES_S = (1.0, 4.0)  # between the tries to reach an address
 
@@ -34,7 +34,7 @@ class HubImages:
         self._rows = undecoded(split.with_format(None), column).select_columns(column)
         self._column = column
         # "pictures": the run folders of earlier versions hold this line.
-        self.fingerprint = fingerprint_of(f"{len(split)} clean pictures", (column, *column_lines(split, column)))
+        self.digest = digest_of_lines(f"{len(split)} clean pictures", (column, *column_lines(split, column)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -114,9 +114,9 @@ def _download(address: str, name: str) -> bytes:
 
 
 def column_lines(split: Any, column: str) -> list[str]:
-    """Returns the names and sizes of the files in a column of images, in order, for a fingerprint.
+    """Returns the names and sizes of the files in a column of images, in order, for a digest.
 
-    The fingerprint of `datasets` does not serve: it changes with the date of the files and so with every copy.
+    The digest of `datasets` does not serve: it changes with the date of the files and so with every copy.
     """
     import pyarrow.compute as pc  # comes with datasets
 

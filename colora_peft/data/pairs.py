@@ -19,7 +19,7 @@ from colora_peft.utils import NamePattern, match_names, some_sentences
 
 from .hub_columns import check_not_empty, column_lines, read_cell, undecoded
 from .sides import check_no_orphans, find_sides
-from .sources import ImageFiles, fingerprint_of
+from .sources import ImageFiles, digest_of_lines
 
 Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 
@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]  # degraded input and clean target of one size
 class PairSource(Protocol):
     """Degraded and clean images of the same scene and size, by index; `names` tells users which is which.
 
-    A source may have a `fingerprint`, as `ImageSource` has, and `scenes`: the number of the target of each pair, where
+    A source may have a `digest`, as `ImageSource` has, and `scenes`: the number of the target of each pair, where
     several pairs share one.
     """
 
@@ -78,10 +78,10 @@ class PairedImageFolder:
         self._targets = ImageFiles([targets[name] for name in by_number])
 
     @property
-    def fingerprint(self) -> str:
-        sides = f"{self._inputs.fingerprint} and {self._targets.fingerprint}"
+    def digest(self) -> str:
+        sides = f"{self._inputs.digest} and {self._targets.digest}"
         shared = map(str, self.scenes) if len(self._targets) < len(self) else ()
-        return fingerprint_of(f"{len(self)} pairs", (sides, *shared))
+        return digest_of_lines(f"{len(self)} pairs", (sides, *shared))
 
     def files(self, index: int) -> tuple[Path, Path]:
         """Returns the files of a pair."""
@@ -118,7 +118,7 @@ class PairedHubDataset:
         self._split = undecoded(undecoded(split.with_format(None), "input"), "target")
         self.names = [f"row {index}" for index in range(len(split))]
         lines = (line for side in ("input", "target") for line in column_lines(split, side))
-        self.fingerprint = fingerprint_of(f"{len(split)} pairs", lines)
+        self.digest = digest_of_lines(f"{len(split)} pairs", lines)
 
     def files(self, index: int) -> list[str | bytes | None]:
         """Returns the files of a pair: their content, or the paths or addresses where they lie."""
@@ -194,9 +194,9 @@ class PairSubset:
         self._indices = list(indices)
 
     @property
-    def fingerprint(self) -> str | None:
-        whole = getattr(self._pairs, "fingerprint", None)
-        return whole and fingerprint_of(f"{len(self)} pairs", (whole, *map(str, self._indices)))
+    def digest(self) -> str | None:
+        whole = getattr(self._pairs, "digest", None)
+        return whole and digest_of_lines(f"{len(self)} pairs", (whole, *map(str, self._indices)))
 
     def files(self, index: int) -> Sequence[str | Path | bytes | None]:
         """Returns the files of a pair as far as the other source knows them."""

@@ -50,7 +50,7 @@ class PatchDataset(Dataset):
     """
 
     max_skipped_share = 0.0
-    fingerprint: str | None = None  # of what the images are, where that is known
+    digest: str | None = None  # of what the images are, where that is known
 
     def __init__(self, length: int, resolution: int, seed: int) -> None:
         if resolution < 1:
@@ -121,8 +121,8 @@ class DegradedPatches(PatchDataset):
         self.enlarged_share = enlarged_share
 
     @property
-    def fingerprint(self) -> str | None:
-        return getattr(self.images, "fingerprint", None)
+    def digest(self) -> str | None:
+        return getattr(self.images, "digest", None)
 
     def __getitem__(self, number: int) -> Sample:
         epoch, index = self.locate(number)
@@ -206,8 +206,8 @@ class PairedPatches(PatchDataset):
         self.pairs = pairs
 
     @property
-    def fingerprint(self) -> str | None:
-        return getattr(self.pairs, "fingerprint", None)
+    def digest(self) -> str | None:
+        return getattr(self.pairs, "digest", None)
 
     def sample(self, index: int, generator: torch.Generator) -> Pair:
         name = f"The pair {self.pairs.names[index]}"

@@ -27,10 +27,10 @@ _SILENTLY_CHECKED = 100  # images; with more of them the check shows a bar
 class ImageSource(Protocol):
     """Clean images by index, uint8 or float32 in [0, 1], not to be written to; `name` tells users which is which.
 
-    `fingerprint` is one line that changes where the images do, so that a resumed run notices.
+    `digest` is one line that changes where the images do, so that a resumed run notices.
     """
 
-    fingerprint: str
+    digest: str
 
     def __len__(self) -> int: ...
 
@@ -48,12 +48,12 @@ class ImageFiles:
         self._free_bytes = cache_bytes
 
     @cached_property
-    def fingerprint(self) -> str:
+    def digest(self) -> str:
         """Digest of the names below the folder they share, and of the sizes."""
         folder = os.path.commonpath([path.parent for path in self.paths]) if self.paths else ""
         lines = (f"{os.path.relpath(path, folder)}:{file_size(path)}" for path in self.paths)
         # "pictures": the run folders of earlier versions hold this line, and a run goes on only where it is the same.
-        return fingerprint_of(f"{len(self)} clean pictures", lines)
+        return digest_of_lines(f"{len(self)} clean pictures", lines)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -79,7 +79,7 @@ def file_size(path: Path) -> int:
         return -1
 
 
-def fingerprint_of(title: str, lines: Iterable[str]) -> str:
+def digest_of_lines(title: str, lines: Iterable[str]) -> str:
     """Returns the title, which is for people, and a digest of the lines."""
     content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
     return f"{title}, {digest_of_bytes(content)[:16]}"

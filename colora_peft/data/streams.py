@@ -31,7 +31,7 @@ from colora_peft.prod import RandomOrderDegradation
 
 from .hub_columns import check_column, read_cell, undecoded
 from .patches import Position, Sample, StepSampler, degraded_sample, sample_generator
-from .sources import Candidate, fingerprint_of, first_usable
+from .sources import Candidate, digest_of_lines, first_usable
 
 _MOST_SHARDS = 4096  # a folder has a shard for each file; so many of them are read as one that no more are left
 _SPARES = 8  # images of a block that may replace one that cannot be used
@@ -88,7 +88,7 @@ class ImageStream:
         self.seed = seed
         self.block_size = block_size
         self.num_shards = min(split.num_shards, _MOST_SHARDS)
-        self.fingerprint = fingerprint_of(
+        self.digest = digest_of_lines(
             f"a stream of clean pictures in {split.num_shards} shards", (str(split.features), column)
         )
 
@@ -180,7 +180,7 @@ class StreamPatches(Dataset):
         self.resolution = resolution
         self.max_skipped_share = max_skipped_share
         self.enlarged_share = enlarged_share
-        self.fingerprint = stream.fingerprint
+        self.digest = stream.digest
 
     def __getitem__(self, drawn: Drawn) -> Sample:
         generator = sample_generator(self._seed, drawn.epoch, drawn.cell.shard, drawn.cell.row)

@@ -66,7 +66,7 @@ class TrainingRun:
         engine: Steps the parameters that require gradients.
         args: The run's settings.
         accelerator: That of the run.
-        dataset: Training samples. It may have a `fingerprint` and a `max_skipped_share`.
+        dataset: Training samples. It may have a `digest` and a `max_skipped_share`.
         network: Gives the network as it is evaluated and saved.
     """
 
@@ -92,8 +92,8 @@ class TrainingRun:
         max_share = getattr(dataset, "max_skipped_share", 0.0)
         self._skipped = SkippedImages(self.output_dir, max_share, accelerator.is_main_process)
         # One process alone looks at all the files.
-        fingerprint = getattr(dataset, "fingerprint", None) if accelerator.is_main_process else None
-        self._fingerprint: str | None = Processes(accelerator).from_main(fingerprint)
+        digest = getattr(dataset, "digest", None) if accelerator.is_main_process else None
+        self._digest: str | None = Processes(accelerator).from_main(digest)
         self._frozen = frozen_digest(model)
         config = getattr(model, "peft_config", {}).get("default")
         self._method_version: int | None = getattr(config, "method_version", None)
@@ -192,11 +192,11 @@ class TrainingRun:
             )
         self._check_same_data(checkpoint, saved.get("dataset"), saved.get("positions"))
 
-    def _check_same_data(self, checkpoint: Path, fingerprint: str | None, positions: list[Position] | None) -> None:
-        known = fingerprint is not None and self._fingerprint is not None  # not in older checkpoints
-        if known and fingerprint != self._fingerprint and not self.args.allow_changed_dataset:
+    def _check_same_data(self, checkpoint: Path, digest: str | None, positions: list[Position] | None) -> None:
+        known = digest is not None and self._digest is not None  # not in older checkpoints
+        if known and digest != self._digest and not self.args.allow_changed_dataset:
             raise ValueError(
-                f"{checkpoint} was trained on another dataset ({fingerprint}) than this one ({self._fingerprint}): "
+                f"{checkpoint} was trained on another dataset ({digest}) than this one ({self._digest}): "
                 "files were added, removed or changed. Give the same data, or go on with the new with "
                 "--allow_changed_dataset."
             )
@@ -223,7 +223,7 @@ class TrainingRun:
                     "global_batch_size": self.global_batch_size,
                     "mixed_precision": self.accelerator.mixed_precision,
                     "scaler": None if scaler is None else scaler.state_dict(),
-                    "dataset": self._fingerprint,
+                    "dataset": self._digest,
                     "frozen": self._frozen,
                     "method_version": self._method_version,
                     "positions": None if positions[0] is None else positions,

@@ -1,4 +1,4 @@
-"""Image columns of Hugging Face datasets: what is refused, what is read again, and what a fingerprint follows."""
+"""Image columns of Hugging Face datasets: what is refused, what is read again, and what a digest follows."""
 
 import os
 import time
@@ -90,37 +90,37 @@ def test_an_empty_cell_is_a_missing_image(cell):
         read_cell(cell, "row 3")
 
 
-# Fingerprints
+# Digests
 
 
-def test_a_fingerprint_of_a_dataset_follows_its_images_and_not_the_date(tmp_path):
+def test_a_digest_of_a_dataset_follows_its_images_and_not_the_date(tmp_path):
     file = tmp_path / "photos.parquet"
     dataset_of(kinds(tmp_path / "kinds")).to_parquet(file)
 
-    def fingerprint(rows=None):
+    def digest(rows=None):
         options = {"data_files": str(file), "split": "train", "cache_dir": str(tmp_path / "cache")}
         split = datasets.load_dataset("parquet", **options)
-        return HubImages(split if rows is None else split.select(rows), "photo").fingerprint
+        return HubImages(split if rows is None else split.select(rows), "photo").digest
 
-    before = fingerprint()
+    before = digest()
     os.utime(file, (1, 1))
-    assert fingerprint() == before == fingerprint([0, 1, 2, 3, 4])
-    assert len({before, fingerprint([1, 0, 2, 3, 4]), fingerprint([0, 1, 2, 3])}) == 3
+    assert digest() == before == digest([0, 1, 2, 3, 4])
+    assert len({before, digest([1, 0, 2, 3, 4]), digest([0, 1, 2, 3])}) == 3
 
 
-def test_a_fingerprint_of_images_that_a_dataset_only_names_follows_their_sizes(tmp_path):
+def test_a_digest_of_images_that_a_dataset_only_names_follows_their_sizes(tmp_path):
     paths = list_images(kinds(tmp_path / "kinds"))
 
-    def fingerprint():
+    def digest():
         column = datasets.Dataset.from_dict({"photo": [str(path) for path in paths]})
-        return HubImages(column.cast_column("photo", datasets.Image()), "photo").fingerprint
+        return HubImages(column.cast_column("photo", datasets.Image()), "photo").digest
 
-    before = fingerprint()
+    before = digest()
     save(paths[1], 20, 20)
-    assert fingerprint() != before
+    assert digest() != before
 
 
-def test_a_fingerprint_follows_the_rows_of_a_dataset(tmp_path):
+def test_a_digest_follows_the_rows_of_a_dataset(tmp_path):
     rows = dataset_of(kinds(tmp_path))
-    whole, again, fewer = (HubImages(each, "photo").fingerprint for each in (rows, rows, rows.select([0, 2])))
+    whole, again, fewer = (HubImages(each, "photo").digest for each in (rows, rows, rows.select([0, 2])))
     assert whole == again != fewer and fewer.startswith("2 clean pictures, ")

@@ -106,22 +106,22 @@ def test_pairs_may_lie_side_by_side(tmp_path):
         PairedImageFolder(tmp_path, "{}_noisy", "{}_clean")
 
 
-def test_several_inputs_of_a_target_are_counted_and_change_the_fingerprint_alone(tmp_path):
+def test_several_inputs_of_a_target_are_counted_and_change_the_digest_alone(tmp_path):
     save_files(tmp_path, input=["0_0", "0_1", "1_0", "2_0"], target=["0", "1", "2"])
     pairs = PairedImageFolder(tmp_path, "{}_*")
     assert count_in_words(pairs) == "4 inputs of 3 targets" and pairs.scenes == [0, 0, 1, 2]
     assert torch.equal(pairs[1][1], pairs[0][1]) and not torch.equal(pairs[1][0], pairs[0][0])
     save_files(tmp_path / "b", input=["0", "1", "2"], target=["0", "1", "2"])
     of_one = PairedImageFolder(tmp_path / "b")
-    assert of_one.fingerprint == PairedImageFolder(tmp_path / "b", "{}*").fingerprint != pairs.fingerprint
+    assert of_one.digest == PairedImageFolder(tmp_path / "b", "{}*").digest != pairs.digest
 
 
-def test_the_fingerprint_of_pairs_of_equal_names_is_that_of_runs_before_there_were_patterns(tmp_path):
+def test_the_digest_of_pairs_of_equal_names_is_that_of_runs_before_there_were_patterns(tmp_path):
     for side in ("input", "target"):
         (tmp_path / side).mkdir()
         for name in ("b", "a"):
             (tmp_path / side / f"{name}.png").write_bytes(name.encode() * 7)
-    assert PairedImageFolder(tmp_path).fingerprint == "2 pairs, 9911b6c534692b3a"
+    assert PairedImageFolder(tmp_path).digest == "2 pairs, 9911b6c534692b3a"
 
 
 def test_inputs_of_one_target_are_held_out_together(tmp_path):
@@ -326,16 +326,16 @@ def test_all_pairs_may_be_drawn_but_not_more_nor_none():
             draw_pairs(NumberedPairs(5), count, seed=0)
 
 
-# Fingerprints
+# Digests
 
 
-def test_a_fingerprint_follows_the_files_and_the_drawn_pairs(tmp_path):
+def test_a_digest_follows_the_files_and_the_drawn_pairs(tmp_path):
     pairs = PairedImageFolder(save_pairs(tmp_path, "a", "b", "c"))
     first, _ = draw_pairs(pairs, 2, seed=0)
-    found = {pairs.fingerprint, first.fingerprint}
-    assert first.fingerprint == PairSubset(PairedImageFolder(tmp_path), first._indices).fingerprint
-    found.add(PairSubset(pairs, [index for index in (0, 1, 2) if index != first._indices[0]]).fingerprint)
+    found = {pairs.digest, first.digest}
+    assert first.digest == PairSubset(PairedImageFolder(tmp_path), first._indices).digest
+    found.add(PairSubset(pairs, [index for index in (0, 1, 2) if index != first._indices[0]]).digest)
     save(tmp_path / "target" / "b.png", 14, 14)
-    found.add(PairedImageFolder(tmp_path).fingerprint)
+    found.add(PairedImageFolder(tmp_path).digest)
     assert len(found) == 4 and all(name.startswith(("3 pairs, ", "2 pairs, ")) for name in found)
-    assert PairSubset(NumberedPairs(2), [0]).fingerprint is None
+    assert PairSubset(NumberedPairs(2), [0]).digest is None

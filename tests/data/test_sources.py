@@ -209,20 +209,20 @@ def test_nothing_usable_is_an_error_that_names_what_was_tried(tmp_path):
         first_usable([], 1)
 
 
-# Fingerprints
+# Digests
 
 
-def test_a_fingerprint_follows_names_and_sizes_and_not_the_place(tmp_path):
+def test_a_digest_follows_names_and_sizes_and_not_the_place(tmp_path):
     folder = kinds(tmp_path / "one")
-    before = ImageFiles(list_images(folder)).fingerprint
+    before = ImageFiles(list_images(folder)).digest
     assert before.startswith("5 clean pictures, ")
     shutil.copytree(folder, tmp_path / "two")
-    assert ImageFiles(list_images(tmp_path / "two")).fingerprint == before
+    assert ImageFiles(list_images(tmp_path / "two")).digest == before
     found = {before}
     (tmp_path / "two" / "grey.png").rename(tmp_path / "two" / "gray.png")
-    found.add(ImageFiles(list_images(tmp_path / "two")).fingerprint)
+    found.add(ImageFiles(list_images(tmp_path / "two")).digest)
     save(tmp_path / "two" / "gray.png", 20, 20)
-    found.add(ImageFiles(list_images(tmp_path / "two")).fingerprint)
+    found.add(ImageFiles(list_images(tmp_path / "two")).digest)
     (tmp_path / "two" / "gray.png").unlink()
-    found.add(ImageFiles(list_images(tmp_path / "two")).fingerprint)
+    found.add(ImageFiles(list_images(tmp_path / "two")).digest)
     assert len(found) == 4

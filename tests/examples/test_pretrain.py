@@ -240,7 +240,7 @@ def test_a_changed_folder_is_refused_on_resume_unless_allowed(flags, train_dir, 
     assert state["dataset"].startswith("4 clean pictures")
 
 
-def test_a_checkpoint_without_a_fingerprint_goes_on(flags, tmp_path):
+def test_a_checkpoint_without_a_digest_of_its_data_goes_on(flags, tmp_path):
     command = [*flags, "--checkpointing_steps", 2]
     expected = weights(run(*command))
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")

@@ -121,7 +121,7 @@ class TunedGrid(NamedTuple):
     run_cell: Callable[[V, float, int], Cell]
     """Runs a variant at a learning rate and a seed."""
     identity: Callable[[V], Cell] = lambda variant: {}
-    """Returns fingerprints of the networks and data that a variant names: they make a cell the same, too."""
+    """Returns fingerprints of the networks and digests of the data of a variant: they make a cell the same, too."""
     retry_failed: bool = False
     """Whether cells that failed, if only for want of memory, are run again."""
     fixed_rate: Callable[[V], float | None] = lambda variant: None

@@ -125,12 +125,12 @@ def weights_of(path: str) -> str:
 
 @cache
 def pairs_of(folder: Path) -> str:
-    """Fingerprint of a folder of pairs."""
-    return PairedImageFolder(folder).fingerprint
+    """Digest of a folder of pairs."""
+    return PairedImageFolder(folder).digest
 
 
 def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
-    """Fingerprints of the weights and the pairs that a variant names."""
+    """Fingerprint of the weights and digest of the pairs that a variant names."""
     weights = weights_of(args.network_paths()[variant.network])
     folder = Path(args.data_dir) / variant.task
     return {

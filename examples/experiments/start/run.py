@@ -115,7 +115,7 @@ def main(args: StartArguments) -> None:
     use_all_cores(accelerator)
     check_same_settings(args.output_dir, args.shared_settings())
     shared = {name: getattr(args, name) for name in (*COUNTS, "parameter_budget")}
-    data = {task: PairedImageFolder(args.train_dir(task)).fingerprint for task in args.tasks}
+    data = {task: PairedImageFolder(args.train_dir(task)).digest for task in args.tasks}
     file = CellFile(Path(args.output_dir) / CELLS_FILE)
     grid = list(product(args.seeds, args.tasks, args.ways, args.learning_rates))
     for seed, task, way, rate in own_part(grid, args.part):
