@@ -1,4 +1,4 @@
-"""Measures how much each layer of a pre-trained restoration network contributes to a task, and look at it.
+"""Measures how much each layer of a pre-trained restoration network contributes to a task, and shows it.
 
     accelerate launch examples/contribution.py
 

@@ -1,4 +1,4 @@
-"""Pre-train a restoration network on clean images with PROD (random order degradations).
+"""Pre-trains a restoration network on clean images with PROD (random order degradations).
 
     accelerate launch examples/pretrain.py --train_dir path/to/clean/photos --output_dir outputs/nafnet-small-prod
     accelerate launch examples/pretrain.py --dataset_name you/photos --streaming --max_train_steps 500000

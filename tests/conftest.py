@@ -41,7 +41,7 @@ def tiny_nafnet(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def factored_gradients_for_any_size(request, monkeypatch):
-    """Let the tiny networks of the tests train their factors as large ones do, unless marked `real_sizes`."""
+    """Lets the tiny networks of the tests train their factors as large ones do, unless marked `real_sizes`."""
     if "real_sizes" not in request.keywords:
         monkeypatch.setattr("colora_peft.tuner.functional.MINIMUM_MULTIPLICATIONS", 0)
 

@@ -1,4 +1,4 @@
-"""Measure: how much each layer contributes to a new task.
+"""Measures how much each layer contributes to a new task.
 
 `estimate_contributions` is the entry. Its estimators take one pass of gradients at the pre-trained weights
 (`one_pass`) or integrate along a path in weight space (`faig`). The network is afterwards as it was.

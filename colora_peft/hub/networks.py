@@ -27,7 +27,7 @@ _MODULE_AND_FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<functio
 
 @cache
 def register_backbones() -> None:
-    """Import every module that installed packages name under the entry point group `colora_peft.backbones`.
+    """Imports every module that installed packages name under the entry point group `colora_peft.backbones`.
 
     Such a module registers its networks with transformers' Auto classes when it is imported; `colora_peft.models` is
     one of them. By entry point, because the method itself does not depend on any backbone.

@@ -88,7 +88,7 @@ class GaussianBlur:
         return {"sigma_x_px": sigma, "sigma_y_px": sigma, "angle_deg": 0.0}
 
     def apply(self, image: Tensor, sigma_x_px: float, sigma_y_px: float, angle_deg: float) -> Tensor:
-        """Convolve with a Gaussian whose first axis is turned by `angle_deg`; sigma 0 leaves that axis alone."""
+        """Convolves with a Gaussian whose first axis is turned by `angle_deg`; sigma 0 leaves that axis as it is."""
         if max(sigma_x_px, sigma_y_px) == 0:
             return image
         if sigma_x_px == sigma_y_px:  # round Gaussians alone are separable, and then far cheaper
@@ -163,7 +163,7 @@ class JPEG:
         return {"quality": round(between((high, low), strength)), "subsample_chroma": True}
 
     def apply(self, image: Tensor, quality: int, subsample_chroma: bool) -> Tensor:
-        """Round to 8 bits, encode at `quality` (1 to 100), decode."""
+        """Rounds to 8 bits, encodes at `quality` (1 to 100) and decodes."""
         sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420 if subsample_chroma else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
         options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
         red, green, blue = (cv2.convertScaleAbs(plane, alpha=255) for plane in to_planes(image))

@@ -79,7 +79,7 @@ class Rain:
         layers: int,
         seed: int,
     ) -> Tensor:
-        """Blend towards `brightness` by the streak field of `seed`."""
+        """Blends towards `brightness` by the streak field of `seed`."""
         generator = torch.Generator().manual_seed(seed)
         veil = np.zeros((1, *image.shape[1:]), np.float32)
         for distance in range(1, layers + 1):

@@ -1,4 +1,4 @@
-"""Allocate: layers, scores and a budget become ranks.
+"""Allocation of ranks: from layers, scores and a budget.
 
 `allocate_ranks` is the entry: a pure function from the shapes of layers, their contribution scores and a budget of
 trained parameters to one rank for each layer. `adaptable_layers` finds the layers, `ContributionScores` holds their

@@ -150,7 +150,7 @@ class AdapterSet:
         return model.eval()
 
     def remove(self, label: str) -> None:
-        """Forget an adapter.
+        """Forgets an adapter.
 
         Raises:
             ValueError: There is none of that label.

@@ -41,7 +41,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Overwrite the trained parameters with their averages."""
+        """Overwrites the trained parameters with their averages."""
         for name, parameter in self._parameters.items():
             parameter.copy_(self.averages[name])
 

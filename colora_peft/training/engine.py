@@ -69,14 +69,14 @@ class Engine:
         self._accelerator.backward(loss)
 
     def clip(self) -> Tensor:
-        """Clip the gradients, at the latest in the step to come; return their norm before, over all processes."""
+        """Clips the gradients, at the latest in the step to come; returns their norm before, over all processes."""
         return whole(self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm).detach())
 
     def step(self) -> None:
-        """Step and forget the gradients."""
+        """Steps and forgets the gradients."""
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def release(self) -> None:
-        """Unwrap the model."""
+        """Unwraps the model."""
         self._accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)

@@ -31,7 +31,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_rows(path: Path, last_step: int) -> None:
-    """Drop the rows after `last_step`, and a last row that a killed run left half-written. No file, nothing to do."""
+    """Drops the rows after `last_step`, and a last row that a killed run left half-written. No file, nothing to do."""
     if not path.is_file():
         return
     kept = []

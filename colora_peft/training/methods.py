@@ -62,7 +62,7 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
 
 
 def check_can_be_saved(model: nn.Module, method: Method, name_or_path: str) -> None:
-    """Refuse, before any work, to tune a network itself that has no way to be saved: adapters are PEFT's to save."""
+    """Refuses, before any work, to tune a network itself that has no way to be saved: adapters are PEFT's to save."""
     if method not in ("colora", "lora") and not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"--method {method} saves the network by its save_pretrained, which {type(model).__name__} of "

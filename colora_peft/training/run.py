@@ -249,7 +249,7 @@ class TrainingRun:
         return folder
 
     def stop(self, signum: int, step: int) -> None:
-        """Save, say how to go on, and end the run.
+        """Saves, says how to go on, and ends the run.
 
         Raises:
             TrainingStopped: always.

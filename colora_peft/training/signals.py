@@ -63,6 +63,6 @@ class StopSignals:
 
 
 def ignore_stop_signals() -> None:
-    """Have a helper process ignore the signals: a cluster sends them to all, but the training process decides."""
+    """Makes a helper process ignore the signals: a cluster sends them to all, but the training process decides."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

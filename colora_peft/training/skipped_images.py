@@ -48,7 +48,7 @@ class SkippedImages:
                     append_row(self._file, {"step": step, "reason": reason})
 
     def check(self, samples: int) -> None:
-        """Judge by all samples so far.
+        """Judges by all samples so far.
 
         Raises:
             TooManySkipped: if more of them than allowed needed another image; it names the first.

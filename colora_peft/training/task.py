@@ -246,7 +246,7 @@ def source_of(args: TaskArguments) -> dict[str, str | int | float]:
 def report_allocation(
     model: nn.Module, ranks: dict[str, int], contributions: ContributionScores | None, output_dir: Path
 ) -> None:
-    """Print, draw and keep the score and the rank of each layer of the bare network."""
+    """Prints, draws and keeps the score and the rank of each layer of the bare network."""
     shapes = {name: weight_matrix_shape(layer) for name, layer in adaptable_layers(model).items()}
     ranks = {name: ranks.get(name, 0) for name in shapes}
     scores = contributions.scores if contributions else None

@@ -1,4 +1,4 @@
-"""Adapt: the PEFT method itself.
+"""The PEFT method itself.
 
 `CoLoRAConfig` says which layers are adapted, `CoLoRAModel` is the tuner that PEFT calls, and `CoLoRALayer` is the
 adapted layer. Adapters can be renamed, blended, swapped in a compiled network, and exported to stock LoRA. `import

@@ -57,7 +57,7 @@ class Processes:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Have all processes leave the block by an error if one of them does, which the others would wait for.
+        """Makes all processes leave the block by an error if one of them does, which the others would wait for.
 
         Nothing may be exchanged inside.
 
@@ -95,7 +95,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(target: Tensor, value: Tensor) -> None:
-    """Overwrite a tensor, sharded or not, by a whole `value`. For a sharded one every process must call it."""
+    """Overwrites a tensor, sharded or not, by a whole `value`. For a sharded one every process must call it."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 

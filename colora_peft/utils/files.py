@@ -45,7 +45,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text as `write_bytes` does; of a file name's bytes that are no text it holds escapes."""
+    """Writes UTF-8 text as `write_bytes` does; bytes of a file name that are not UTF-8 are escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -140,7 +140,7 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Have the disk take the files: some file systems report only then that they are full, and a machine that loses
+    """Makes the disk take the files: some file systems report only then that they are full, and a machine that loses
     its power later must not be left with empty files."""
     if os.name != "posix":  # elsewhere a file that is open for reading cannot be flushed
         return

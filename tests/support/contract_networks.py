@@ -101,7 +101,7 @@ few_rows = pytest.mark.parametrize("row", _FEW, ids=str)
 
 
 def since(version: str) -> pytest.MarkDecorator:
-    """Skip on a PEFT that does not do this yet."""
+    """Skips on a PEFT that does not do this yet."""
     return pytest.mark.skipif(Version(peft.__version__) < Version(version), reason=f"PEFT does so since {version}")
 
 

@@ -14,7 +14,7 @@ QUICK += ["--probe_steps", "2", "--probe_batches", "1", "--checkpointing_steps",
 
 
 def run(*flags: object) -> Path:
-    """Runs the script in this process; its output folder."""
+    """Runs the script in this process and returns its output folder."""
     (args,) = HfArgumentParser(finetune.FinetuneArguments).parse_args_into_dataclasses([str(flag) for flag in flags])
     finetune.main(args)
     return Path(args.output_dir)

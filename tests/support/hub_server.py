@@ -40,7 +40,7 @@ class Repo:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Use as a context manager; `url` is the endpoint. `requests` lists what was asked for."""
+    """Context manager; `url` is the endpoint. `requests` lists what was asked for."""
 
     daemon_threads = True
 
@@ -70,7 +70,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def add(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
-        """Puts a commit there without the client; its hash."""
+        """Puts a commit there without the client and returns its hash."""
         return self.repos.setdefault(repo_id, Repo(private)).commit(files)
 
 

@@ -269,7 +269,7 @@ def test_full_disk_ends_the_run_and_the_checkpoint_before_goes_on(tmp_path, monk
 
 
 def fails_in_its_second_save(monkeypatch, name):
-    """Have the disk be full when the file of this name is written for the second time, and half of it is there."""
+    """Makes the disk full when the file of this name is written for the second time, and half of it is there."""
     written = []
 
     def full_when_due(write):

@@ -50,7 +50,7 @@ class BenchmarkArguments(TunedArguments):
         help=f"Trained shares of the weights ({', '.join(BUDGETED)}); rates are chosen at each.",
     )
     full_learning_rates: list[float] | None = flag(
-        None, "Learning rates to try for full tuning, whose best is lower. Default: --learning_rates."
+        None, "Learning rates to try for full tuning, whose best rate is lower. Default: --learning_rates."
     )
     tuned_at: int = flag(16, "Number of pairs that learning rates are chosen at, for all numbers of pairs.")
     retry_failed: bool = flag(False, "Run the cells that failed once more.")

@@ -3,9 +3,9 @@
     python -m examples.experiments.methods.run --data_dir path/to/data --comparisons tuning
 
 Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
-each method, network and task is the best of --learning_rates on pairs held out of the training folder, with a seed of
-its own; the test folder is touched by the other seeds alone, at that rate. colora_default alone has the rate that
-finetune.py has without a flag. Images are evaluated on their centres
+each method, network and task is the best of --learning_rates (of --full_learning_rates for full tuning) on pairs held
+out of the training folder, with a seed of its own. The test folder is touched by the other seeds alone, at that rate.
+colora_default alone has the rate that finetune.py has without a flag. Images are evaluated on their centres
 (--evaluated_size). Cells are kept and not run again: the comparison grows over many calls, and several processes may
 share the work (--part 0/2 and 1/2), also on one GPU. Each call ends by writing the report of all cells. A cell takes
 about 25 seconds on one core, and the default plan has 390 of them: choose with --tasks, --methods and --budgets.
@@ -91,7 +91,7 @@ def load_network(args: BenchmarkArguments, name: str, accelerator: Accelerator) 
 
 
 def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    """Trains once; quality on the test folder, or for the tuning seed on pairs held out of the training folder."""
+    """Trains once; returns the quality on the test folder, for the tuning seed on pairs held out of the training one."""
     drawn = draw(args, args.train_dir(variant.task), variant.train_pairs, seed)
     set_seed(seed)
     network = load_network(args, variant.network, accelerator)
@@ -173,8 +173,16 @@ def run_missing(args: BenchmarkArguments, folder: Path) -> None:
     groups = own_part(list(dict.fromkeys(variant.tuned_as(args) for variant in variants)), args.part)
     tuned_as, known = (lambda variant: variant.tuned_as(args)), partial(identity, args)
     run_variant = partial(run_cell, args, accelerator=accelerator)
-    fixed, own_rates = (lambda variant: variant.fixed_rate), (lambda variant: variant.own_rates(args))
-    grid = TunedGrid(args, file, tuned_as, run_variant, known, args.retry_failed, fixed, own_rates)
+    grid = TunedGrid(
+        args,
+        file,
+        tuned_as,
+        run_variant,
+        known,
+        retry_failed=args.retry_failed,
+        fixed_rate=lambda variant: variant.fixed_rate,
+        own_rates=lambda variant: variant.own_rates(args),
+    )
     grid.run([variant for variant in variants if variant.tuned_as(args) in groups])
 
 

@@ -1,4 +1,4 @@
-"""Kill a training run at random moments, resume it each time, and compare its weights with an uninterrupted run's.
+"""Kills a training run at random moments, resumes it each time, and compares its weights with an uninterrupted run's.
 
     python -m examples.experiments.resume.run
 
@@ -93,7 +93,7 @@ class Runs:
             )
 
     def finish(self, output_dir: Path) -> tuple[float, float]:
-        """Runs to the end; seconds until the first new checkpoint, and between checkpoints after it."""
+        """Runs to the end; returns the seconds until the first new checkpoint, and between checkpoints after it."""
         first_step = _last_step(output_dir)
         started = time.monotonic()
         process = self.start(output_dir)
@@ -108,7 +108,7 @@ class Runs:
         return first_saved - started, (time.monotonic() - first_saved) / intervals
 
     def kill(self, output_dir: Path, checkpoints_ahead: int, delay_seconds: float) -> None:
-        """Start, wait for so many new checkpoints and then for so long, and kill."""
+        """Starts, waits for so many new checkpoints and then for so long, and kills."""
         wanted = _last_step(output_dir) + checkpoints_ahead * _STEPS_BETWEEN_CHECKPOINTS
         process = self.start(output_dir)
         while checkpoints_ahead and _last_step(output_dir) < wanted and process.poll() is None:

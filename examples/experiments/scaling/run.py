@@ -108,7 +108,7 @@ class ScalingArguments(NetworkArguments):
 
 
 def apply_rule(model: PeftModel, rule: Rule) -> None:
-    """Scale every delta, and A, by `rule`; the adapters must be new."""
+    """Scales every delta, and A, by `rule`; the adapters must be new."""
     for module in model.modules():
         if isinstance(module, CoLoRALayer) and "default" in module.rank:
             weight = module.get_base_layer().weight
@@ -149,7 +149,7 @@ class Known(NamedTuple):
 
 
 def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, known: Known) -> Cell:
-    """Trains once; PSNR on the pairs to validate on (`psnr`) and on those trained on (`train_psnr`).
+    """Trains once; returns PSNR on the pairs to validate on (`psnr`) and on those trained on (`train_psnr`).
 
     The latter shows more surely how far the optimiser came.
     """

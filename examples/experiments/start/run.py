@@ -83,7 +83,7 @@ class StartArguments(NetworkArguments):
 
 
 def run_cell(args: StartArguments, settings: Cell, accelerator: Accelerator) -> Cell:
-    """Trains once and measures PSNR on the pairs held out.
+    """Trains once and returns PSNR on the pairs held out.
 
     Raises:
         ValueError: The folder has no pairs to train on besides those.

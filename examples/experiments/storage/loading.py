@@ -97,7 +97,7 @@ def measure(args: LoadingArguments) -> Iterator[list[str]]:
 
 
 def main(args: LoadingArguments) -> None:
-    """Measures and print."""
+    """Measures and prints."""
     torch.set_num_threads(args.threads)
     print(markdown_table(["adapter", "operation", "wall clock", "processor"], measure(args)))
 
