@@ -18,7 +18,9 @@ _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def create_hub_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Makes the repository to push to, unless it is there, and returns its full id. Shows before a training that pushing may work.
+    """Makes the repository to push to, unless it is there, and returns its full id.
+
+    Called before a training, it shows that pushing will be allowed.
 
     Raises:
         OSError: The Hub refuses, or does not answer.

@@ -94,7 +94,7 @@ def contributions_of(
 def measure(
     args: StudyArguments, task: str, estimator: str, seed: int, accelerator: Accelerator
 ) -> ContributionScores:
-    """Estimates on the first patches of the run, as finetune.py does. The seconds of "faig" include its full tuning."""
+    """Estimates on the first patches of the run, as finetune.py does. Seconds of "faig" include its full tuning."""
     started = time.perf_counter()
     patches = draw(args, args.tasks()[task], args.train_pairs, seed).patches
     run = replace(run_arguments(args, "", LEARNING_RATES["full"], seed), estimator=estimator)
@@ -119,7 +119,7 @@ def tuned_network(args: StudyArguments, patches: PairedPatches, seed: int, accel
 
 
 def run_cell(args: StudyArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    """Trains once; returns PSNR on the test folder, or for the tuning seed on pairs held out of the training folder."""
+    """Trains once; returns PSNR on the test folder, for the tuning seed on pairs held out of the training folder."""
     drawn = draw(args, args.tasks()[variant.task], args.train_pairs, seed)
     config = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET, beta=0.0)
     if variant.method == "colora":

@@ -9,8 +9,9 @@ from examples.experiments.methods.plan import label_of
 from examples.experiments.tables import markdown_table
 
 ONE_RATE = """PSNR at one learning rate for all tasks minus PSNR at the best rate of each task, mean over the tasks;
-the smallest loss is bold. *chosen on the others* takes for each task the rate that is best on the mean of all others.
-The pairs are those held out of the training folder. One seed chooses the best of each task, partly by luck."""
+the smallest loss is bold. Rates that some task was not run at are left out. *chosen on the others* takes for each task
+the rate that is best on the mean of all others. The pairs are those held out of the training folder. One seed chooses
+the best of each task, partly by luck."""
 
 
 def rates_table(tuning: list[Cell]) -> str:
@@ -38,15 +39,15 @@ def one_rate_table(tuning: list[Cell]) -> str:
     ways: dict[str, dict[str, dict[float, float]]] = {}
     for cell in tuning:
         if "psnr" in cell:
-            task = f"{cell['task']}, {cell['train_pairs']}"
-            ways.setdefault(label_of(cell), {}).setdefault(task, {})[cell["learning_rate"]] = cell["psnr"]
+            tasks = ways.setdefault(label_of(cell), {})
+            tasks.setdefault(cell["task"], {})[cell["learning_rate"]] = cell["psnr"]
     rates, rows = sorted({cell["learning_rate"] for cell in tuning}), []
     for name, tasks in ways.items():
         common = sorted(set.intersection(*map(set, tasks.values())))
         if len(tasks) < 3 or len(common) < 2:
             continue
         losses = {
-            task: {rate: psnr[rate] - max(psnr[rate] for rate in common) for rate in common}
+            task: {rate: psnr[rate] - max(psnr[other] for other in common) for rate in common}
             for task, psnr in tasks.items()
         }
         by_rate = {rate: mean(own[rate] for own in losses.values()) for rate in common}

@@ -257,11 +257,12 @@ def write_report(folder: Path) -> str:
 def introduction(tested: list[Cell], settings: Cell) -> str:
     """Markdown: how the figures were made, and the words of the tables."""
     hardware = sorted({cell["hardware"] for cell in tested if "hardware" in cell})
+    full = "; full tuning was tried at rates of its own" if settings.get("full_learning_rates") else ""
     return (
         "Made by `python -m examples.experiments.methods.run`. Test PSNR in dB, in RGB on [0, 1] after rounding to 8 "
         "bits, per image, then averaged: mean ± standard deviation over the seeds (their number). The learning rate "
         f"is the best on held-out training pairs with another seed, of {settings['tuned_at']} pairs (edge: the lowest "
-        f"or highest tried). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
+        f"or highest tried{full}). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
         f"{settings['resolution']}, measured on the centres of the test images ({settings['evaluated_size']} px). Run "
         f"on {' and '.join(hardware)}.\n\n{WORDS}"
     )
@@ -275,7 +276,10 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
     parts = [quality_table(results, inputs, tasks, pairs)]
     default = default_table(results, inputs, tasks, pairs)
     if default:
-        parts += ["CoLoRA with nothing tuned, the others at the rate that is best for each task:", default]
+        parts += [
+            "CoLoRA with nothing tuned, the others at the rate that is best for each task, of those tried:",
+            default,
+        ]
     differences = differences_table(results, tasks, claims_of(results, pairs), f"dB, {pairs} pairs")
     if differences:
         parts += ["Differences, paired by seed, with their standard error (tasks taken as independent of each other):"]

@@ -91,7 +91,7 @@ def load_network(args: BenchmarkArguments, name: str, accelerator: Accelerator) 
 
 
 def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int, accelerator: Accelerator) -> Cell:
-    """Trains once; returns the quality on the test folder, for the tuning seed on pairs held out of the training one."""
+    """Trains once; returns quality on the test folder, for the tuning seed on pairs held out of the training one."""
     drawn = draw(args, args.train_dir(variant.task), variant.train_pairs, seed)
     set_seed(seed)
     network = load_network(args, variant.network, accelerator)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import nan, sqrt
+from math import sqrt
 from statistics import mean, stdev
 
 from examples.experiments.grid.cells import Cell
 from examples.experiments.methods.plan import PEFT_LORA
-from examples.experiments.start.ways import TITLES
+from examples.experiments.start.ways import TITLES, WAYS
 from examples.experiments.tables import markdown_table
 
 Row = tuple[str, float]
@@ -17,12 +17,13 @@ Draw = tuple[str, int]
 
 
 def rows_of(cells: list[Cell]) -> dict[Row, dict[Draw, float]]:
-    """PSNR by task and seed of each way and learning rate."""
+    """PSNR by task and seed of each way and learning rate, in the order of WAYS."""
     rows: dict[Row, dict[Draw, float]] = {}
     for cell in cells:
         if "psnr" in cell:
             rows.setdefault((cell["way"], cell["learning_rate"]), {})[cell["task"], cell["seed"]] = cell["psnr"]
-    return rows
+    order = list(WAYS)
+    return dict(sorted(rows.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
 
 
 def reference(rows: dict[Row, dict[Draw, float]]) -> Row | None:
@@ -41,35 +42,36 @@ def differences_to(base: Row, rows: dict[Row, dict[Draw, float]]) -> dict[Row, d
     return {row: values for row, values in found.items() if values}
 
 
-def mean_with_error(values: list[float]) -> str:
-    """Mean and its standard error over the draws."""
-    error = stdev(values) / sqrt(len(values)) if len(values) > 1 else nan
-    return f"{mean(values):+.2f} ± {error:.2f}"
+def means_of_tasks(values: dict[Draw, float]) -> dict[str, float]:
+    """Mean over the draws of each task."""
+    tasks = dict.fromkeys(task for task, _ in values)
+    return {task: mean(value for (own, _), value in values.items() if own == task) for task in tasks}
+
+
+def mean_with_error(values: dict[Draw, float]) -> str:
+    """Mean over the tasks, with its standard error over them where there are several."""
+    means = list(means_of_tasks(values).values())
+    return f"{mean(means):+.2f}" + (f" ± {stdev(means) / sqrt(len(means)):.2f}" if len(means) > 1 else "")
 
 
 def table_by_task(found: dict[Row, dict[Draw, float]]) -> str:
-    """Markdown: the differences of each row by task, and their mean over the draws."""
+    """Markdown: the differences of each row by task, and their mean."""
     tasks = list(dict.fromkeys(task for values in found.values() for task, _ in values))
     lines = []
     for (way, rate), values in found.items():
-        by_task = {task: [value for (own, _), value in values.items() if own == task] for task in tasks}
-        means = [f"{mean(own):+.2f}" if own else "" for own in by_task.values()]
-        lines.append([way, f"{rate:g}", *means, mean_with_error(list(values.values())), len(values)])
+        means = means_of_tasks(values)
+        shown = (f"{means[task]:+.2f}" if task in means else "" for task in tasks)
+        lines.append([TITLES[way], f"{rate:g}", *shown, mean_with_error(values), len(values)])
     return markdown_table(["way", "learning rate", *tasks, "mean", "draws"], lines)
 
 
 def table_by_rate(found: dict[Row, dict[Draw, float]], base: Row) -> str:
     """Markdown: the mean differences by way and learning rate, without rows that lack some of the draws."""
-    complete = {row: values for row, values in found.items() if len(values) == len(found[base])}
-    rates = sorted({rate for _, rate in complete})
-    lines = []
-    for way in dict.fromkeys(way for way, _ in complete):
-        values = [
-            mean_with_error(list(complete[way, rate].values())) if (way, rate) in complete else "" for rate in rates
-        ]
-        lines.append(
-            [TITLES[way], *("0" if (way, rate) == base else text for rate, text in zip(rates, values, strict=True))]
-        )
+    shown = {row: mean_with_error(values) for row, values in found.items() if len(values) == len(found[base])}
+    shown[base] = "0"
+    rates = sorted({rate for _, rate in shown})
+    ways = dict.fromkeys(way for way, _ in shown)
+    lines = ([TITLES[way], *(shown.get((way, rate), "") for rate in rates)] for way in ways)
     return markdown_table(["", *(f"{rate:g}" for rate in rates)], lines)
 
 
@@ -78,14 +80,14 @@ def report(cells: list[Cell]) -> str:
     rows = rows_of(cells)
     base = reference(rows)
     if base is None:
-        return f"No cells of {PEFT_LORA}, to which the others are compared.\n"
+        return f"No cells of {TITLES[PEFT_LORA]}, to which the others are compared.\n"
     found, first = differences_to(base, rows), cells[0]
     failed = [cell for cell in cells if "failed" in cell]
     return (
-        f"PSNR in dB minus that of {PEFT_LORA} at {base[1]:g}, paired by task and draw; the mean over the draws with "
-        f"its standard error. {first['max_train_steps']} steps of {first['per_device_train_batch_size']} x "
-        f"{first['resolution']}, budget {first['parameter_budget']:.0%}, {first['validation_pairs']} pairs held out "
-        f"of the training folder.\n\n{table_by_task(found)}\n\nThe means by learning rate:\n\n"
+        f"PSNR in dB minus that of {TITLES[PEFT_LORA]} at {base[1]:g}, paired by task and draw; the mean over the "
+        f"tasks with its standard error over them. {first['max_train_steps']} steps of "
+        f"{first['per_device_train_batch_size']} x {first['resolution']}, budget {first['parameter_budget']:.0%}, "
+        f"{first['validation_pairs']} pairs held out of the training folder.\n\n{table_by_task(found)}\n\nThe means by learning rate:\n\n"
         f"{table_by_rate(found, base)}\n"
         + "".join(f"\nFailed: {c['task']}, {c['way']}, {c['learning_rate']:g}, seed {c['seed']}.\n" for c in failed)
     )

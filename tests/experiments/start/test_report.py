@@ -14,15 +14,18 @@ def test_the_reference_is_pefts_lora_at_its_best_rate_and_differences_are_paired
     cells = [cell("peft_lora", 3e-3, 20.0), cell("peft_lora", 3e-3, 30.0, seed=1)]
     cells += [cell("peft_lora", 6e-3, 20.5), cell("peft_lora", 6e-3, 30.1, seed=1), cell("peft_lora", 6e-3, 0.0, "b")]
     cells += [cell("aligned", 6e-3, 21.0), cell("aligned", 6e-3, 30.2, seed=1), cell("aligned", 6e-3, 7.0, "c")]
+    cells.append(cell("aligned", 6e-3, 0.4, "b"))
     text = report(cells)
-    assert "minus that of peft_lora at 0.006" in text
+    assert "minus that of PEFT's LoRA at 0.006" in text
     assert "| way | learning rate | a | b | mean | draws |" in text  # c has nothing to be compared with
-    assert "| aligned | 0.006 | +0.30 |  | +0.30 ± 0.20 | 2 |" in text
-    assert "| peft_lora | 0.003 | -0.30 |  | -0.30 ± 0.20 | 2 |" in text
+    assert "| CoLoRA, A along the gradient | 0.006 | +0.30 | +0.40 | +0.35 ± 0.05 | 3 |" in text, (
+        "tasks weigh alike, however many draws"
+    )
+    assert "| PEFT's LoRA | 0.003 | -0.30 |  | -0.30 | 2 |" in text
 
 
 def test_without_pefts_lora_the_report_says_so():
-    assert report([cell("aligned", 6e-3, 21.0)]).startswith("No cells of peft_lora")
+    assert report([cell("aligned", 6e-3, 21.0)]).startswith("No cells of PEFT's LoRA")
 
 
 def test_what_failed_is_in_the_report():
