@@ -87,7 +87,7 @@ def report(cells: list[Cell]) -> str:
         f"PSNR in dB minus that of {TITLES[PEFT_LORA]} at {base[1]:g}, paired by task and draw; the mean over the "
         f"tasks with its standard error over them. {first['max_train_steps']} steps of "
         f"{first['per_device_train_batch_size']} x {first['resolution']}, budget {first['parameter_budget']:.0%}, "
-        f"{first['validation_pairs']} pairs held out of the training folder.\n\n{table_by_task(found)}\n\nThe means by learning rate:\n\n"
-        f"{table_by_rate(found, base)}\n"
+        f"{first['validation_pairs']} pairs held out of the training folder.\n\n{table_by_task(found)}\n\n"
+        f"The means by learning rate:\n\n{table_by_rate(found, base)}\n"
         + "".join(f"\nFailed: {c['task']}, {c['way']}, {c['learning_rate']:g}, seed {c['seed']}.\n" for c in failed)
     )
