@@ -17,9 +17,7 @@ from examples.experiments.grid.results import (
     KeyOf,
     Results,
     Settings,
-    difference,
     differences_table,
-    over_tasks,
     results_of,
     spread,
 )
@@ -82,31 +80,27 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
 
 
 def default_table(results: Results, inputs: dict[str, float], tasks: list[str], pairs: int) -> str:
-    """Markdown: CoLoRA at the rate finetune.py has without a flag, beside others at their own best; a row by task.
+    """Markdown: CoLoRA at the rate finetune.py has without a flag, at each budget, beside others at their own best.
 
-    The budget is the largest that CoLoRA ran with. Tasks are left out that one of the ways lacks, or has with other
+    PEFT's LoRA has the largest of these budgets. Tasks are left out that one of the ways lacks, or has with other
     seeds; empty if none is left.
     """
-    _, _, network, method, budget = max(
-        (key for key in results if key[3] == COLORA_DEFAULT), key=lambda key: key[4], default=(None,) * 5
-    )
-    ways = {
-        "full fine-tuning": (network, "full", None),
-        "PEFT's LoRA": (network, PEFT_LORA, budget),
-        "CoLoRA, default rate": (network, method, budget),
-    }
-    rows, values, differences = [], [], []
-    for task in tasks:
-        keys = [(task, pairs, *way) for way in ways.values()]
-        own = [results.get(key) for key in keys]
-        if all(own) and len({frozenset(result.psnr) for result in own}) == 1:
-            values.append([inputs[task], *(mean(result.psnr.values()) for result in own)])
-            differences.append(difference(results, keys[-1], keys[-2]))
-            rows.append([task, *(f"{value:.2f}" for value in values[-1]), differences[-1]])
-    if not rows:
+    defaults = sorted({key[2:] for key in results if key[3] == COLORA_DEFAULT}, key=lambda way: -way[2])
+    if not defaults:
         return ""
-    rows.append(["mean", *(f"{mean(own):.2f}" for own in zip(*values, strict=True)), over_tasks(differences)])
-    return markdown_table(["task", "input", *ways, "CoLoRA minus PEFT's LoRA"], rows)
+    network, _, largest = defaults[0]
+    ways = {"full fine-tuning": (network, "full", None), "PEFT's LoRA": (network, PEFT_LORA, largest)}
+    ways |= {f"CoLoRA, {way[2]:.0%} budget": way for way in defaults}
+    psnr = {task: [results[(task, pairs, *way)].psnr for way in ways.values() if (task, pairs, *way) in results]
+            for task in tasks}  # fmt: skip
+    complete = [task for task in tasks if len(psnr[task]) == len(ways) and len(set(map(frozenset, psnr[task]))) == 1]
+    if not complete:
+        return ""
+    rows = {"input": [inputs[task] for task in complete]}
+    for index, name in enumerate(ways):
+        rows[name] = [mean(psnr[task][index].values()) for task in complete]
+    lines = ([name, *(f"{value:.2f}" for value in (*values, mean(values)))] for name, values in rows.items())
+    return markdown_table(["", *complete, "mean"], lines)
 
 
 def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, heading: str) -> str:
