@@ -104,10 +104,13 @@ class CellFile:
             self.cells = json.loads(self.path.read_text(encoding="utf-8"))
 
     def find(self, settings: Cell) -> Cell | None:
-        """The cell that was run with these settings, by this process or another; a setting of None is absent in it."""
+        """The first cell that was run with these settings, by this process or another; None if there is none."""
+        return next(iter(self.find_all(settings)), None)
+
+    def find_all(self, settings: Cell) -> list[Cell]:
+        """All cells that were run with these settings; a setting of None is absent in them."""
         self._read()
-        wanted = settings.items()
-        return next((cell for cell in self.cells if all(cell.get(name) == value for name, value in wanted)), None)
+        return [cell for cell in self.cells if all(cell.get(name) == value for name, value in settings.items())]
 
     def add(self, cell: Cell, in_place_of: Cell | None = None) -> None:
         """Adds `cell` to the cells that the file holds by now, and takes out the other."""

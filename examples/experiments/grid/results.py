@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from examples.experiments.grid.cells import Cell
+from examples.experiments.grid.tuned import chosen_rate
 from examples.experiments.tables import markdown_table
 
 Key = tuple[object, ...]
@@ -27,11 +28,11 @@ class Settings(NamedTuple):
     def key(self, cell: Cell) -> Key:
         return tuple(cell.get(name) for name in self.names)
 
-    def tuned_like(self, key: Key, rates: dict[Key, list[float]]) -> Key:
+    def tuned_like(self, key: Key, tuning: dict[Key, list[Cell]]) -> Key:
         """The variant whose learning rate another takes: of those that are tuned alike, the nearest in budget."""
         kind = itemgetter(*map(self.names.index, self.tuned_alike))
         budget = self.names.index("parameter_budget")
-        tuned = [other for other, tried in rates.items() if tried and kind(other) == kind(key)]
+        tuned = [other for other, tried in tuning.items() if tried and kind(other) == kind(key)]
         if key in tuned or not tuned:
             return key
         return min(tuned, key=lambda other: abs(math.log((other[budget] or 1) / (key[budget] or 1))))
@@ -63,24 +64,27 @@ def values_in(results: Results, settings: Settings, name: str) -> list[Any]:
 def results_of(cells: Iterable[Cell], settings: Settings, tuning_seed: int) -> Results:
     """The result of each variant, over all seeds but the one that learning rates were chosen with.
 
+    Runs at a rate that was best before more were tried are left out.
+
     Raises:
-        ValueError: A variant was run at two learning rates.
+        ValueError: A variant for which no rate was chosen was run at two.
     """
     groups: dict[Key, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(settings.key(cell), []).append(cell)
-    rates = {
-        key: [cell["learning_rate"] for cell in own if cell["seed"] == tuning_seed] for key, own in groups.items()
-    }
+    tuning = {key: [cell for cell in own if cell["seed"] == tuning_seed] for key, own in groups.items()}
     results = {}
     for key, own in groups.items():
+        tried = tuning[settings.tuned_like(key, tuning)]
         runs = [cell for cell in own if cell["seed"] != tuning_seed]
         if len({cell["learning_rate"] for cell in runs}) > 1:
-            raise ValueError(f"The variant {key} was run at two learning rates: delete the cells of one.")
+            runs = [cell for cell in runs if cell["learning_rate"] == chosen_rate(tried)]
+            if not runs:
+                raise ValueError(f"The variant {key} was run at two learning rates: delete the cells of one.")
         done = [cell for cell in runs if "psnr" in cell]
         if done:
-            rate, tried = done[0]["learning_rate"], rates[settings.tuned_like(key, rates)]
-            at_edge = len(tried) > 1 and rate in (min(tried), max(tried))
+            rate, rates = done[0]["learning_rate"], [cell["learning_rate"] for cell in tried]
+            at_edge = len(rates) > 1 and rate in (min(rates), max(rates))
             psnr, seconds = {cell["seed"]: cell["psnr"] for cell in done}, mean(cell["seconds"] for cell in done)
             results[key] = Result(rate, at_edge, psnr, len(runs) - len(done), seconds)
     return results

@@ -142,9 +142,11 @@ class TunedGrid(NamedTuple):
                 self.cell(variant, best, seed)
 
     def _tune(self, variant: V) -> float | None:
-        """The best learning rate of a variant with the tuning seed; None if all fail."""
-        rates = self.own_rates(variant) or self.args.learning_rates
-        return chosen_rate([self.cell(variant, rate, self.args.tuning_seed) for rate in rates])
+        """The best learning rate of a variant, of those of the flags and of calls before; None if all fail."""
+        for rate in self.own_rates(variant) or self.args.learning_rates:
+            self.cell(variant, rate, self.args.tuning_seed)
+        settings = {**variant._asdict(), **self.identity(variant), "seed": self.args.tuning_seed}
+        return chosen_rate(self.file.find_all(settings))
 
     def cell(self, variant: V, rate: float, seed: int) -> Cell:
         """The cell, from the file or run now. A run that fails is a cell with its error under `failed`."""

@@ -24,7 +24,7 @@ from examples.experiments.grid.results import (
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, SETTINGS_FILE
 from examples.experiments.methods.plan import COLORA_DEFAULT, NONE, PEFT_LORA, label, label_of
 from examples.experiments.methods.plots import plot_radar
-from examples.experiments.methods.rates import ONE_RATE, one_rate_table, rates_table
+from examples.experiments.methods.rates import ONE_RATE, RATES, one_rate_table, rates_table
 from examples.experiments.tables import markdown_table
 
 SETTINGS = Settings(
@@ -221,7 +221,14 @@ def write_report(folder: Path) -> str:
     cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
     check_names(cells)
     results = results_of(cells, SETTINGS, settings["tuning_seed"])
-    tested = [cell for cell in cells if cell["seed"] != settings["tuning_seed"] and "psnr" in cell]
+    rates = {key: result.learning_rate for key, result in results.items()}
+    tested = [
+        cell
+        for cell in cells
+        if "psnr" in cell
+        and cell["seed"] != settings["tuning_seed"]
+        and cell["learning_rate"] == rates.get(SETTINGS.key(cell))
+    ]
     parts = {"": introduction(tested, settings)}
     counts = sorted(values_in(results, "train_pairs"))
     for pairs in counts:
@@ -231,7 +238,7 @@ def write_report(folder: Path) -> str:
         plot_curves(folder / "pairs.png", results, tasks, curves, counts, "training pairs", log_base=2)
         parts["Over the number of pairs"] = "![PSNR over the number of pairs](pairs.png)"
     tuning = [cell for cell in cells if cell["seed"] == settings["tuning_seed"]]
-    parts["Learning rates"] = f"PSNR on the held-out training pairs, the best bold:\n\n{rates_table(tuning)}"
+    parts["Learning rates"] = f"{RATES}\n\n{rates_table(tuning)}"
     one_rate = one_rate_table(tuning)
     if one_rate:
         parts["One learning rate for all tasks"] = f"{ONE_RATE}\n\n{one_rate}"
@@ -251,12 +258,11 @@ def write_report(folder: Path) -> str:
 def introduction(tested: list[Cell], settings: Cell) -> str:
     """Markdown: how the figures were made, and the words of the tables."""
     hardware = sorted({cell["hardware"] for cell in tested if "hardware" in cell})
-    full = "; full tuning was tried at rates of its own" if settings.get("full_learning_rates") else ""
     return (
         "Made by `python -m examples.experiments.methods.run`. Test PSNR in dB, in RGB on [0, 1] after rounding to 8 "
         "bits, per image, then averaged: mean ± standard deviation over the seeds (their number). The learning rate "
         f"is the best on held-out training pairs with another seed, of {settings['tuned_at']} pairs (edge: the lowest "
-        f"or highest tried{full}). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
+        f"or highest tried). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
         f"{settings['resolution']}, measured on the centres of the test images ({settings['evaluated_size']} px). Run "
         f"on {' and '.join(hardware)}.\n\n{WORDS}"
     )

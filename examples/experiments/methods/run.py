@@ -67,7 +67,7 @@ from examples.experiments.methods.report import IMAGES_FOLDER, check_names, writ
 def shared_settings(args: BenchmarkArguments, accelerator: Accelerator) -> Cell:
     """Settings that all cells of a comparison have in common."""
     names = ("max_train_steps", "resolution", "per_device_train_batch_size", "evaluated_size", "validation_pairs")
-    tuning = ("tuning_seed", "tuned_at", "learning_rates", "full_learning_rates")
+    tuning = ("tuning_seed", "tuned_at")
     run = run_arguments(args, "", args.learning_rates[0], args.seeds[0])
     return {
         **{name: getattr(args, name) for name in (*names, *tuning)},

@@ -1,5 +1,7 @@
 """Results of a tuned grid: rates, differences and their errors, from its cells."""
 
+import pytest
+
 from examples.experiments.grid import results as grid_results
 
 SETTINGS = grid_results.Settings(("task", "method", "parameter_budget"), tuned_alike=("task", "method"))
@@ -27,6 +29,18 @@ def test_a_rate_at_the_edge_and_seeds_that_failed_are_said():
     (result,) = grid_results.results_of(cells, SETTINGS, TUNING).values()
     assert result.at_edge and result.failed == 1
     assert grid_results.spread(result) == "19.00 (1, 1 failed) at 0.003 (edge)"
+
+
+def test_runs_at_a_rate_that_was_best_before_are_left_out():
+    cells = [cell(1e-3, TUNING, 20.0), cell(3e-3, TUNING, 19.0), cell(1e-3, 0, 50.0), cell(1e-3, 1, 50.0)]
+    cells += [cell(5e-4, TUNING, 21.0), cell(5e-4, 0, 18.0)]
+    (result,) = grid_results.results_of(cells, SETTINGS, TUNING).values()
+    assert result.learning_rate == 5e-4 and result.psnr == {0: 18.0} and result.at_edge
+
+
+def test_two_rates_of_which_none_was_chosen_are_refused():
+    with pytest.raises(ValueError, match="was run at two learning rates"):
+        grid_results.results_of([cell(1e-3, 0, 20.0), cell(2e-3, 1, 20.0)], SETTINGS, TUNING)
 
 
 def test_differences_are_paired_by_seed():

@@ -67,6 +67,18 @@ def test_a_variant_with_rates_of_its_own_is_tried_at_those_alone(tmp_path):
     assert {cell["learning_rate"] for cell in runs.file.cells if cell["name"] == "x" and cell["seed"] == 5} == {5e-4}
 
 
+def test_rates_that_are_tried_later_are_compared_with_those_before(tmp_path):
+    runs = grid(tmp_path, lambda variant, rate, seed: {"psnr": -abs(rate - 5e-3)})
+    runs.run([Named("x")])
+    for rates, best in (([1e-4], 3e-3), ([4e-3], 4e-3)):
+        later = grid(tmp_path, runs.run_cell)
+        later.args.learning_rates = rates
+        before = len(later.file.cells)
+        later.run([Named("x")])
+        new = [(cell["learning_rate"], cell["seed"]) for cell in later.file.cells[before:]]
+        assert new == [(rates[0], TUNING), *([(best, 5), (best, 1)] if best in rates else [])]
+
+
 def test_runs_that_diverge_are_cells_and_a_method_whose_rates_all_fail_is_left_out(tmp_path, capsys):
     def run_cell(variant, rate, seed):
         if variant.name == "y" or rate == 3e-3:

@@ -78,6 +78,13 @@ def test_the_table_of_defaults_is_of_the_tasks_that_have_all_ways():
     ]
 
 
+def test_runs_at_a_rate_that_was_best_before_are_in_no_table(tmp_path):
+    cells = [cell(100, 20.0), cell(100, 21.0, learning_rate=2e-3), cell(0, 50.0), cell(0, 19.0, learning_rate=2e-3)]
+    write_cells(tmp_path, cells)
+    text = report.write_report(tmp_path)
+    assert "| prod + full | 19.00 (1) at 0.002 (edge) | 19.00 |" in text and "| prod + full | 0.190 |" in text
+
+
 def test_a_report_of_failures_alone_names_them(tmp_path):
     write_cells(tmp_path, [FAILED])
     assert "none + full, 0.008, seed 0: infinite" in report.write_report(tmp_path)
