@@ -39,6 +39,7 @@ from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, check_same_
 from examples.experiments.start.report import report
 from examples.experiments.start.ways import WAYS, begin
 
+VALIDATIONS = ("drawn", "block")
 COUNTS = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
 
 
@@ -55,6 +56,10 @@ class StartArguments(NetworkArguments):
     learning_rates: list[float] = flag(factory=lambda: [3e-3, 6e-3], help="Learning rates to run each way with.")
     train_pairs: int = flag(32, "Number of pairs to train on, where there are so many besides those held out.")
     validation_pairs: int = flag(14, "Number of pairs that are held out of the training folder.")
+    validation: str = flag(
+        "drawn",
+        "Which pairs are held out: drawn, from the places trained on; or block, neighbours by name, from others.",
+    )
     max_train_steps: int = flag(300, "Number of training steps of each cell.")
     evaluated_size: int = flag(256, "Side in pixels of the image centres that quality is measured on.")
     parameter_budget: float = flag(0.07, "Trained share of the weights.")
@@ -66,6 +71,8 @@ class StartArguments(NetworkArguments):
         unknown = [name for name in self.ways if name not in WAYS]
         if unknown:
             raise ValueError(f"There is no way {unknown[0]!r}; choose of {', '.join(WAYS)}.")
+        if self.validation not in VALIDATIONS:
+            raise ValueError(f"--validation is {self.validation!r}: choose of {', '.join(VALIDATIONS)}.")
         for name in (*COUNTS, "evaluated_size", "gradient_batches"):
             check_at_least(self, name, 1)
         if not 0 < self.parameter_budget <= 1:
@@ -77,7 +84,7 @@ class StartArguments(NetworkArguments):
 
     def shared_settings(self) -> Cell:
         """Settings that all cells of a folder have in common."""
-        names = (*COUNTS, "evaluated_size", "gradient_batches", "parameter_budget")
+        names = (*COUNTS, "validation", "evaluated_size", "gradient_batches", "parameter_budget")
         network = {"model_sha256": network_fingerprint(self.model_name_or_path), "method_version": METHOD_VERSION}
         return {**{name: getattr(self, name) for name in names}, **network, **method_settings()}
 
@@ -93,7 +100,7 @@ def run_cell(args: StartArguments, settings: Cell, accelerator: Accelerator) -> 
     if count <= args.validation_pairs:
         raise ValueError(f"{train_dir} holds {count} pairs: lower --validation_pairs {args.validation_pairs}.")
     pairs = min(args.train_pairs, count - args.validation_pairs)
-    chosen, validation = split_pairs(train_dir, pairs, args.validation_pairs, seed, "drawn")
+    chosen, validation = split_pairs(train_dir, pairs, args.validation_pairs, seed, args.validation)
     patches, size = PairedPatches(chosen, args.resolution, seed), args.per_device_train_batch_size
     samples = [[patches[number * size + i] for i in range(size)] for number in range(args.gradient_batches)]
     batches = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colora_peft import CoLoRAConfig, CoLoRALayer, adaptable_layers, weight_matrix_shape
 from colora_peft.inference import evaluation_mode, restoration_loss
-from colora_peft.ranks import MatrixShape
+from colora_peft.ranks import MatrixShape, common_rank
 from examples.experiments.methods.peft_lora import add_peft_lora, lora_rank
 from examples.experiments.methods.plan import PEFT_LORA
 from examples.experiments.scaling.run import RULES, apply_rule
@@ -28,8 +28,10 @@ class Way(NamedTuple):
     """A name in `examples.experiments.scaling.run.RULES`: the spread of A, and the factor before the delta."""
     is_aligned: bool = False
     """Whether the rows of A are the leading right singular vectors of the mean gradient, as long as drawn ones."""
-    ranks: Literal["score", "gain", "lora"] = "score"
-    """By contribution, by marginal gain (`ranks_by_gain`), or those of PEFT's LoRA."""
+    ranks: Literal["score", "gain", "lora", "one"] = "score"
+    """By contribution, by marginal gain (`ranks_by_gain`), those of PEFT's LoRA, or one for all layers."""
+    has_depthwise: bool = True
+    """Whether layers with groups are adapted, too."""
     trains_rest: bool = False
     """Whether biases, norms and whatever else no adapter covers are trained, too."""
 
@@ -41,6 +43,9 @@ WAYS: Mapping[str, Way | None] = {
     "aligned": Way("lora_linear", is_aligned=True),
     "gain": Way("lora_linear", is_aligned=True, ranks="gain"),
     "lora_ranks": Way("lora_linear", is_aligned=True, ranks="lora"),
+    "colora_lora_ranks": Way("linear_unit", ranks="lora"),
+    "one_rank": Way("linear_unit", ranks="one"),
+    "no_depthwise": Way("linear_unit", has_depthwise=False),
     "rest": Way("lora_linear", is_aligned=True, trains_rest=True),
 }
 """All ways by name."""
@@ -51,6 +56,9 @@ TITLES = {
     "aligned": "CoLoRA, A along the gradient",
     "gain": "CoLoRA, A along the gradient, ranks by gain",
     "lora_ranks": "CoLoRA, A along the gradient, ranks of PEFT's LoRA",
+    "colora_lora_ranks": "CoLoRA, ranks of PEFT's LoRA",
+    "one_rank": "one rank for all layers",
+    "no_depthwise": "CoLoRA without depthwise layers",
     "rest": "CoLoRA, A along the gradient, biases and norms trained",
 }
 """Titles of the ways in tables."""
@@ -63,8 +71,14 @@ def begin(network: nn.Module, name: str, batches: Sequence[dict[str, Tensor]], p
         return add_peft_lora(network, parameter_budget)
     gradients = mean_gradients(network, batches)
     config = CoLoRAConfig(parameter_budget=parameter_budget)
+    if not way.has_depthwise:
+        layers = adaptable_layers(network)
+        gradients = {name: own for name, own in gradients.items() if getattr(layers[name], "groups", 1) == 1}
+        config.target_modules = set(gradients)
     if way.ranks == "score":
         config.contributions = {layer: gradient.abs().mean().item() for layer, gradient in gradients.items()}
+    elif way.ranks == "one":
+        config.ranks = common_rank([gradient.shape for gradient in gradients.values()], parameter_budget)
     elif way.ranks == "gain":
         config.ranks = ranks_by_gain(gradients, parameter_budget)
     else:

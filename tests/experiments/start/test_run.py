@@ -90,14 +90,24 @@ def test_gain_buys_the_larger_singular_values_and_no_more_than_the_budget():
     assert ways.ranks_by_gain(gradients, 1.0) == dict.fromkeys(gradients, 8)
 
 
-def test_lora_ranks_are_those_of_pefts_lora(tiny_nafnet):
-    network = load_backbone(str(tiny_nafnet))
-    depthwise = {name for name, layer in adaptable_layers(network).items() if getattr(layer, "groups", 1) > 1}
-    model = ways.begin(network, "lora_ranks", BATCHES, BUDGET)
+def depthwise_layers(path):
+    layers = adaptable_layers(load_backbone(str(path)))
+    return {name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1}
+
+
+@pytest.mark.parametrize("name", ["lora_ranks", "colora_lora_ranks", "one_rank"])
+def test_ranks_of_lora_are_the_same_in_every_layer_that_it_takes(name, tiny_nafnet):
+    model = ways.begin(load_backbone(str(tiny_nafnet)), name, BATCHES, BUDGET)
     ranks = {name: layer.rank["default"] for name, layer in layers_of(model).items()}
-    assert depthwise and not depthwise & ranks.keys()
+    depthwise = depthwise_layers(tiny_nafnet)
+    assert depthwise and (depthwise <= ranks.keys() if name == "one_rank" else not depthwise & ranks.keys())
     shapes = {name: layer.matrix_shape for name, layer in layers_of(model).items()}
     assert len({rank for name, rank in ranks.items() if not shapes[name].is_dense(rank)}) == 1
+
+
+def test_without_depthwise_layers_the_others_share_the_budget(tiny_nafnet):
+    model = ways.begin(load_backbone(str(tiny_nafnet)), "no_depthwise", BATCHES, BUDGET)
+    assert layers_of(model) and not depthwise_layers(tiny_nafnet) & layers_of(model).keys()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +116,7 @@ def test_lora_ranks_are_those_of_pefts_lora(tiny_nafnet):
         ({"gradient_batches": 0}, "--gradient_batches"),
         ({"validation_pairs": -3}, "--validation_pairs"),
         ({"parameter_budget": 7.0}, "--parameter_budget is 7"),
+        ({"validation": "blocks"}, "--validation is 'blocks': choose of drawn, block"),
         ({"seeds": []}, "--seeds must list"),
     ],
 )
