@@ -64,3 +64,10 @@ def test_the_page_of_results_has_the_means_of_the_ways_to_begin():
     base = start.reference(rows)
     means = start.table_by_rate(start.differences_to(base, rows), base)
     assert means in (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", [EXAMPLES.parent, EXPERIMENTS], ids=["readme", "results"])
+def test_the_table_of_defaults_is_that_of_the_report(folder):
+    report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
+    table = report.split("for each task, of those tried:\n\n")[1].partition("\n\n")[0]
+    assert "| CoLoRA, 7% budget |" in table and table in (folder / "README.md").read_text(encoding="utf-8")

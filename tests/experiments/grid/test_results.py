@@ -63,3 +63,9 @@ def test_error_over_tasks_is_that_of_the_seeds():
     """Tasks that differ are not noise."""
     one, other = grid_results.Difference(1.0, 0.3, 3), grid_results.Difference(5.0, 0.4, 3)
     assert grid_results.over_tasks([one, other, None]) == "+3.00 ± 0.25 (2 tasks)"
+
+
+def test_the_median_over_tasks_is_not_carried_by_one():
+    found = [grid_results.Difference(value, 0.1, 3) for value in (-2.0, 0.1, 0.3)]
+    assert grid_results.median_of_tasks([*found, None]) == "+0.10"
+    assert grid_results.median_of_tasks(found[:2]) == "", "two tasks have no middle"
