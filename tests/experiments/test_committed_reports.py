@@ -52,18 +52,22 @@ def test_the_cells_of_a_tuned_grid_give_its_report(folder, tmp_path):
     assert (again / "report.md").read_text(encoding="utf-8") == (folder / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("name", "program"), [("scaling", scaling), ("start", start)])
+@pytest.mark.parametrize(("name", "program"), [("scaling", scaling), ("start", start), ("start/places", start)])
 def test_the_cells_of_a_comparison_of_rates_give_its_report(name, program):
     cells = json.loads((EXPERIMENTS / name / "cells.json").read_text(encoding="utf-8"))
     assert (EXPERIMENTS / name / "report.md").read_text(encoding="utf-8") == program.report(cells)
 
 
 def test_the_page_of_results_has_the_means_of_the_ways_to_begin():
-    cells = json.loads((EXPERIMENTS / "start" / "cells.json").read_text(encoding="utf-8"))
-    rows = start.rows_of(cells)
-    base = start.reference(rows)
-    means = start.table_by_rate(start.differences_to(base, rows), base)
-    assert means in (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    means = (EXPERIMENTS / "start" / "report.md").read_text(encoding="utf-8").split("learning rate:\n\n")[1]
+    assert means in page
+    places = (
+        (EXPERIMENTS / "start" / "places" / "report.md").read_text(encoding="utf-8").split("learning rate:\n\n")[1]
+    )
+    # one column of the two: the other rate is of two draws
+    rows = [line.split(" | ")[:2] for line in places.splitlines() if "|  |" in line and "±" in line]
+    assert len(rows) == 4 and all(" | ".join(row) + " |\n" in page for row in rows)
 
 
 @pytest.mark.parametrize("folder", [EXAMPLES.parent, EXPERIMENTS], ids=["readme", "results"])

@@ -49,8 +49,10 @@ def means_of_tasks(values: dict[Draw, float]) -> dict[str, float]:
 
 
 def mean_with_error(values: dict[Draw, float]) -> str:
-    """Mean over the tasks, with its standard error over them where there are several."""
+    """Mean over the tasks, with its standard error over them; over the draws, if there is a single task."""
     means = list(means_of_tasks(values).values())
+    if len(means) == 1:
+        means = list(values.values())
     return f"{mean(means):+.2f}" + (f" ± {stdev(means) / sqrt(len(means)):.2f}" if len(means) > 1 else "")
 
 
@@ -83,11 +85,13 @@ def report(cells: list[Cell]) -> str:
         return f"No cells of {TITLES[PEFT_LORA]}, to which the others are compared.\n"
     found, first = differences_to(base, rows), cells[0]
     failed = [cell for cell in cells if "failed" in cell]
+    setting = (
+        f"{first['max_train_steps']} steps of {first['per_device_train_batch_size']} x {first['resolution']}, "
+        f"budget {first['parameter_budget']:.0%}, {first['validation_pairs']} pairs held out of the training folder."
+    )
     return (
         f"PSNR in dB minus that of {TITLES[PEFT_LORA]} at {base[1]:g}, paired by task and draw; the mean over the "
-        f"tasks with its standard error over them. {first['max_train_steps']} steps of "
-        f"{first['per_device_train_batch_size']} x {first['resolution']}, budget {first['parameter_budget']:.0%}, "
-        f"{first['validation_pairs']} pairs held out of the training folder.\n\n{table_by_task(found)}\n\n"
-        f"The means by learning rate:\n\n{table_by_rate(found, base)}\n"
+        "tasks with its standard error over them, or over the draws of a single task. "
+        f"{setting}\n\n{table_by_task(found)}\n\nThe means by learning rate:\n\n{table_by_rate(found, base)}\n"
         + "".join(f"\nFailed: {c['task']}, {c['way']}, {c['learning_rate']:g}, seed {c['seed']}.\n" for c in failed)
     )
