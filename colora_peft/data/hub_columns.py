@@ -116,7 +116,7 @@ def _download(address: str, name: str) -> bytes:
 def column_lines(split: Any, column: str) -> list[str]:
     """Returns the names and sizes of the files in a column of images, in order, for a digest.
 
-    The digest of `datasets` does not serve: it changes with the date of the files and so with every copy.
+    The fingerprint of `datasets` does not serve: it changes with the date of the files and so with every copy.
     """
     import pyarrow.compute as pc  # comes with datasets
 

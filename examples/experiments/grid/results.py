@@ -28,14 +28,17 @@ class Settings(NamedTuple):
     def key(self, cell: Cell) -> Key:
         return tuple(cell.get(name) for name in self.names)
 
+    def budget(self, key: Key) -> float | None:
+        """The parameter budget of a variant."""
+        return key[self.names.index("parameter_budget")]
+
     def tuned_like(self, key: Key, tuning: dict[Key, list[Cell]]) -> Key:
         """The variant whose learning rate another takes: of those that are tuned alike, the nearest in budget."""
         kind = itemgetter(*map(self.names.index, self.tuned_alike))
-        budget = self.names.index("parameter_budget")
         tuned = [other for other, tried in tuning.items() if tried and kind(other) == kind(key)]
         if key in tuned or not tuned:
             return key
-        return min(tuned, key=lambda other: abs(math.log((other[budget] or 1) / (key[budget] or 1))))
+        return min(tuned, key=lambda other: abs(math.log((self.budget(other) or 1) / (self.budget(key) or 1))))
 
 
 class Result(NamedTuple):
@@ -67,7 +70,7 @@ def results_of(cells: Iterable[Cell], settings: Settings, tuning_seed: int) -> R
     Runs at a rate that was best before more were tried are left out.
 
     Raises:
-        ValueError: A variant for which no rate was chosen was run at two.
+        ValueError: A variant whose rate was not chosen at its own budget was run at two.
     """
     groups: dict[Key, list[Cell]] = {}
     for cell in cells:
@@ -75,12 +78,12 @@ def results_of(cells: Iterable[Cell], settings: Settings, tuning_seed: int) -> R
     tuning = {key: [cell for cell in own if cell["seed"] == tuning_seed] for key, own in groups.items()}
     results = {}
     for key, own in groups.items():
-        tried = tuning[settings.tuned_like(key, tuning)]
-        runs = [cell for cell in own if cell["seed"] != tuning_seed]
-        if len({cell["learning_rate"] for cell in runs}) > 1:
+        like = settings.tuned_like(key, tuning)
+        tried, runs = tuning[like], [cell for cell in own if cell["seed"] != tuning_seed]
+        if tried and settings.budget(like) == settings.budget(key):
             runs = [cell for cell in runs if cell["learning_rate"] == chosen_rate(tried)]
-            if not runs:
-                raise ValueError(f"The variant {key} was run at two learning rates: delete the cells of one.")
+        if len({cell["learning_rate"] for cell in runs}) > 1:
+            raise ValueError(f"The variant {key} was run at two learning rates: delete the cells of one.")
         done = [cell for cell in runs if "psnr" in cell]
         if done:
             rate, rates = done[0]["learning_rate"], [cell["learning_rate"] for cell in tried]

@@ -10,9 +10,9 @@ from examples.experiments.tables import markdown_table
 
 RATES = "PSNR on the held-out training pairs, the best bold. Rates without a value were not tried."
 ONE_RATE = """PSNR at one learning rate for all tasks minus PSNR at the best rate of each task, mean over the tasks;
-the smallest loss is bold. Rates that some task was not run at are left out. *chosen on the others* takes for each task
-the rate that is best on the mean of all others. The pairs are those held out of the training folder. One seed chooses
-the best of each task, partly by luck."""
+the smallest loss is bold. Rates that some task was not run at, or failed at, are left out. *chosen on the others*
+takes for each task the rate that is best on the mean of all others. The pairs are those held out of the training
+folder. One seed chooses the best of each task, partly by luck."""
 
 
 def rates_table(tuning: list[Cell]) -> str:

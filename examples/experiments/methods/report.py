@@ -35,8 +35,8 @@ SETTINGS = Settings(
 IMAGES_FOLDER = "pictures"
 WORDS = f"""*full* trains all weights, *decoder* and *bias* these alone. *colora* has ranks by contribution, *lora* one
 rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the
-layers that it takes. *{COLORA_DEFAULT}* is *colora* at the learning rate that finetune.py has without a flag: nothing
-was tuned for it. The number is the budget; one rank for all layers may leave some of it unused."""
+layers that it takes. *{COLORA_DEFAULT}* is *colora* at the learning rate that finetune.py has without a flag: no task
+chose it here. The number is the budget; one rank for all layers may leave some of it unused."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
 
@@ -85,12 +85,14 @@ def default_table(results: Results, inputs: dict[str, float], tasks: list[str], 
     PEFT's LoRA has the largest of these budgets. Tasks are left out that one of the ways lacks, or has with other
     seeds; empty if none is left.
     """
-    defaults = sorted({key[2:] for key in results if key[3] == COLORA_DEFAULT}, key=lambda way: -way[2])
-    if not defaults:
+    networks = [key[2] for key in results if key[3] == COLORA_DEFAULT]
+    if not networks:
         return ""
-    network, _, largest = defaults[0]
+    network = networks[0]
+    defaults = sorted({key[2:] for key in results if key[2:4] == (network, COLORA_DEFAULT)}, key=lambda way: -way[2])
+    largest = defaults[0][2]
     ways = {"full fine-tuning": (network, "full", None), "PEFT's LoRA": (network, PEFT_LORA, largest)}
-    ways |= {f"CoLoRA, {way[2]:.0%} budget": way for way in defaults}
+    ways |= {f"CoLoRA, {100 * way[2]:g}% budget": way for way in defaults}
     psnr = {task: [results[(task, pairs, *way)].psnr for way in ways.values() if (task, pairs, *way) in results]
             for task in tasks}  # fmt: skip
     complete = [task for task in tasks if len(psnr[task]) == len(ways) and len(set(map(frozenset, psnr[task]))) == 1]

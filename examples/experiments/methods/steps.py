@@ -50,14 +50,19 @@ def steps_table(folder: Path, shorter: Path) -> str:
     lines = []
     tasks, (pairs,), (network,) = (values_in(short, name) for name in ("task", "train_pairs", "network"))
     tuned, default = ((pairs, network, method, BUDGET) for method in (PEFT_LORA, COLORA_DEFAULT))
-    tasks = [task for task in tasks if (task, *tuned) in results and (task, *default) in results]
+    tasks = [
+        task for task in tasks if {(task, *tuned), (task, *default)} <= results.keys() and (task, *default) in short
+    ]
     if not tasks:
         raise ValueError(f"{shorter} has no task that {folder} has with {PEFT_LORA} and {COLORA_DEFAULT}.")
     for own, count in ((results, steps), (short, fewer)):
         found = [
             difference({(0,): own[(task, *default)], (1,): results[(task, *tuned)]}, (0,), (1,)) for task in tasks
         ]
-        psnr = mean(mean(own[(task, *default)].psnr.values()) for task in tasks)
+        psnr = mean(
+            mean(value for seed, value in own[(task, *default)].psnr.items() if seed in results[(task, *tuned)].psnr)
+            for task in tasks
+        )
         lines.append([count, f"{count / steps:.0%}", f"{psnr:.2f}", over_tasks(found), median_of_tasks(found)])
     heads = ["steps of CoLoRA", "of those of PEFT's LoRA", "PSNR (dB)", "minus PEFT's LoRA, mean", "median"]
     return markdown_table(heads, lines)

@@ -17,9 +17,16 @@ Draw = tuple[str, int]
 
 
 def rows_of(cells: list[Cell]) -> dict[Row, dict[Draw, float]]:
-    """PSNR by task and seed of each way and learning rate, in the order of WAYS."""
+    """PSNR by task and seed of each way and learning rate, in the order of WAYS.
+
+    Raises:
+        ValueError: A task was run with two sets of pairs.
+    """
     rows: dict[Row, dict[Draw, float]] = {}
+    data: dict[str, object] = {}
     for cell in cells:
+        if data.setdefault(cell["task"], cell.get("data")) != cell.get("data"):
+            raise ValueError(f"The task {cell['task']!r} was run with other pairs: choose another --output_dir.")
         if "psnr" in cell:
             rows.setdefault((cell["way"], cell["learning_rate"]), {})[cell["task"], cell["seed"]] = cell["psnr"]
     order = list(WAYS)

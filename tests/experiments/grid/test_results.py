@@ -38,6 +38,11 @@ def test_runs_at_a_rate_that_was_best_before_are_left_out():
     assert result.learning_rate == 5e-4 and result.psnr == {0: 18.0} and result.at_edge
 
 
+def test_runs_at_a_rate_that_is_the_best_no_more_are_no_result():
+    cells = [cell(1e-3, TUNING, 20.0), cell(1e-3, 0, 18.0), cell(5e-4, TUNING, 21.0)]
+    assert grid_results.results_of(cells, SETTINGS, TUNING) == {}
+
+
 def test_two_rates_of_which_none_was_chosen_are_refused():
     with pytest.raises(ValueError, match="was run at two learning rates"):
         grid_results.results_of([cell(1e-3, 0, 20.0), cell(2e-3, 1, 20.0)], SETTINGS, TUNING)

@@ -1,5 +1,7 @@
 """The report of the ways to begin: paired differences to PEFT's LoRA, and means of complete rows alone."""
 
+import pytest
+
 from examples.experiments.start.report import report
 from examples.experiments.start.ways import TITLES, WAYS
 
@@ -44,6 +46,12 @@ def test_means_by_rate_are_of_ways_that_have_every_draw():
         "| PEFT's LoRA | -1.00 ± 0.00 | 0 |",
         "| CoLoRA | +0.20 ± 0.30 |  |",
     ]
+
+
+def test_other_pairs_under_the_name_of_a_task_are_refused():
+    cells = [cell("peft_lora", 3e-3, 20.0) | {"data": "one"}, cell("colora", 3e-3, 20.0) | {"data": "two"}]
+    with pytest.raises(ValueError, match="task 'a' was run with other pairs:"):
+        report(cells)
 
 
 def test_every_way_has_a_title_of_its_own():

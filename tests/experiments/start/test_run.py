@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from support.examples import write_pairs
 from support.experiments import launch
 
@@ -108,6 +109,9 @@ def test_ranks_of_lora_are_the_same_in_every_layer_that_it_takes(name, tiny_nafn
 def test_without_depthwise_layers_the_others_share_the_budget(tiny_nafnet):
     model = ways.begin(load_backbone(str(tiny_nafnet)), "no_depthwise", BATCHES, BUDGET)
     assert layers_of(model) and not depthwise_layers(tiny_nafnet) & layers_of(model).keys()
+    layers = adaptable_layers(load_backbone(str(tiny_nafnet))).items()
+    weights = sum(layer.weight.numel() for name, layer in layers if name not in depthwise_layers(tiny_nafnet))
+    assert 0.8 * BUDGET * weights < trained_parameters(model)["trainable_parameters"] <= BUDGET * weights
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,22 @@ def test_a_folder_with_no_pairs_besides_those_held_out_is_named(tmp_path):
     args = run.StartArguments(data_dir=str(tmp_path), validation_pairs=3)
     with pytest.raises(ValueError, match="holds 3 pairs: lower --validation_pairs 3"):
         run.run_cell(args, {"task": "a", "seed": 0}, None)
+
+
+@pytest.mark.parametrize("validation", run.VALIDATIONS)
+def test_the_pairs_held_out_are_neighbours_on_request(validation, tmp_path, tiny_nafnet, monkeypatch):
+    write_pairs(tmp_path / "a" / "train", 8)
+    args = run.StartArguments(
+        data_dir=str(tmp_path), model_name_or_path=str(tiny_nafnet), validation=validation, validation_pairs=2,
+        train_pairs=2, resolution=32, per_device_train_batch_size=1, gradient_batches=1, parameter_budget=BUDGET,
+    )  # fmt: skip
+    held_out = []
+    monkeypatch.setattr(run, "train_and_validate", lambda model, patches, pairs, *rest: held_out.append(pairs) or {})
+    for seed in (1, 2, 3):
+        run.run_cell(args, {"task": "a", "way": "colora", "learning_rate": 1e-3, "seed": seed}, Accelerator())
+    names = [sorted(pairs.names) for pairs in held_out]
+    blocks = [["scene2", "scene3"], ["scene4", "scene5"], ["scene6", "scene7"]]
+    assert (names == blocks) == (validation == "block")
 
 
 def test_an_unknown_way_is_refused_with_the_known_ones():
