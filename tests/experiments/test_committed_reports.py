@@ -1,6 +1,7 @@
 """Every committed report is what its program makes of the committed cells."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -75,3 +76,12 @@ def test_the_table_of_defaults_is_that_of_the_report(folder):
     report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
     table = report.split("for each task, of those tried:\n\n")[1].partition("\n\n")[0]
     assert "| CoLoRA, 7% budget |" in table and table in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_differences_of_the_defaults_are_those_of_the_report():
+    report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    for other in ("PEFT's LoRA", "full tuning"):
+        (line,) = re.findall(rf"CoLoRA 0.07 at finetune.py's rate minus {other} .*", report)
+        mean, without = re.findall(r"([^|]+) \(\d+ tasks\) ", line)
+        assert f"| {other} |{mean} |{without} |\n" in page

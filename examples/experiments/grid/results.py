@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from examples.experiments.grid.cells import Cell
@@ -140,10 +140,11 @@ def over_tasks(differences: list[Difference | None]) -> str:
     return f"{mean(d.mean for d in found):+.2f}{spread} ({len(found)} task{'s' * (len(found) > 1)})"
 
 
-def median_of_tasks(differences: list[Difference | None]) -> str:
-    """The median over the tasks that have a difference, which no single task carries; empty for fewer than three."""
-    found = [difference.mean for difference in differences if difference is not None]
-    return f"{median(found):+.2f}" if len(found) > 2 else ""
+def without_largest(differences: list[Difference | None]) -> str:
+    """The mean over the tasks but the one that differs most, which so cannot carry it; empty for fewer than three."""
+    found = [difference for difference in differences if difference is not None]
+    largest = max(found, key=lambda difference: abs(difference.mean), default=None)
+    return over_tasks([difference for difference in found if difference is not largest]) if len(found) > 2 else ""
 
 
 def differences_table(
@@ -154,5 +155,5 @@ def differences_table(
     for label, (one, other) in claims.items():
         found = [difference(results, one(task), other(task)) for task in tasks]
         if any(found):
-            rows.append([label, *(d or "" for d in found), over_tasks(found), median_of_tasks(found)])
-    return markdown_table([head, *tasks, "mean", "median"], rows) if rows else ""
+            rows.append([label, *(d or "" for d in found), over_tasks(found), without_largest(found)])
+    return markdown_table([head, *tasks, "mean", "mean without the largest"], rows) if rows else ""

@@ -70,7 +70,7 @@ def test_error_over_tasks_is_that_of_the_seeds():
     assert grid_results.over_tasks([one, other, None]) == "+3.00 ± 0.25 (2 tasks)"
 
 
-def test_the_median_over_tasks_is_not_carried_by_one():
-    found = [grid_results.Difference(value, 0.1, 3) for value in (-2.0, 0.1, 0.3)]
-    assert grid_results.median_of_tasks([*found, None]) == "+0.10"
-    assert grid_results.median_of_tasks(found[:2]) == "", "two tasks have no middle"
+def test_a_mean_without_the_largest_is_not_carried_by_one_task():
+    found = [grid_results.Difference(value, error, 3) for value, error in ((-2.0, 9.0), (0.1, 0.3), (0.3, 0.4))]
+    assert grid_results.without_largest([*found, None]) == "+0.20 ± 0.25 (2 tasks)"
+    assert grid_results.without_largest(found[:2]) == "", "of two tasks neither carries the mean"
