@@ -81,7 +81,11 @@ def test_the_table_of_defaults_is_that_of_the_report(folder):
 def test_the_differences_of_the_defaults_are_those_of_the_report():
     report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
     page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
-    for other in ("PEFT's LoRA", "full tuning"):
-        (line,) = re.findall(rf"CoLoRA 0.07 at finetune.py's rate minus {other} .*", report)
+    for title, claim in (
+        ("CoLoRA, 7%, minus PEFT's LoRA", "CoLoRA 0.07 at finetune.py's rate minus PEFT's LoRA"),
+        ("CoLoRA, 7%, minus full tuning", "CoLoRA 0.07 at finetune.py's rate minus full tuning"),
+        ("CoLoRA, 2% minus 7%", "CoLoRA at finetune.py's rate, 0.02 minus 0.07"),
+    ):
+        (line,) = re.findall(rf"{claim} .*", report)
         mean, without = re.findall(r"([^|]+) \(\d+ tasks\) ", line)
-        assert f"| {other} |{mean} |{without} |\n" in page
+        assert f"| {title} |{mean} |{without} |\n" in page
