@@ -51,7 +51,7 @@ def plot_radar(results: Results, rows: Rows, tasks: list[str], pairs: int, path:
     axes.tick_params(axis="x", pad=10)
     for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
         text.set_horizontalalignment(
-            "center" if abs(math.cos(angle)) < 0.5 else "left" if math.cos(angle) > 0 else "right"
+            "center" if abs(math.cos(angle)) < 0.1 else "left" if math.cos(angle) > 0 else "right"
         )
     axes.set_yticks([0.2, 0.6, 1.0], [])
     axes.set_ylim(0, 1.05)
