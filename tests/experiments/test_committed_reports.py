@@ -10,6 +10,7 @@ from support.examples import EXAMPLES
 from examples.experiments.base import adapt, evaluate
 from examples.experiments.contributions import report as contributions
 from examples.experiments.methods import report as methods
+from examples.experiments.methods.steps import steps_table
 from examples.experiments.prod_speed import run as prod_speed
 from examples.experiments.restormer import run as restormer
 from examples.experiments.scaling import run as scaling
@@ -89,3 +90,9 @@ def test_the_differences_of_the_defaults_are_those_of_the_report():
         (line,) = re.findall(rf"{claim} .*", report)
         mean, without = re.findall(r"([^|]+) \(\d+ tasks\) ", line)
         assert f"| {title} |{mean} |{without} |\n" in page
+
+
+def test_the_table_of_fewer_steps_is_that_of_the_cells():
+    folder = EXPERIMENTS / "methods"
+    table = steps_table(folder / "defaults", folder / "defaults-120")
+    assert table in (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
