@@ -60,7 +60,7 @@ def shared_settings(args: StudyArguments) -> Cell:
     )
     return {
         "model_sha256": network_fingerprint(args.model_name_or_path),
-        **{name: getattr(args, name) for name in (*names, "learning_rates", "default_estimator")},
+        **{name: getattr(args, name) for name in (*names, "default_estimator")},
         **method_settings(),
         "probe": asdict(ProbeSettings()),
         "faig": {**asdict(FaigSettings()), "learning_rate": LEARNING_RATES["full"]},

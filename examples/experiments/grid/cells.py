@@ -209,12 +209,16 @@ def load_network(path: str, accelerator: Accelerator) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------ pairs
 
 
+Validation = Literal["drawn", "block"]
+"""Which pairs are held out: see `split_pairs`."""
+
+
 def split_pairs(
     train_dir: str,
     train_pairs: int,
     validation_pairs: int,
     seed: int,
-    validation: Literal["block", "drawn"] = "block",
+    validation: Validation = "block",
 ) -> tuple[PairSource, PairSource]:
     """Pairs to train on, drawn by the seed, and others to validate on.
 

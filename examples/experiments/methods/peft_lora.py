@@ -35,7 +35,7 @@ def add_peft_lora(model: nn.Module, parameter_budget: float) -> PeftModel:
 def lora_rank(model: nn.Module, parameter_budget: float) -> tuple[int, list[str]]:
     """Returns the rank of `add_peft_lora`, and the names of the layers that it adapts; it raises the same."""
     layers = adaptable_layers(model)
-    taken = [name for name, layer in layers.items() if isinstance(layer, LORA_LAYERS) and _groups(layer) == 1]
+    taken = [name for name, layer in layers.items() if isinstance(layer, LORA_LAYERS) and groups_of(layer) == 1]
     if not taken:
         raise ValueError(f"{type(model).__name__} has no layer that PEFT's LoRA adapts.")
     allowed = Fraction(str(parameter_budget)) * sum(layer.weight.numel() for layer in layers.values())
@@ -45,5 +45,6 @@ def lora_rank(model: nn.Module, parameter_budget: float) -> tuple[int, list[str]
     return int(rank), taken
 
 
-def _groups(layer: nn.Module) -> int:
+def groups_of(layer: nn.Module) -> int:
+    """Number of groups of a convolution; 1 for other layers."""
     return getattr(layer, "groups", 1)

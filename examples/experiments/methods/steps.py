@@ -44,11 +44,15 @@ def steps_table(folder: Path, shorter: Path) -> str:
     """Markdown: mean over the tasks of CoLoRA minus PEFT's LoRA after all steps, for CoLoRA after fewer.
 
     Raises:
-        ValueError: The folders share no task on which all were run.
+        ValueError: The folders share no task on which all were run, or the shorter runs are of several numbers of
+            pairs or networks.
     """
     (results, steps), (short, fewer) = read_results(folder), read_results(shorter)
     lines = []
-    tasks, (pairs,), (network,) = (values_in(short, name) for name in ("task", "train_pairs", "network"))
+    tasks, *others = (values_in(short, name) for name in ("task", "train_pairs", "network"))
+    if any(len(values) != 1 for values in others):
+        raise ValueError(f"{shorter} has cells of {others}: it takes those of one number of pairs and one network.")
+    (pairs,), (network,) = others
     tuned, default = ((pairs, network, method, BUDGET) for method in (PEFT_LORA, COLORA_DEFAULT))
     tasks = [
         task for task in tasks if {(task, *tuned), (task, *default)} <= results.keys() and (task, *default) in short

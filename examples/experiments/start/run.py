@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import nan
 from pathlib import Path
+from typing import get_args
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -27,6 +28,7 @@ from examples.experiments.grid.cells import (
     CellFile,
     NetworkArguments,
     PairCentres,
+    Validation,
     check_lists,
     load_network,
     network_fingerprint,
@@ -39,7 +41,7 @@ from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, check_same_
 from examples.experiments.start.report import report
 from examples.experiments.start.ways import WAYS, begin
 
-VALIDATIONS = ("drawn", "block")
+VALIDATIONS = get_args(Validation)
 COUNTS = ("max_train_steps", "resolution", "per_device_train_batch_size", "train_pairs", "validation_pairs")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colora_peft import CoLoRAConfig, CoLoRALayer, adaptable_layers, weight_matrix_shape
 from colora_peft.inference import evaluation_mode, restoration_loss
 from colora_peft.ranks import MatrixShape, common_rank
-from examples.experiments.methods.peft_lora import add_peft_lora, lora_rank
+from examples.experiments.methods.peft_lora import add_peft_lora, groups_of, lora_rank
 from examples.experiments.methods.plan import PEFT_LORA
 from examples.experiments.scaling.run import RULES, apply_rule
 
@@ -73,7 +73,7 @@ def begin(network: nn.Module, name: str, batches: Sequence[dict[str, Tensor]], p
     config = CoLoRAConfig(parameter_budget=parameter_budget)
     if not way.has_depthwise:
         layers = adaptable_layers(network)
-        gradients = {name: own for name, own in gradients.items() if getattr(layers[name], "groups", 1) == 1}
+        gradients = {name: own for name, own in gradients.items() if groups_of(layers[name]) == 1}
         config.target_modules = set(gradients)
     if way.ranks == "score":
         config.contributions = {layer: gradient.abs().mean().item() for layer, gradient in gradients.items()}

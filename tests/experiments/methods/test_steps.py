@@ -38,6 +38,13 @@ def test_fewer_steps_are_compared_with_all_steps_of_pefts_lora(tmp_path):
     ]
 
 
+def test_runs_of_two_numbers_of_pairs_are_refused(tmp_path):
+    whole = write(tmp_path / "whole", [colora(0, 20.0, "a")], 200)
+    shorter = [colora(0, 19.0, "a"), {**colora(0, 19.0, "a"), "train_pairs": 32}]
+    with pytest.raises(ValueError, match="one number of pairs"):
+        steps_table(whole, write(tmp_path / "shorter", shorter, 120))
+
+
 def test_folders_without_a_common_task_are_refused(tmp_path):
     whole = write(tmp_path / "whole", [colora(0, 20.0, "a")], 200)
     with pytest.raises(ValueError, match="has no task that"):
