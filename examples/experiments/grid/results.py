@@ -126,8 +126,12 @@ def difference(results: Results, key: Key, other: Key) -> Difference | None:
 def paired_difference(one: Sequence[float], two: Sequence[float]) -> Difference:
     """Mean of the differences of two equally long sequences, with its standard error."""
     values = [a - b for a, b in zip(one, two, strict=True)]
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Difference(mean(values), error, len(values))
+    return Difference(mean(values), standard_error(values), len(values))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean; NaN for a single value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def over_tasks(differences: list[Difference | None]) -> str:

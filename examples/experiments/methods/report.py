@@ -37,6 +37,8 @@ WORDS = f"""*full* trains all weights, *decoder* and *bias* these alone. *colora
 rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the
 layers that it takes. *{COLORA_DEFAULT}* is *colora* at the learning rate that finetune.py has without a flag: no task
 chose it here. The number is the budget; one rank for all layers may leave some of it unused."""
+MEAN_MATCHED = """PSNR after each channel of the restored image was shifted to the mean of the target: what is left
+without constant errors of colour and brightness."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
 
@@ -286,6 +288,11 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
     if differences:
         parts += ["Differences, paired by seed, with their standard error (tasks taken as independent of each other):"]
         parts += [differences]
+    matched = {cell["task"]: cell["psnr_input_mean_matched"] for cell in own if "psnr_input_mean_matched" in cell}
+    if matched:
+        shown = ", ".join(f"{task} {value:.2f}" for task, value in matched.items())
+        table = table_by_task(own, list(matched), "psnr_mean_matched", 2, f"dB, {pairs} pairs")
+        parts += [f"{MEAN_MATCHED} Input: {shown}.", table]
     shown = ", ".join(f"{task} {ssim[task]:.3f}" for task in tasks)
     parts += [f"SSIM (input: {shown}):", table_by_task(own, tasks, "ssim", 3, f"{pairs} pairs")]
     if plot_radar(results, rows_of(results), tasks, pairs, folder / f"radar-{pairs}.png"):

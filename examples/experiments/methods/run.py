@@ -50,6 +50,7 @@ from examples.experiments.grid.tuned import (
     method_settings,
     settings_of,
 )
+from examples.experiments.methods.mean_matched import psnr_mean_matched
 from examples.experiments.methods.peft_lora import add_peft_lora
 from examples.experiments.methods.plan import (
     BUDGET,
@@ -110,9 +111,8 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
             )
         also = None
         if seed != args.tuning_seed:
-            also = partial(
-                look_further, args, variant, drawn.evaluated if seed == args.seeds[0] else None, accelerator
-            )
+            is_shown = seed == args.seeds[0]
+            also = partial(look_further, args, variant, drawn.evaluated, is_shown, accelerator)
         found |= train_and_validate(model, drawn.patches, drawn.evaluated, run, accelerator, also)
     return found
 
@@ -140,20 +140,26 @@ def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
 
 
 def look_further(
-    args: BenchmarkArguments, variant: Variant, shown: PairSource | None, accelerator: Accelerator, model: nn.Module
+    args: BenchmarkArguments,
+    variant: Variant,
+    evaluated: PairSource,
+    is_shown: bool,
+    accelerator: Accelerator,
+    model: nn.Module,
 ) -> Cell:
-    """PSNR (dB) on the task of the pre-training; images of `shown`, if given, are saved.
+    """PSNR (dB) of mean-matched images, and on the task of the pre-training; saves images if they are shown.
 
-    The task is to restore patches of the test folder's clean images, degraded by PROD. They are the same for all cells
-    of a task. Adapters are switched off for it.
+    The task of the pre-training is to restore patches of the test folder's clean images, degraded by PROD. They are
+    the same for all cells of a task. Adapters are switched off for it.
     """
-    if shown is not None:
+    if is_shown:
         name = "-".join(f"{value}" for value in settings_of(variant).values())
-        save_best_median_worst(model, shown, Path(args.output_dir) / IMAGES_FOLDER / f"{name}.jpg")
+        save_best_median_worst(model, evaluated, Path(args.output_dir) / IMAGES_FOLDER / f"{name}.jpg")
+    found = psnr_mean_matched(model, evaluated, accelerator.device)
     images = ImageFiles(list_images(Path(args.data_dir) / variant.task / "test" / "target"))
     pairs = DegradedImages(images, RandomOrderDegradation(), args.resolution)
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-        return {"psnr_old_task": evaluate(model, pairs, accelerator.device, "")["psnr"]}
+        return {**found, "psnr_old_task": evaluate(model, pairs, accelerator.device, "")["psnr"]}
 
 
 def run_missing(args: BenchmarkArguments, folder: Path) -> None:

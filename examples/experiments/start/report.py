@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 
 from examples.experiments.grid.cells import Cell
+from examples.experiments.grid.results import standard_error
 from examples.experiments.methods.plan import PEFT_LORA
 from examples.experiments.start.ways import TITLES, WAYS
 from examples.experiments.tables import markdown_table
@@ -60,7 +60,7 @@ def mean_with_error(values: dict[Draw, float]) -> str:
     means = list(means_of_tasks(values).values())
     if len(means) == 1:
         means = list(values.values())
-    return f"{mean(means):+.2f}" + (f" ± {stdev(means) / sqrt(len(means)):.2f}" if len(means) > 1 else "")
+    return f"{mean(means):+.2f}" + (f" ± {standard_error(means):.2f}" if len(means) > 1 else "")
 
 
 def table_by_task(found: dict[Row, dict[Draw, float]]) -> str:

@@ -32,6 +32,15 @@ def test_report_has_the_claims_and_says_what_failed(tmp_path):
     assert "- a, 16 pairs, none + full, 0.008, seed 0: infinite" in text
 
 
+def test_mean_matched_quality_is_of_the_tasks_that_have_it(tmp_path):
+    found = {"psnr_mean_matched": 27.5, "psnr_input_mean_matched": 26.25}
+    write_cells(tmp_path, [cell(0, 20.0, **found), {**cell(0, 20.0), "task": "b"}])
+    text = report.write_report(tmp_path)
+    assert "errors of colour and brightness. Input: a 26.25.\n" in text and "| prod + full | 27.50 |\n" in text
+    write_cells(tmp_path, [cell(0, 20.0)])
+    assert "brightness" not in report.write_report(tmp_path)
+
+
 def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(tmp_path):
     def default(seed, psnr, budget):
         return cell(seed, psnr, method="colora_default", parameter_budget=budget, learning_rate=5e-3)
