@@ -92,6 +92,44 @@ def test_the_differences_of_the_defaults_are_those_of_the_report():
         assert f"| {title} |{mean} |{without} |\n" in page
 
 
+def test_the_sentences_below_the_table_of_defaults_have_the_figures_of_the_report():
+    report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
+    peft, full = (
+        re.search(rf"CoLoRA 0.07 at finetune.py's rate minus {other} \| (\S+) .* \| (\S+) ± \S+ \(9 tasks\)", report)
+        for other in ("PEFT's LoRA", "full tuning")
+    )
+    matched = report.split("errors of colour and brightness")[1]
+    colora, lora = (
+        float(re.search(rf"prod \+ {way} 0.07 \| (\S+)", matched)[1]) for way in ("colora_default", "peft_lora")
+    )
+    seconds = [
+        int(re.search(rf"prod \+ {way} 0.07 \| [\d,]+ \| \S+ \| (\d+)", report)[1])
+        for way in ("colora_default", "peft_lora")
+    ]
+    text = " ".join((EXAMPLES.parent / "README.md").read_text(encoding="utf-8").split())
+    assert abs(float(peft[2])) < 0.1 and "level with PEFT's LoRA on the mean of nine tasks" in text
+    assert f"in {seconds[0] / seconds[1]:.1f} of the time" in text
+    assert f"it is {-float(peft[1]):.1f} dB behind, and {lora - colora:.1f} dB without constant errors" in text
+    assert f"Full fine-tuning is {-float(full[2]):.2f} dB better on the nine" in text
+
+
+def test_the_underwater_table_has_the_figures_of_the_report():
+    report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    matched = report.split("errors of colour and brightness. ")[1]
+    without = re.search(r"^Input: underwater ([\d.]+)\.", matched)[1]
+    assert f"| input | 16.07 | {without} |\n" in page
+    for title, row in (
+        ("full fine-tuning", "full"),
+        ("PEFT's LoRA", "peft_lora 0.07"),
+        ("CoLoRA, 7% budget", "colora_default 0.07"),
+        ("CoLoRA, 2% budget", "colora_default 0.02"),
+    ):
+        psnr = re.search(rf"prod \+ {row} \| (\S+) ±", report)[1]
+        without = re.search(rf"prod \+ {row} \| (\S+) ±", matched)[1]
+        assert f"| {title} | {psnr} | {without} |\n" in page
+
+
 def test_the_table_of_fewer_steps_is_that_of_the_cells():
     folder = EXPERIMENTS / "methods"
     table = steps_table(folder / "defaults", folder / "defaults-120")
