@@ -62,6 +62,11 @@ class TrainArguments:
     )
     use_ema: bool = flag(False, "The result is the exponential moving average of the trained weights.")
     ema_decay: float = flag(0.9999, "Weight of the past in that average at each step; it rises to this value.")
+    checkerboard_weight: float = flag(
+        0.0,
+        "Weight of a loss on the checkerboard that networks with PixelShuffle leave on their images, beside the mean "
+        "absolute error; 20 removes most of it.",
+    )
     max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped.")
     seed: int = flag(0, "Seed of everything random; on one CPU set-up it fixes the result bitwise.")
     checkpointing_steps: Annotated[int, OnResume.FREE] = flag(500, "Number of steps between checkpoints.")
@@ -129,6 +134,8 @@ class TrainArguments:
             raise ValueError("--save_best has no effect without --validation_steps: add it.")
         if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_private_repo have no effect without --push_to_hub: add it.")
+        if not (self.checkerboard_weight >= 0 and math.isfinite(self.checkerboard_weight)):
+            raise ValueError(f"--checkerboard_weight must be a number of at least 0, got {self.checkerboard_weight}.")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):

@@ -18,19 +18,19 @@ from pathlib import Path
 import cv2
 import psutil
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from colora_peft.data import Batch, PairSource, Position, StepSampler, collate, sample_generator
-from colora_peft.inference import reconstruct
+from colora_peft.inference import reconstruct, tile_multiple
 from colora_peft.utils import Processes
 
 from .arguments import TrainArguments
 from .engine import Engine
 from .engine_deepspeed import ZeroEngine, is_zero
 from .fsdp import WholeNetwork, is_sharding
+from .loss import TrainingLoss
 from .run import StepFigures, TrainingRun
 from .signals import STOP_SIGNALS, StopSignals, ignore_stop_signals
 from .trackers import running_trackers
@@ -80,6 +80,7 @@ def train(
         raise ValueError(f"--save_best needs a network with save_pretrained, which {type(model).__name__} has not.")
     model = _to_device(model, accelerator).train()
     network = WholeNetwork(model, accelerator)
+    loss_of = TrainingLoss(args.checkerboard_weight, tile_multiple(model))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
     engine = (ZeroEngine if is_zero(accelerator) else Engine)(model, optimizer, args, accelerator)
@@ -99,7 +100,7 @@ def train(
             torch.manual_seed(sample_generator(args.seed, step, accelerator.process_index).initial_seed())
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             try:
-                figures = _backward(engine, batches, args, accelerator, signals)
+                figures = _backward(engine, batches, loss_of, args, accelerator, signals)
             except DataFailed as error:
                 _put_back(buffers)
                 _stop_without_data(run, step, first_step, error)
@@ -168,6 +169,7 @@ def _to_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 def _backward(
     engine: Engine,
     batches: Iterator[Batch],
+    loss_of: TrainingLoss,
     args: TrainArguments,
     accelerator: Accelerator,
     signals: StopSignals,
@@ -182,7 +184,7 @@ def _backward(
     for number, batch in enumerate(islice(batches, count), start=1):
         with engine.batch(is_last=number == count):
             reconstruction = reconstruct(engine.network, batch["pixel_values"])
-            loss = F.l1_loss(reconstruction, batch["labels"])
+            loss = loss_of(reconstruction, batch["labels"])
             engine.backward(loss)
         error = (reconstruction.detach().float().clamp(0, 1) - batch["labels"]).square().mean(dim=(1, 2, 3))
         skipped += batch["skipped"]

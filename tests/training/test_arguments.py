@@ -41,6 +41,8 @@ def test_command_line_gives_the_same_settings_as_python():
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
         ("max_grad_norm", 0.0),
+        ("checkerboard_weight", -1.0),
+        ("checkerboard_weight", float("inf")),
         ("gradient_accumulation_steps", 0),
         ("validation_steps", -1),
         ("ema_decay", -0.1),

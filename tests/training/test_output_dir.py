@@ -139,6 +139,7 @@ def test_run_goes_on_in_its_own_folder(tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [{"seed": 1}, {"learning_rate": 0.2}, {"max_train_steps": 8}, {"resolution": 16}, {"max_grad_norm": 2.0}]
+    + [{"checkerboard_weight": 5.0}]
     + [{"use_ema": True}, {"ema_decay": 0.5}],
 )
 def test_resume_with_other_settings_names_the_flag(tmp_path, changed):

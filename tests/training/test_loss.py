@@ -1,0 +1,82 @@
+"""The training loss: its second term sees the pattern that repeats, that alone, and takes it off."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from colora_peft.inference import tile_multiple
+from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
+from colora_peft.training.loss import TrainingLoss, checkerboard
+
+
+def pattern(period, generator):
+    one = torch.randn(3, period, period, generator=generator)
+    return one - one.mean((-2, -1), keepdim=True)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (19, 30)])
+def test_the_checkerboard_is_the_repeated_pattern_whatever_is_constant(generator, size):
+    own = pattern(4, generator)
+    image = own.tile(8, 8)[:, : size[0], : size[1]] + torch.randn(2, 3, 1, 1, generator=generator)
+    torch.testing.assert_close(checkerboard(image, 4), own, atol=1e-5, rtol=1e-4)
+
+
+def test_a_finer_pattern_is_part_of_a_coarser_one_and_not_the_other_way_round(generator):
+    fine, coarse = pattern(2, generator), pattern(8, generator).tile(2, 2)
+    torch.testing.assert_close(checkerboard(fine.tile(8, 8)[None], 8), fine.tile(4, 4), atol=1e-5, rtol=1e-4)
+    assert checkerboard(coarse[None], 2).abs().mean() < coarse.abs().mean() / 2
+
+
+def test_what_does_not_repeat_averages_out(generator):
+    few, many = (checkerboard(torch.randn(count, 3, 64, 64, generator=generator), 8).std().item() for count in (1, 16))
+    assert few == pytest.approx(1 / 8, rel=0.1) and many == pytest.approx(1 / 32, rel=0.1)
+
+
+@pytest.mark.parametrize(("period", "side"), [(1, 32), (16, 31), (64, 32)])
+def test_there_is_none_without_two_cells_a_side(generator, period, side):
+    found = checkerboard(torch.randn(1, 3, side, 64, generator=generator), period)
+    assert found.shape == (3, period, period) and not found.any()
+
+
+def test_the_loss_is_the_mean_absolute_error_plus_the_weighted_checkerboard(generator):
+    restored, target = torch.rand(2, 2, 3, 16, 16, generator=generator)
+    l1 = F.l1_loss(restored, target)
+    assert torch.equal(TrainingLoss(0.0, 4)(restored, target), l1)
+    term = checkerboard(restored - target, 4).abs().mean()
+    torch.testing.assert_close(TrainingLoss(3.0, 4)(restored, target), l1 + 3 * term)
+
+
+def test_the_term_takes_the_checkerboard_off_and_nothing_else(generator):
+    """A bias for each place in a cell is what PixelShuffle can add; its mean is a colour, which the term leaves."""
+    layer = nn.Sequential(nn.Conv2d(3, 12, 2, stride=2), nn.PixelShuffle(2))
+    bias = torch.randn(12, generator=generator)
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.eye(12).reshape(3, 2, 2, 12).permute(3, 0, 1, 2))
+        layer[0].bias.copy_(bias)
+    optimizer = torch.optim.SGD([layer[0].bias], lr=0.1)
+    target = torch.rand(4, 3, 32, 32, generator=generator)
+    for _ in range(400):
+        optimizer.zero_grad()
+        checkerboard(layer(target) - target, 2).abs().mean().backward()
+        optimizer.step()
+    means = bias.view(3, 4).mean(1, keepdim=True)
+    torch.testing.assert_close(layer[0].bias.view(3, 4), means.expand(3, 4), atol=0.02, rtol=0)
+
+
+def test_the_period_of_nafnet_is_that_of_what_it_makes_of_a_constant():
+    config = NAFNetConfig(width=4, encoder_blocks=[1, 1], middle_blocks=1, decoder_blocks=[1, 1])
+    network = NAFNetForImageRestoration(config).eval()
+    assert tile_multiple(network) == 4
+    constant = torch.full((1, 3, 48, 48), 0.5)
+    with torch.no_grad():
+        for layer in (*(up[0] for up in network.ups), network.ending):
+            layer.weight.normal_(generator=torch.Generator().manual_seed(0))
+        inner = (network(constant).reconstruction - constant)[..., 16:32, 16:32]
+    assert checkerboard(inner, 4).abs().mean() > 1e-3
+    torch.testing.assert_close(inner, inner[..., :4, :4].tile(4, 4))
