@@ -43,7 +43,7 @@ from examples.experiments.grid.cells import (
     split_pairs,
     train_and_validate,
 )
-from examples.experiments.grid.results import paired_difference
+from examples.experiments.grid.results import standard_error
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, check_same_settings, method_settings
 from examples.experiments.tables import markdown_table
 
@@ -67,6 +67,7 @@ class CheckerboardArguments(NetworkArguments):
     max_train_steps: int = flag(500, "Number of training steps of each cell.")
     resolution: int = flag(128, "Side of the square training patches in pixels.")
     evaluated_size: int = flag(256, "Side in pixels of the image centres that quality is measured on.")
+    parameter_budget: float = flag(0.07, "Trained share of the weights.")
     output_dir: str = flag("outputs/checkerboard", "Folder for cells.json and report.md.")
 
     def __post_init__(self) -> None:
@@ -81,7 +82,8 @@ class CheckerboardArguments(NetworkArguments):
     def shared_settings(self) -> Cell:
         """Settings that all cells of a folder have in common."""
         network = {"model_sha256": network_fingerprint(self.model_name_or_path), "method_version": METHOD_VERSION}
-        return {name: getattr(self, name) for name in (*COUNTS, "evaluated_size")} | network | method_settings()
+        names = (*COUNTS, "evaluated_size", "parameter_budget")
+        return {name: getattr(self, name) for name in names} | network | method_settings()
 
 
 def smoothed(images: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def run_cell(args: CheckerboardArguments, settings: Cell, accelerator: Accelerat
             run_arguments(args, folder, LEARNING_RATES["colora"], seed),
             checkerboard_weight=settings["checkerboard_weight"],
         )
-        config = CoLoRAConfig(parameter_budget=run.parameter_budget)
+        config = CoLoRAConfig(parameter_budget=args.parameter_budget)
         config.contributions = measure_contributions(network, patches, run, accelerator).scores
         set_seed(seed)
         model = prepare_for_tuning(network, "colora", config)
@@ -152,23 +154,23 @@ def report(cells: list[Cell]) -> str:
 
 
 def row(found: dict[tuple[str, float, int], Cell], name: str, weight: float, base: float, tasks: list[str]) -> list:
-    """A line of the report: means over the seeds by task, and the mean over the tasks with its error."""
-    is_difference, digits = name != "checkerboard", 2 if name != "ssim" else 3
-    own, other = [], []
+    """A line of the report: means over the seeds by task, and the mean over the tasks, if there are all."""
+    is_difference, digits = name != "checkerboard", 3 if name == "ssim" else 2
+    means = {}
     for task in tasks:
-        seeds = [seed for (t, w, seed) in found if (t, w) == (task, weight) and (task, base, seed) in found]
-        if seeds:
-            own.append(mean(found[task, weight, seed][name] for seed in seeds))
-            other.append(mean(found[task, base, seed][name] for seed in seeds) if is_difference else 0.0)
-        else:
-            own.append(None)
-            other.append(None)
-    sign = "+" if is_difference else ""
-    shown = ["" if a is None else f"{a - b:{sign}.{digits}f}" for a, b in zip(own, other, strict=True)]
-    both = [(a, b) for a, b in zip(own, other, strict=True) if a is not None]
-    difference = paired_difference(*zip(*both, strict=True))
-    error = f" ± {difference.standard_error:.{digits}f}" if is_difference and weight != base else ""
-    return [f"{weight:g}", *shown, f"{difference.mean:{sign}.{digits}f}{error}"]
+        pairs = [
+            (cell, found.get((task, base, seed))) for (t, w, seed), cell in found.items() if (t, w) == (task, weight)
+        ]
+        values = [own[name] - (other[name] if is_difference else 0) for own, other in pairs if other is not None]
+        if values:
+            means[task] = mean(values)
+    number = f"{'+' if is_difference else ''}.{digits}f"
+    whole = ""
+    if len(means) == len(tasks):
+        whole = format(mean(means.values()), number)
+        if is_difference and weight != base and len(tasks) > 1:
+            whole += f" ± {standard_error(list(means.values())):.{digits}f}"
+    return [f"{weight:g}", *(format(means[task], number) if task in means else "" for task in tasks), whole]
 
 
 def main(args: CheckerboardArguments) -> None:
