@@ -55,10 +55,10 @@ def test_the_report_pairs_the_draws_and_has_a_mean_where_all_tasks_are():
 @pytest.mark.slow
 def test_launched_comparison_runs_every_cell_once(tiny_nafnet, tmp_path):
     write_pairs(tmp_path / "data" / "a" / "train", 6, size=64)
-    command = ["checkerboard.run", "--data_dir", tmp_path / "data", "--tasks", "a",
-               "--model_name_or_path", tiny_nafnet, "--seeds", 0, "--train_pairs", 3, "--validation_pairs", 2, "--max_train_steps", 1, "--resolution", 32,
-               "--per_device_train_batch_size", 1, "--weights", 0, 20, "--parameter_budget", 0.3,
-               "--output_dir", tmp_path / "out"]  # fmt: skip
+    command = ["checkerboard.run", "--data_dir", tmp_path / "data", "--tasks", "a", "--weights", 0, 20,
+               "--model_name_or_path", tiny_nafnet, "--parameter_budget", 0.3, "--seeds", 0,
+               "--train_pairs", 3, "--validation_pairs", 2, "--max_train_steps", 1, "--resolution", 32,
+               "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "out"]  # fmt: skip
     for _ in range(2):
         done = launch(*command)
         assert done.returncode == 0, done.stderr
