@@ -64,8 +64,9 @@ class TrainArguments:
     ema_decay: float = flag(0.9999, "Weight of the past in that average at each step; it rises to this value.")
     checkerboard_weight: float = flag(
         0.0,
-        "Weight of a loss on the checkerboard that networks with PixelShuffle leave on their images, beside the mean "
-        "absolute error; 20 removes most of it.",
+        "Weight of a loss on the grid that networks with PixelShuffle leave on smooth areas, beside the mean absolute "
+        "error; try 20. It is of the batch of a process, so that --per_device_train_batch_size must then stay on "
+        "resume.",
     )
     max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped.")
     seed: int = flag(0, "Seed of everything random; on one CPU set-up it fixes the result bitwise.")

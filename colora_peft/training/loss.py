@@ -5,16 +5,40 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from colora_peft.inference import tile_multiple
+
+from .arguments import TrainArguments
+
+
+def loss_of_run(model: nn.Module, args: TrainArguments) -> TrainingLoss:
+    """The loss that a run trains with.
+
+    Raises:
+        ValueError: A checkerboard is weighed that the network or its patches cannot have.
+    """
+    period = tile_multiple(model)
+    if args.checkerboard_weight and period == 1:
+        raise ValueError(
+            f"--checkerboard_weight has no effect with {type(model).__name__}, which names no multiple that the sides "
+            "of its images must have; leave it out."
+        )
+    if args.checkerboard_weight and args.resolution < 2 * period:
+        raise ValueError(
+            f"--checkerboard_weight has no effect with patches of --resolution {args.resolution}, because the network "
+            f"repeats itself every {period} pixels; take {2 * period} or more."
+        )
+    return TrainingLoss(args.checkerboard_weight, period)
 
 
 def checkerboard(image: Tensor, period: int) -> Tensor:
     """The pattern that repeats every `period` pixels in images, without its mean.
 
-    Networks that work at lower resolutions, such as NAFNet, enlarge their features by a fixed rule (PixelShuffle), so
-    that pixels with different places in a cell of `period` x `period` come from different weights. What these do not
-    agree on is a pattern over the whole image (Odena et al., Deconvolution and Checkerboard Artifacts, Distill 2016).
-    It is the mean over cells and images of each place in a cell. That it is measured in this way is ours.
+    Networks that work at lower resolutions, such as NAFNet, enlarge their features by a fixed rule (PixelShuffle). So
+    pixels with different places in a cell of `period` x `period` come from different weights. Where these disagree,
+    the same pattern lies in every cell (Odena et al., Deconvolution and Checkerboard Artifacts, Distill 2016). It is
+    the mean over cells and images of each place in a cell. This measure is ours.
 
     Args:
         image: (B, C, H, W). Rows and columns that are left over by whole cells are left out.
@@ -22,7 +46,12 @@ def checkerboard(image: Tensor, period: int) -> Tensor:
 
     Returns:
         (C, period, period) in the unit of `image`; zeros where a side has fewer than two cells.
+
+    Raises:
+        ValueError: The images have other dimensions.
     """
+    if image.ndim != 4:
+        raise ValueError(f"A checkerboard is measured on images (B, C, H, W), not of shape {tuple(image.shape)}.")
     rows, columns = (side // period for side in image.shape[-2:])
     if min(rows, columns) < 2:
         return image.new_zeros(image.shape[1], period, period)
@@ -34,8 +63,8 @@ def checkerboard(image: Tensor, period: int) -> Tensor:
 class TrainingLoss(NamedTuple):
     """Mean absolute error of a batch plus `checkerboard_weight` times that of the checkerboard of its errors.
 
-    Where patches are cut at random, errors without a checkerboard have none on average. Networks that take images of
-    any size have a period of 1, and none.
+    Where patches are cut at random, errors without a checkerboard have none on average. What is left of them falls
+    with the number of cells in a batch: the term depends on the batch of a process and the size of its patches.
     """
 
     checkerboard_weight: float

@@ -1,13 +1,18 @@
 """The training loss: its second term sees the pattern that repeats, that alone, and takes it off."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
+from support.loop import NoisyPatches, arguments, assert_equal, nafnet, plain, rows, run
 from torch import nn
 
+from colora_peft import CoLoRAConfig
 from colora_peft.inference import tile_multiple
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.training.loss import TrainingLoss, checkerboard
+from colora_peft.training.loss import TrainingLoss, checkerboard, loss_of_run
 
 
 def pattern(period, generator):
@@ -80,3 +85,59 @@ def test_the_period_of_nafnet_is_that_of_what_it_makes_of_a_constant():
         inner = (network(constant).reconstruction - constant)[..., 16:32, 16:32]
     assert checkerboard(inner, 4).abs().mean() > 1e-3
     torch.testing.assert_close(inner, inner[..., :4, :4].tile(4, 4))
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+def adapted():
+    torch.manual_seed(0)
+    return get_peft_model(nafnet(), CoLoRAConfig(parameter_budget=0.3))
+
+
+def test_a_run_trains_with_the_term_at_its_weight(tmp_path):
+    assert loss_of_run(adapted(), arguments(tmp_path, checkerboard_weight=3.0)) == TrainingLoss(3.0, 4)
+    losses, weights = [], []
+    for weight in (0.0, 2.0, 4.0):
+        folder = tmp_path / f"{weight:g}"
+        weights.append(run(folder, adapted(), max_train_steps=1, checkerboard_weight=weight))
+        losses.append(rows(folder)[0]["loss"])
+    first, second = (after - losses[0] for after in losses[1:])
+    assert first > 1e-4 and second == pytest.approx(2 * first, rel=1e-3)
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_with_the_term_goes_on_as_if_never_stopped(tmp_path):
+    flags = {"checkerboard_weight": 5.0, "checkpointing_steps": 2, "checkpoints_total_limit": 0}
+    expected = run(tmp_path / "whole", adapted(), **flags)
+    parts = tmp_path / "parts"
+    run(parts, adapted(), **flags)
+    for step in (4, 6):
+        shutil.rmtree(parts / f"checkpoint-{step}")
+    assert_equal(run(parts, adapted(), resume_from_checkpoint="latest", **flags), expected)
+
+
+def test_the_term_must_keep_the_batch_of_a_process(tmp_path):
+    flags = {"checkpointing_steps": 2, "max_train_steps": 2}
+    halved = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
+    run(tmp_path / "without", adapted(), **flags)
+    run(tmp_path / "without", adapted(), **flags | halved)
+    run(tmp_path / "with", adapted(), checkerboard_weight=5.0, **flags)
+    with pytest.raises(ValueError, match="--per_device_train_batch_size was 2, now 1"):
+        run(tmp_path / "with", adapted(), checkerboard_weight=5.0, **flags | halved)
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "words"),
+    [(plain, {}, "names no multiple.*leave it out"), (nafnet, {"resolution": 7}, "--resolution 7.*take 8 or more")],
+)
+def test_a_weight_that_would_do_nothing_is_refused(tmp_path, make, flags, words):
+    assert loss_of_run(make(), arguments(tmp_path, **flags)).checkerboard_weight == 0
+    with pytest.raises(ValueError, match=f"--checkerboard_weight has no effect with .*{words}"):
+        run(tmp_path, make(), NoisyPatches(), checkerboard_weight=5.0, **flags)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_checkerboard_is_of_images_alone():
+    with pytest.raises(ValueError, match=r"images \(B, C, H, W\), not of shape \(1, 3, 2, 8, 8\)"):
+        checkerboard(torch.rand(1, 3, 2, 8, 8), 4)

@@ -2,9 +2,9 @@
 
     python -m examples.experiments.checkerboard.run --data_dir path/to/data
 
-Every cell is finetune.py with its defaults but for --checkerboard_weight. Quality is measured on pairs held out of the
-training folder; the test folder is not touched. Cells are kept and not run again. `--part 0/2` and `1/2` share them
-between two processes. A folder holds cells of one network and one set of settings.
+Every cell is finetune.py with its defaults and one value of --checkerboard_weight. Quality is measured on pairs held
+out of the training folder; the test folder is not touched. Cells are kept and not run again. `--part 0/2` and `1/2`
+share them between two processes. A folder holds cells of one network and one set of settings.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class CheckerboardArguments(NetworkArguments):
     data_dir: str = flag(help="Folder that holds TASK/train with input/ and target/.")
     tasks: list[str] = flag(factory=lambda: ["underwater", "lowlight", "haze"], help="Folders of --data_dir.")
     weights: list[float] = flag(
-        factory=lambda: [0.0, 5.0, 20.0], help="Values of --checkerboard_weight; the first is compared to."
+        factory=lambda: [0.0, 5.0, 20.0], help="Values of --checkerboard_weight; the lowest is compared to."
     )
     model_name_or_path: str = flag("examples/checkpoints/nafnet-small-prod", "Folder of the pre-trained network.")
     train_pairs: int = flag(32, "Number of pairs to train on, where there are so many besides those held out.")
@@ -127,50 +127,55 @@ def run_cell(args: CheckerboardArguments, settings: Cell, accelerator: Accelerat
         config.contributions = measure_contributions(network, patches, run, accelerator).scores
         set_seed(seed)
         model = prepare_for_tuning(network, "colora", config)
-        also = partial(checkerboard_in_levels, centres)
-        return train_and_validate(model, patches, centres, run, accelerator, also)
+        measure = partial(checkerboard_in_levels, centres)
+        return train_and_validate(model, patches, centres, run, accelerator, also=measure)
 
 
 def report(cells: list[Cell]) -> str:
-    """Markdown: quality at each weight minus that at the first, and the checkerboard, by task and on the mean."""
-    weights = list(dict.fromkeys(cell["checkerboard_weight"] for cell in cells))
+    """Markdown: quality at each weight minus that at the lowest, and the checkerboard, by task and on the mean."""
+    weights = sorted({cell["checkerboard_weight"] for cell in cells})
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
-    found = {(c["task"], c["checkerboard_weight"], c["seed"]): c for c in cells if "psnr" in c}
-    heads = ["weight", *tasks, "mean"]
-    parts = [
-        f"{title}\n\n{markdown_table(heads, [row(found, name, weight, weights[0], tasks) for weight in weights])}"
-        for name, title in (
-            ("psnr", f"PSNR in dB, minus that at weight {weights[0]:g}:"),
-            ("ssim", f"SSIM, minus that at weight {weights[0]:g}:"),
-            ("checkerboard", "Checkerboard on smoothed inputs, root mean square in grey levels of 255:"),
-        )
+    parts = []
+    for name, title in (
+        ("psnr", f"PSNR in dB, minus that at weight {weights[0]:g}:"),
+        ("ssim", f"SSIM, minus that at weight {weights[0]:g}:"),
+        ("checkerboard", "Checkerboard on smoothed inputs, root mean square in grey levels of 255:"),
+    ):
+        found = {(c["task"], c["checkerboard_weight"], c["seed"]): c[name] for c in cells if name in c}
+        rows = [report_row(found, name, weight, weights[0], tasks) for weight in weights]
+        parts.append(f"{title}\n\n{markdown_table(['weight', *tasks, 'mean'], rows)}")
+    failed = [
+        f"Failed: {cell['task']}, weight {cell['checkerboard_weight']:g}, seed {cell['seed']}: {cell[fault]}"
+        for cell in cells
+        for fault in ("failed", "also_failed")
+        if fault in cell
     ]
     first = cells[0]
     return (
         f"CoLoRA, {first['max_train_steps']} steps of {first['per_device_train_batch_size']} x {first['resolution']}, "
-        f"{first['train_pairs']} pairs, {first['validation_pairs']} others held out of the training folder. "
-        "Errors are those of the mean over the tasks.\n\n" + "\n\n".join(parts) + "\n"
+        f"up to {first['train_pairs']} pairs, {first['validation_pairs']} others held out of the training folder. "
+        "Errors are those of the mean over the tasks.\n\n" + "\n\n".join([*parts, *failed]) + "\n"
     )
 
 
-def row(found: dict[tuple[str, float, int], Cell], name: str, weight: float, base: float, tasks: list[str]) -> list:
+def report_row(
+    found: dict[tuple[str, float, int], float], name: str, weight: float, base: float, tasks: list[str]
+) -> list[str]:
     """A line of the report: means over the seeds by task, and the mean over the tasks, if there are all."""
     is_difference, digits = name != "checkerboard", 3 if name == "ssim" else 2
     means = {}
     for task in tasks:
-        pairs = [
-            (cell, found.get((task, base, seed))) for (t, w, seed), cell in found.items() if (t, w) == (task, weight)
-        ]
-        values = [own[name] - (other[name] if is_difference else 0) for own, other in pairs if other is not None]
-        if values:
-            means[task] = mean(values)
+        seeds = [seed for (t, w, seed) in found if (t, w) == (task, weight) and (task, base, seed) in found]
+        if seeds:
+            reference = mean(found[task, base, seed] for seed in seeds) if is_difference else 0.0
+            means[task] = mean(found[task, weight, seed] for seed in seeds) - reference
     number = f"{'+' if is_difference else ''}.{digits}f"
-    whole = ""
+    mean_text = ""
     if len(means) == len(tasks):
-        whole = format(mean(means.values()), number)
+        mean_text = format(mean(means.values()), number)
         if is_difference and weight != base and len(tasks) > 1:
-            whole += f" ± {standard_error(list(means.values())):.{digits}f}"
-    return [f"{weight:g}", *(format(means[task], number) if task in means else "" for task in tasks), whole]
+            mean_text += f" ± {standard_error(list(means.values())):.{digits}f}"
+    return [f"{weight:g}", *(format(means[task], number) if task in means else "" for task in tasks), mean_text]
 
 
 def main(args: CheckerboardArguments) -> None:

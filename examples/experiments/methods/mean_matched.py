@@ -21,7 +21,8 @@ def mean_matched(image: Tensor, target: Tensor) -> Tensor:
 def psnr_mean_matched(model: nn.Module, pairs: PairSource, device: torch.device) -> dict[str, float]:
     """Returns the mean PSNR (dB) of mean-matched images: `psnr_mean_matched`, of inputs `psnr_input_mean_matched`.
 
-    In low light the same idea is known as GT mean, there as a factor on the whole image.
+    Images are shifted as the network gives them, and clipped and rounded to 8 bits afterwards. In low light the same
+    idea is known as GT mean, there as a factor on the whole image.
 
     Args:
         model: Any network that `colora_peft.inference.reconstruct` takes.

@@ -38,7 +38,7 @@ rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the 
 layers that it takes. *{COLORA_DEFAULT}* is *colora* at the learning rate that finetune.py has without a flag: no task
 chose it here. The number is the budget; one rank for all layers may leave some of it unused."""
 MEAN_MATCHED = """PSNR after each channel of the restored image was shifted to the mean of the target: what is left
-without constant errors of colour and brightness."""
+without constant errors of colour and brightness. Cells of earlier runs lack it."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
 

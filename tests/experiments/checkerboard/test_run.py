@@ -47,7 +47,10 @@ def test_the_report_pairs_the_draws_and_has_a_mean_where_all_tasks_are():
     text = run.report([*cells, cell("a", 5.0, 7, 40.0)])
     assert "| 20 | +0.50 |  |  |" in text and "| 5 |  |  |  |" in text, "no seed of weight 5 is in weight 0"
     assert "| 0 | +0.00 | +0.00 | +0.00 |" in text
-    text = run.report([*cells, cell("b", 20.0, 0, 30.7)])
+    broken = cell("b", 20.0, 3, 1.0, also_failed="no memory")
+    del broken["checkerboard"]
+    text = run.report([*reversed(cells[:3]), cells[3], cell("b", 20.0, 0, 30.7), broken])
+    assert "Failed: b, weight 20, seed 3: no memory" in text, "and the lowest weight is the base, whatever came first"
     assert "| 20 | +0.50 | +0.70 | +0.60 ± 0.10 |" in text and "| 20 | +0.005 | +0.007 | +0.006 ± 0.001 |" in text
     assert "| 20 | 21.00 | 21.00 | 21.00 |" in text
 

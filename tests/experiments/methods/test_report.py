@@ -36,7 +36,7 @@ def test_mean_matched_quality_is_of_the_tasks_that_have_it(tmp_path):
     found = {"psnr_mean_matched": 27.5, "psnr_input_mean_matched": 26.25}
     write_cells(tmp_path, [cell(0, 20.0, **found), {**cell(0, 20.0), "task": "b"}])
     text = report.write_report(tmp_path)
-    assert "errors of colour and brightness. Input: a 26.25.\n" in text and "| prod + full | 27.50 |\n" in text
+    assert "lack it. Input: a 26.25.\n" in text and "| prod + full | 27.50 |\n" in text
     write_cells(tmp_path, [cell(0, 20.0)])
     assert "brightness" not in report.write_report(tmp_path)
 
