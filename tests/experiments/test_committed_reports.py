@@ -131,7 +131,7 @@ def test_the_underwater_table_has_the_figures_of_the_report():
     page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
     matched = report.split("errors of colour and brightness. ")[1]
     psnr, without = (
-        re.search(pattern, report)[1] for pattern in (r"\| input \| (\S+) ", r"Input: underwater (\S+)\.")
+        re.search(pattern, report)[1] for pattern in (r"\| input \| (\S+) ", r"Input: underwater ([\d.]+\d)")
     )
     assert f"| input | {psnr} | {without} |\n" in page
     for title, row in (
@@ -143,6 +143,12 @@ def test_the_underwater_table_has_the_figures_of_the_report():
         psnr = re.search(rf"prod \+ {row} \| (\S+) ±", report)[1]
         without = re.search(rf"prod \+ {row} \| (\S+) ±", matched)[1]
         assert f"| {title} | {psnr} | {without} |\n" in page
+
+
+def test_the_difference_to_one_rank_for_all_is_that_of_the_report():
+    report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
+    (without,) = re.findall(r"rate minus one rank for all .*\| (\S+ ± \S+) \(3 tasks\)", report)
+    assert f"CoLoRA minus it is {without} dB without underwater" in (EXPERIMENTS / "README.md").read_text("utf-8")
 
 
 def test_the_table_of_fewer_steps_is_that_of_the_cells():

@@ -142,6 +142,7 @@ def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
         default = (first, COLORA_DEFAULT, budget)
         claims[f"CoLoRA {budget:g} at finetune.py's rate minus PEFT's LoRA"] = default, (first, PEFT_LORA, budget)
         claims[f"CoLoRA {budget:g} at finetune.py's rate minus full tuning"] = default, (first, "full", None)
+        claims[f"CoLoRA {budget:g} at finetune.py's rate minus one rank for all"] = default, (first, "lora", budget)
     largest, *others = sorted(values_in(results, "parameter_budget"), reverse=True) or [None]
     for budget in others:
         one, other = ((first, COLORA_DEFAULT, share) for share in (budget, largest))
