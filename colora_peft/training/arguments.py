@@ -19,6 +19,7 @@ class OnResume(Enum):
 
     FREE = "may change, because the weights do not depend on it"
     DATA = "may change where the images themselves are compared, or --allow_changed_dataset is given"
+    BATCH = "may change, but for a loss that depends on how many patches a process sees at once"
     LENGTH = "may grow, and may change while the learning rate of warmup_stable_decay has not begun to fall"
     INPUT = "is read by the run, so that it must not lie in the folder that the run empties"
 
@@ -40,7 +41,7 @@ class TrainArguments:
         help="Number of optimiser steps of the whole run; more of them prolong it on resume."
     )
     # Batch size and accumulation may change because processes may. Training checks their product when it starts.
-    per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
+    per_device_train_batch_size: Annotated[int, OnResume.BATCH] = flag(
         help="Number of patches in a batch of each process."
     )
     resolution: int = flag(help="Side of the square training patches in pixels.")

@@ -208,8 +208,8 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     # A flag that is newer than the checkpoint cannot have been set: the run had its default.
     before = {setting.name: saved.get(setting.name, setting.default) for setting in fields(args)}
     free = flags_with(OnResume.FREE, args)
-    if args.checkerboard_weight:  # that loss depends on how many patches a process sees at once
-        free.remove("per_device_train_batch_size")
+    if not args.checkerboard_weight:
+        free += flags_with(OnResume.BATCH, args)
     if args.allow_changed_dataset or _knows_its_data(state):
         free += flags_with(OnResume.DATA, args)
     if _may_change_length(args, before, state["step"]):

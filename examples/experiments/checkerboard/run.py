@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from colora_peft import CoLoRAConfig
 from colora_peft.data import PairedImageFolder, PairedPatches, PairSource
 from colora_peft.inference import evaluation_mode, reconstruct, tile_multiple
-from colora_peft.training import LEARNING_RATES, prepare_for_tuning, use_all_cores
+from colora_peft.training import LEARNING_RATES, prepare_for_tuning
 from colora_peft.training.loss import checkerboard
 from colora_peft.tuner import METHOD_VERSION
 from colora_peft.utils import check_at_least, flag, run_script, write_text
@@ -38,9 +38,10 @@ from examples.experiments.grid.cells import (
     load_network,
     measure_contributions,
     network_fingerprint,
+    own_accelerator,
     own_part,
     run_arguments,
-    split_pairs,
+    split_up_to,
     train_and_validate,
 )
 from examples.experiments.grid.results import standard_error
@@ -61,6 +62,9 @@ class CheckerboardArguments(NetworkArguments):
     weights: list[float] = flag(
         factory=lambda: [0.0, 5.0, 20.0], help="Values of --checkerboard_weight; the lowest is compared to."
     )
+    learning_rates: list[float] = flag(
+        factory=lambda: [LEARNING_RATES["colora"]], help="One learning rate, of all runs."
+    )
     model_name_or_path: str = flag("examples/checkpoints/nafnet-small-prod", "Folder of the pre-trained network.")
     train_pairs: int = flag(32, "Number of pairs to train on, where there are so many besides those held out.")
     validation_pairs: int = flag(14, "Number of pairs that are held out of the training folder.")
@@ -71,7 +75,9 @@ class CheckerboardArguments(NetworkArguments):
     output_dir: str = flag("outputs/checkerboard", "Folder for cells.json and report.md.")
 
     def __post_init__(self) -> None:
-        check_lists({name: getattr(self, name) for name in ("tasks", "weights", "seeds")})
+        check_lists({name: getattr(self, name) for name in ("tasks", "weights", "seeds", "learning_rates")})
+        if len(self.learning_rates) > 1:
+            raise ValueError(f"--learning_rates takes one here, got {len(self.learning_rates)}: choose one.")
         for name in (*COUNTS, "evaluated_size"):
             check_at_least(self, name, 1)
 
@@ -82,7 +88,7 @@ class CheckerboardArguments(NetworkArguments):
     def shared_settings(self) -> Cell:
         """Settings that all cells of a folder have in common."""
         network = {"model_sha256": network_fingerprint(self.model_name_or_path), "method_version": METHOD_VERSION}
-        names = (*COUNTS, "evaluated_size", "parameter_budget")
+        names = (*COUNTS, "learning_rates", "evaluated_size", "parameter_budget")
         return {name: getattr(self, name) for name in names} | network | method_settings()
 
 
@@ -110,17 +116,13 @@ def run_cell(args: CheckerboardArguments, settings: Cell, accelerator: Accelerat
         ValueError: The folder has no pairs to train on besides those.
     """
     train_dir, seed = str(args.train_dir(settings["task"])), settings["seed"]
-    count = len(PairedImageFolder(train_dir))
-    if count <= args.validation_pairs:
-        raise ValueError(f"{train_dir} holds {count} pairs: lower --validation_pairs {args.validation_pairs}.")
-    number = min(args.train_pairs, count - args.validation_pairs)
-    chosen, validation = split_pairs(train_dir, number, args.validation_pairs, seed, "drawn")
+    chosen, validation = split_up_to(train_dir, args.train_pairs, args.validation_pairs, seed, "drawn")
     patches, centres = PairedPatches(chosen, args.resolution, seed), PairCentres(validation, args.evaluated_size)
     set_seed(seed)
     network = load_network(args.model_name_or_path, accelerator)
     with tempfile.TemporaryDirectory() as folder:
         run = replace(
-            run_arguments(args, folder, LEARNING_RATES["colora"], seed),
+            run_arguments(args, folder, args.learning_rates[0], seed),
             checkerboard_weight=settings["checkerboard_weight"],
         )
         config = CoLoRAConfig(parameter_budget=args.parameter_budget)
@@ -179,10 +181,7 @@ def report_row(
 
 
 def main(args: CheckerboardArguments) -> None:
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError("A cell runs in one process: start several with --part instead of launching them.")
-    use_all_cores(accelerator)
+    accelerator = own_accelerator()
     check_same_settings(args.output_dir, args.shared_settings())
     data = {task: PairedImageFolder(args.train_dir(task)).digest for task in args.tasks}
     file = CellFile(Path(args.output_dir) / CELLS_FILE)

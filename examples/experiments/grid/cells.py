@@ -19,7 +19,7 @@ from torch import nn
 from colora_peft.data import Pair, PairedImageFolder, PairedPatches, PairSource, PairSubset, draw_pairs
 from colora_peft.evaluation import evaluate
 from colora_peft.hub import hardware_name
-from colora_peft.training import TrainingDiverged, train, trained_parameters
+from colora_peft.training import TrainingDiverged, train, trained_parameters, use_all_cores
 from colora_peft.training import load_network as load_network_of
 from colora_peft.training import measure_contributions as measure_contributions
 from colora_peft.utils import digest_of_bytes, flag, relative_path, write_json
@@ -65,6 +65,19 @@ def check_lists(lists: dict[str, Sequence[object]]) -> None:
     for name, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"--{name} must list at least one value and none twice, got {values}.")
+
+
+def own_accelerator() -> Accelerator:
+    """The accelerator of a process that runs cells by itself, on all its cores.
+
+    Raises:
+        ValueError: Several processes were launched.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError("A cell runs in one process: start several with --part instead of launching them.")
+    use_all_cores(accelerator)
+    return accelerator
 
 
 def own_part(grid: Sequence[T], part: str) -> Sequence[T]:
@@ -242,6 +255,22 @@ def split_pairs(
     held_out = range(first, first + validation_pairs)
     others = PairSubset(pairs, [index for index in range(len(pairs)) if index not in held_out])
     return draw_pairs(others, train_pairs, seed)[0], PairSubset(pairs, held_out)
+
+
+def split_up_to(
+    train_dir: str, train_pairs: int, validation_pairs: int, seed: int, validation: Validation
+) -> tuple[PairSource, PairSource]:
+    """Splits as `split_pairs` does, with fewer pairs to train on where those held out leave no more.
+
+    Raises:
+        ValueError: None are left.
+    """
+    left = len(PairedImageFolder(train_dir)) - validation_pairs
+    if left <= 0:
+        raise ValueError(
+            f"{train_dir} holds {left + validation_pairs} pairs: lower --validation_pairs {validation_pairs}."
+        )
+    return split_pairs(train_dir, min(train_pairs, left), validation_pairs, seed, validation)
 
 
 class PairCentres:

@@ -31,13 +31,14 @@ from colora_peft.evaluation import evaluate
 from colora_peft.hub import load_backbone, register_backbones
 from colora_peft.images import list_images
 from colora_peft.prod import RandomOrderDegradation
-from colora_peft.training import DataFailed, prepare_for_tuning, use_all_cores
+from colora_peft.training import DataFailed, prepare_for_tuning
 from colora_peft.tuner import METHOD_VERSION
 from colora_peft.utils import run_script
 from examples.experiments.grid.cells import (
     Cell,
     CellFile,
     measure_contributions,
+    own_accelerator,
     own_part,
     run_arguments,
     train_and_validate,
@@ -168,10 +169,7 @@ def run_missing(args: BenchmarkArguments, folder: Path) -> None:
     Raises:
         ValueError: Several processes were launched, or the folder has cells of other settings, weights or pairs.
     """
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError("A cell runs in one process: start several processes with --part instead of launching them.")
-    use_all_cores(accelerator)
+    accelerator = own_accelerator()
     check_same_settings(folder, shared_settings(args, accelerator))
     variants, file = plan(args), CellFile(folder / CELLS_FILE)
     check_names([*file.cells, *({**settings_of(variant), **identity(args, variant)} for variant in variants)])

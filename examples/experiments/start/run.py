@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from colora_peft.data import PairedImageFolder, PairedPatches, collate
-from colora_peft.training import DataFailed, use_all_cores
+from colora_peft.training import DataFailed
 from colora_peft.tuner import METHOD_VERSION
 from colora_peft.utils import check_at_least, flag, run_script, write_text
 from examples.experiments.grid.cells import (
@@ -32,9 +32,10 @@ from examples.experiments.grid.cells import (
     check_lists,
     load_network,
     network_fingerprint,
+    own_accelerator,
     own_part,
     run_arguments,
-    split_pairs,
+    split_up_to,
     train_and_validate,
 )
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, check_same_settings, method_settings
@@ -98,11 +99,7 @@ def run_cell(args: StartArguments, settings: Cell, accelerator: Accelerator) -> 
         ValueError: The folder has no pairs to train on besides those.
     """
     train_dir, seed = str(args.train_dir(settings["task"])), settings["seed"]
-    count = len(PairedImageFolder(train_dir))
-    if count <= args.validation_pairs:
-        raise ValueError(f"{train_dir} holds {count} pairs: lower --validation_pairs {args.validation_pairs}.")
-    pairs = min(args.train_pairs, count - args.validation_pairs)
-    chosen, validation = split_pairs(train_dir, pairs, args.validation_pairs, seed, args.validation)
+    chosen, validation = split_up_to(train_dir, args.train_pairs, args.validation_pairs, seed, args.validation)
     patches, size = PairedPatches(chosen, args.resolution, seed), args.per_device_train_batch_size
     samples = [[patches[number * size + i] for i in range(size)] for number in range(args.gradient_batches)]
     batches = [
@@ -118,10 +115,7 @@ def run_cell(args: StartArguments, settings: Cell, accelerator: Accelerator) -> 
 
 
 def main(args: StartArguments) -> None:
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError("A cell runs in one process: start several with --part instead of launching them.")
-    use_all_cores(accelerator)
+    accelerator = own_accelerator()
     check_same_settings(args.output_dir, args.shared_settings())
     shared = {name: getattr(args, name) for name in (*COUNTS, "parameter_budget")}
     data = {task: PairedImageFolder(args.train_dir(task)).digest for task in args.tasks}

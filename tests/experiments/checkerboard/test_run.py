@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.examples import write_pairs
+from support.examples import EXAMPLES, write_pairs
 from support.experiments import launch
 from torch import nn
 
@@ -53,6 +53,18 @@ def test_the_report_pairs_the_draws_and_has_a_mean_where_all_tasks_are():
     assert "Failed: b, weight 20, seed 3: no memory" in text, "and the lowest weight is the base, whatever came first"
     assert "| 20 | +0.50 | +0.70 | +0.60 ± 0.10 |" in text and "| 20 | +0.005 | +0.007 | +0.006 ± 0.001 |" in text
     assert "| 20 | 21.00 | 21.00 | 21.00 |" in text
+
+
+def test_several_learning_rates_are_refused():
+    with pytest.raises(ValueError, match="--learning_rates takes one here, got 2"):
+        run.CheckerboardArguments(data_dir="data", learning_rates=[1e-3, 2e-3])
+
+
+def test_settings_of_the_committed_cells_are_those_of_the_defaults():
+    committed = json.loads((EXAMPLES / "experiments" / "checkerboard" / "settings.json").read_text(encoding="utf-8"))
+    names = (*run.COUNTS, "learning_rates", "evaluated_size", "parameter_budget")
+    defaults = run.CheckerboardArguments(data_dir="data")
+    assert {name: committed[name] for name in names} == {name: getattr(defaults, name) for name in names}
 
 
 @pytest.mark.slow
