@@ -91,6 +91,11 @@ class FinetuneArguments(TaskArguments, TrainArguments):
     learning_rate: float | None = flag(
         None, f"Peak learning rate of AdamW. Default by method: {dict(LEARNING_RATES)}."
     )
+    checkerboard_weight: float = flag(
+        5.0,
+        "Weight of a loss on the grid that networks with PixelShuffle leave on smooth areas, beside the mean absolute "
+        "error. It is zero for networks that name no multiple that sides must have.",
+    )
     method: Method = flag(
         "colora",
         "colora: ranks by contribution; lora: the same budget, one rank for all; full, decoder, bias: train these "

@@ -19,7 +19,6 @@ class OnResume(Enum):
 
     FREE = "may change, because the weights do not depend on it"
     DATA = "may change where the images themselves are compared, or --allow_changed_dataset is given"
-    BATCH = "may change, but for a loss that depends on how many patches a process sees at once"
     LENGTH = "may grow, and may change while the learning rate of warmup_stable_decay has not begun to fall"
     INPUT = "is read by the run, so that it must not lie in the folder that the run empties"
 
@@ -41,7 +40,7 @@ class TrainArguments:
         help="Number of optimiser steps of the whole run; more of them prolong it on resume."
     )
     # Batch size and accumulation may change because processes may. Training checks their product when it starts.
-    per_device_train_batch_size: Annotated[int, OnResume.BATCH] = flag(
+    per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
         help="Number of patches in a batch of each process."
     )
     resolution: int = flag(help="Side of the square training patches in pixels.")
@@ -66,8 +65,8 @@ class TrainArguments:
     checkerboard_weight: float = flag(
         0.0,
         "Weight of a loss on the grid that networks with PixelShuffle leave on smooth areas, beside the mean absolute "
-        "error; try 20. It is of the batch of a process, so that --per_device_train_batch_size must then stay on "
-        "resume.",
+        "error. It is zero for networks that name no multiple that sides must have, and for patches of fewer than two "
+        "such multiples.",
     )
     max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped.")
     seed: int = flag(0, "Seed of everything random; on one CPU set-up it fixes the result bitwise.")

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from colora_peft.data import Batch, PairSource, Position, StepSampler, collate, sample_generator
-from colora_peft.inference import reconstruct
+from colora_peft.inference import reconstruct, tile_multiple
 from colora_peft.utils import Processes
 
 from .arguments import TrainArguments
 from .engine import Engine
 from .engine_deepspeed import ZeroEngine, is_zero
 from .fsdp import WholeNetwork, is_sharding
-from .loss import TrainingLoss, loss_of_run
+from .loss import TrainingLoss
 from .run import StepFigures, TrainingRun
 from .signals import STOP_SIGNALS, StopSignals, ignore_stop_signals
 from .trackers import running_trackers
@@ -71,8 +71,7 @@ def train(
         DataFailed: if the next batch could not be had. In a run of one process the state is saved as a checkpoint.
         TrainingStopped: if SIGTERM or SIGINT came; the state is saved as a checkpoint. It ends the process.
         ValueError: if the checkpoint belongs to another model or dataset, the global batch has changed, there is
-            nothing to validate on, a checkerboard is weighed that cannot be there, or too many images cannot be used
-            (`TooManySkipped`).
+            nothing to validate on, or too many images cannot be used (`TooManySkipped`).
         OSError: if a checkpoint cannot be written.
     """
     if args.validation_steps and eval_pairs is None:
@@ -81,7 +80,7 @@ def train(
         raise ValueError(f"--save_best needs a network with save_pretrained, which {type(model).__name__} has not.")
     model = _to_device(model, accelerator).train()
     network = WholeNetwork(model, accelerator)
-    loss_of = loss_of_run(model, args)
+    loss_of = TrainingLoss(args.checkerboard_weight, tile_multiple(model))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
     engine = (ZeroEngine if is_zero(accelerator) else Engine)(model, optimizer, args, accelerator)

@@ -28,6 +28,8 @@ _LOCK_SECONDS = 10.0  # the workers of a run that was killed hold its lock a lit
 _NOTES = frozenset({_RUN_FILE, "train_log.jsonl", "validation_log.jsonl", "skipped_pictures.jsonl", "samples"}) | {
     "contributions.json", "contribution.png", "logs", "trackers.json", _LOCK_FILE
 }  # fmt: skip
+# Defaults of flags at the time when they did not exist.
+_DEFAULTS_BEFORE = {"checkerboard_weight": 0.0}
 # Errors of file systems that have no locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -205,11 +207,9 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     saved = state.get("arguments")
     if not isinstance(saved, dict):
         raise ValueError(f"{checkpoint} is no checkpoint of a training run; resume from another one.")
-    # A flag that is newer than the checkpoint cannot have been set: the run had its default.
-    before = {setting.name: saved.get(setting.name, setting.default) for setting in fields(args)}
+    # A flag that is newer than the checkpoint cannot have been set: the run did what is its default, or was then.
+    before = {setting.name: setting.default for setting in fields(args)} | _DEFAULTS_BEFORE | saved
     free = flags_with(OnResume.FREE, args)
-    if not args.checkerboard_weight:
-        free += flags_with(OnResume.BATCH, args)
     if args.allow_changed_dataset or _knows_its_data(state):
         free += flags_with(OnResume.DATA, args)
     if _may_change_length(args, before, state["step"]):

@@ -72,7 +72,7 @@ class TaskArguments:
     dataset_config_name: Annotated[str | None, OnResume.DATA] = flag(None, "Name of that dataset's configuration.")
     max_train_samples: int | None = flag(None, "Number of pairs to train on, drawn by the seed. Default: all.")
     resolution: int = flag(128, "Side of the square training patches in pixels.")
-    per_device_train_batch_size: Annotated[int, OnResume.BATCH] = flag(
+    per_device_train_batch_size: Annotated[int, OnResume.FREE] = flag(
         4, "Number of patches in a batch of each process."
     )
     seed: int = flag(0, "Seed of everything random; on one CPU set-up it fixes the result bitwise.")

@@ -37,9 +37,9 @@ class NoisyPatches(PatchDataset):
         return clean, clean / 2
 
 
-def nafnet():
+def nafnet(levels=2):
     torch.manual_seed(0)
-    tiny = NAFNetConfig(width=8, encoder_blocks=(1, 1), middle_blocks=1, decoder_blocks=(1, 1))
+    tiny = NAFNetConfig(width=8, encoder_blocks=(1,) * levels, middle_blocks=1, decoder_blocks=(1,) * levels)
     return NAFNetForImageRestoration(tiny)
 
 

@@ -71,6 +71,8 @@ def test_kill_under_accumulation_and_averaging_changes_nothing(tmp_path, killed_
 class Precise(nn.Module):
     """A network that computes in float64, so that only the data, not the order of sums, can make a difference."""
 
+    config = SimpleNamespace(pads_to_multiple=4)
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -81,14 +83,16 @@ class Precise(nn.Module):
         return self.layers(x.double())
 
 
+@pytest.mark.parametrize("weight", [0, 5])
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(1, 6), (2, 3), (3, 2)])
-def test_accumulation_equals_the_larger_batch(tmp_path, batch_size, accumulated):
-    whole = run(tmp_path / "whole", Precise(), per_device_train_batch_size=6)
+def test_accumulation_equals_the_larger_batch(tmp_path, batch_size, accumulated, weight):
+    loss = {"checkerboard_weight": weight}
+    whole = run(tmp_path / "whole", Precise(), per_device_train_batch_size=6, **loss)
     parts = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
-    summed = run(tmp_path / "parts", Precise(), **parts)
+    summed = run(tmp_path / "parts", Precise(), **parts, **loss)
     for name, tensor in summed.items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
-    other = run(tmp_path / "other", Precise(), per_device_train_batch_size=5)
+    other = run(tmp_path / "other", Precise(), per_device_train_batch_size=5, **loss)
     assert max((other[name] - tensor).abs().max() for name, tensor in whole.items()) > 1e-3
     (row,), (expected,) = (rows(tmp_path / folder) for folder in ("parts", "whole"))
     assert row["loss"] == pytest.approx(expected["loss"], abs=1e-6)

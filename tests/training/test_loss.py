@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from support.loop import NoisyPatches, arguments, assert_equal, nafnet, plain, rows, run
+from support.loop import NoisyPatches, assert_equal, nafnet, plain, rows, run
 from torch import nn
 
 from colora_peft import CoLoRAConfig
 from colora_peft.inference import tile_multiple
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.training.loss import TrainingLoss, checkerboard, loss_of_run
+from colora_peft.training.loss import TrainingLoss, cells_of, checkerboard
 
 
 def pattern(period, generator):
@@ -26,27 +26,46 @@ def generator():
 
 
 @pytest.mark.parametrize("size", [(16, 24), (19, 30)])
-def test_the_checkerboard_is_the_repeated_pattern_whatever_is_constant(generator, size):
-    own = pattern(4, generator)
-    image = own.tile(8, 8)[:, : size[0], : size[1]] + torch.randn(2, 3, 1, 1, generator=generator)
-    torch.testing.assert_close(checkerboard(image, 4), own, atol=1e-5, rtol=1e-4)
+def test_the_checkerboard_is_the_pattern_that_each_image_repeats_whatever_its_colour(generator, size):
+    own = torch.stack([pattern(4, generator), pattern(4, generator)])
+    images = own.tile(8, 8)[..., : size[0], : size[1]] + torch.randn(2, 3, 1, 1, generator=generator)
+    torch.testing.assert_close(checkerboard(images, 4), own, atol=1e-5, rtol=1e-4)
 
 
 def test_a_finer_pattern_is_part_of_a_coarser_one_and_not_the_other_way_round(generator):
     fine, coarse = pattern(2, generator), pattern(8, generator).tile(2, 2)
-    torch.testing.assert_close(checkerboard(fine.tile(8, 8)[None], 8), fine.tile(4, 4), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(checkerboard(fine.tile(8, 8)[None], 8), fine.tile(4, 4)[None], atol=1e-5, rtol=1e-4)
     assert checkerboard(coarse[None], 2).abs().mean() < coarse.abs().mean() / 2
 
 
 def test_what_does_not_repeat_averages_out(generator):
-    few, many = (checkerboard(torch.randn(count, 3, 64, 64, generator=generator), 8).std().item() for count in (1, 16))
+    few, many = (
+        checkerboard(torch.randn(4, 3, side, side, generator=generator), 8).std().item() for side in (64, 256)
+    )
     assert few == pytest.approx(1 / 8, rel=0.1) and many == pytest.approx(1 / 32, rel=0.1)
+
+
+def test_cells_of_little_else_tell_the_pattern(generator):
+    """With weights by the inverse variance, half an image of noise does no harm to the other half."""
+    own = pattern(4, generator) / 100
+    image = own.tile(16, 16) + torch.tensor([0.01, 1.0]).repeat_interleave(32) * torch.randn(
+        3, 64, 64, generator=generator
+    )
+    plain_mean = cells_of(image[None], 4).mean(2).unflatten(-1, (4, 4))
+    errors = [(found - own).square().mean().sqrt() for found in (checkerboard(image[None], 4), plain_mean)]
+    assert errors[0] < 2 * 0.01 / 128**0.5 and errors[1] > 20 * errors[0]
+
+
+def test_flat_cells_do_not_count_for_all(generator):
+    image = torch.randn(1, 3, 32, 32, generator=generator) / 255
+    image[..., :4, :4] = 0
+    assert checkerboard(image, 4).std() == pytest.approx(1 / 255 / 8, rel=0.2)
 
 
 @pytest.mark.parametrize(("period", "side"), [(1, 32), (16, 31), (64, 32)])
 def test_there_is_none_without_two_cells_a_side(generator, period, side):
     found = checkerboard(torch.randn(1, 3, side, 64, generator=generator), period)
-    assert found.shape == (3, period, period) and not found.any()
+    assert found.shape == (1, 3, period, period) and not found.any()
 
 
 def test_the_loss_is_the_mean_absolute_error_plus_the_weighted_checkerboard(generator):
@@ -55,6 +74,13 @@ def test_the_loss_is_the_mean_absolute_error_plus_the_weighted_checkerboard(gene
     assert torch.equal(TrainingLoss(0.0, 4)(restored, target), l1)
     term = checkerboard(restored - target, 4).abs().mean()
     torch.testing.assert_close(TrainingLoss(3.0, 4)(restored, target), l1 + 3 * term)
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_images(generator):
+    restored, target = torch.rand(2, 6, 3, 16, 16, generator=generator)
+    loss = TrainingLoss(3.0, 4)
+    single = torch.stack([loss(*pair) for pair in zip(restored.split(1), target.split(1), strict=True)])
+    torch.testing.assert_close(loss(restored, target), single.mean())
 
 
 def test_the_term_takes_the_checkerboard_off_and_nothing_else(generator):
@@ -96,7 +122,6 @@ def adapted():
 
 
 def test_a_run_trains_with_the_term_at_its_weight(tmp_path):
-    assert loss_of_run(adapted(), arguments(tmp_path, checkerboard_weight=3.0)) == TrainingLoss(3.0, 4)
     losses, weights = [], []
     for weight in (0.0, 2.0, 4.0):
         folder = tmp_path / f"{weight:g}"
@@ -117,25 +142,10 @@ def test_a_run_with_the_term_goes_on_as_if_never_stopped(tmp_path):
     assert_equal(run(parts, adapted(), resume_from_checkpoint="latest", **flags), expected)
 
 
-def test_the_term_must_keep_the_batch_of_a_process(tmp_path):
-    flags = {"checkpointing_steps": 2, "max_train_steps": 2}
-    halved = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
-    run(tmp_path / "without", adapted(), **flags)
-    run(tmp_path / "without", adapted(), **flags | halved)
-    run(tmp_path / "with", adapted(), checkerboard_weight=5.0, **flags)
-    with pytest.raises(ValueError, match="--per_device_train_batch_size was 2, now 1"):
-        run(tmp_path / "with", adapted(), checkerboard_weight=5.0, **flags | halved)
-
-
-@pytest.mark.parametrize(
-    ("make", "flags", "words"),
-    [(plain, {}, "names no multiple.*leave it out"), (nafnet, {"resolution": 7}, "--resolution 7.*take 8 or more")],
-)
-def test_a_weight_that_would_do_nothing_is_refused(tmp_path, make, flags, words):
-    assert loss_of_run(make(), arguments(tmp_path, **flags)).checkerboard_weight == 0
-    with pytest.raises(ValueError, match=f"--checkerboard_weight has no effect with .*{words}"):
-        run(tmp_path, make(), NoisyPatches(), checkerboard_weight=5.0, **flags)
-    assert not list(tmp_path.glob("checkpoint-*"))
+@pytest.mark.parametrize("make", [plain, lambda: nafnet(levels=3)], ids=["no-period", "patches-of-one-cell"])
+def test_the_term_is_zero_where_nothing_repeats(tmp_path, make):
+    weights = [run(tmp_path / f"{weight:g}", make(), NoisyPatches(), checkerboard_weight=weight) for weight in (0, 5)]
+    assert_equal(*weights)
 
 
 def test_a_checkerboard_is_of_images_alone():

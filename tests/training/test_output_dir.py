@@ -13,6 +13,7 @@ from colora_peft.training import output_dir as module
 from colora_peft.training.loop import TrainArguments
 from colora_peft.training.output_dir import check_output_dir, open_output_dir
 
+FinetuneArguments = load_example("finetune").FinetuneArguments
 PretrainArguments = load_example("pretrain").PretrainArguments
 
 
@@ -146,6 +147,16 @@ def test_resume_with_other_settings_names_the_flag(tmp_path, changed):
     checkpoint(tmp_path, 3)
     (flag,) = changed
     assert_refused(tmp_path, tmp_path, f"--{flag} was", resume_from_checkpoint="latest", **changed)
+
+
+def test_a_checkpoint_from_before_the_loss_on_checkerboards_goes_on_without_it(tmp_path):
+    path = checkpoint(tmp_path, 3, kind=FinetuneArguments)
+    state = json.loads((path / "trainer_state.json").read_text())
+    del state["arguments"]["checkerboard_weight"]
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    flags = {"kind": FinetuneArguments, "resume_from_checkpoint": "latest"}
+    assert_refused(tmp_path, tmp_path, "--checkerboard_weight was 0.0, now 5.0", **flags)
+    assert prepare(tmp_path, checkerboard_weight=0.0, **flags) == path
 
 
 STABLE = {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 4}  # of the 9 steps the first 5 are at the peak

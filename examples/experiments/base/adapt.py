@@ -76,6 +76,7 @@ def adapt(args: AdaptArguments, cell: Cell, network: str) -> Cell:
         "max_train_samples": pairs,
         "seed": cell["draw"],
         "checkpointing_steps": args.max_train_steps,
+        "checkerboard_weight": 0,
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(FINETUNE), "--output_dir", folder]

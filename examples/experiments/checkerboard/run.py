@@ -26,12 +26,13 @@ from colora_peft import CoLoRAConfig
 from colora_peft.data import PairedImageFolder, PairedPatches, PairSource
 from colora_peft.inference import evaluation_mode, reconstruct, tile_multiple
 from colora_peft.training import LEARNING_RATES, prepare_for_tuning
-from colora_peft.training.loss import checkerboard
+from colora_peft.training.loss import cells_of
 from colora_peft.tuner import METHOD_VERSION
 from colora_peft.utils import check_at_least, flag, run_script, write_text
 from examples.experiments.grid.cells import (
     Cell,
     CellFile,
+    FinetuneArguments,
     NetworkArguments,
     PairCentres,
     check_lists,
@@ -60,7 +61,8 @@ class CheckerboardArguments(NetworkArguments):
     data_dir: str = flag(help="Folder that holds TASK/train with input/ and target/.")
     tasks: list[str] = flag(factory=lambda: ["underwater", "lowlight", "haze"], help="Folders of --data_dir.")
     weights: list[float] = flag(
-        factory=lambda: [0.0, 5.0, 20.0], help="Values of --checkerboard_weight; the lowest is compared to."
+        factory=lambda: [0.0, FinetuneArguments.checkerboard_weight],
+        help="Values of --checkerboard_weight; the lowest is compared to.",
     )
     learning_rates: list[float] = flag(
         factory=lambda: [LEARNING_RATES["colora"]], help="One learning rate, of all runs."
@@ -105,7 +107,8 @@ def checkerboard_in_levels(pairs: PairSource, model: nn.Module) -> Cell:
     with evaluation_mode(model):
         for index in range(len(pairs)):
             restored = reconstruct(model, smoothed(pairs[index][0][None].to(device))).float()
-            found.append(255 * checkerboard(restored - smoothed(restored), period).square().mean().sqrt().item())
+            pattern = cells_of(restored - smoothed(restored), period).mean(2)
+            found.append(255 * pattern.square().mean().sqrt().item())
     return {"checkerboard": mean(found)}
 
 

@@ -135,7 +135,7 @@ class CellFile:
 
 
 def run_arguments(args: GridArguments, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
-    """Flags of finetune.py that a cell runs with."""
+    """Flags of finetune.py that a cell runs with. Its loss is the mean absolute error alone."""
     return FinetuneArguments(
         output_dir=output_dir,
         learning_rate=learning_rate,
@@ -144,6 +144,7 @@ def run_arguments(args: GridArguments, output_dir: str, learning_rate: float, se
         resolution=args.resolution,
         per_device_train_batch_size=args.per_device_train_batch_size,
         checkpointing_steps=args.max_train_steps,
+        checkerboard_weight=0.0,
     )
 
 

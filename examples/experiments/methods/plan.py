@@ -10,15 +10,18 @@ from colora_peft.training import LEARNING_RATES, METHODS
 from colora_peft.utils import check_at_least, flag
 from examples.experiments.grid.cells import Cell, check_lists, check_network
 from examples.experiments.grid.tuned import TunedArguments
-from examples.finetune import SHIPPED_NETWORK
+from examples.finetune import SHIPPED_NETWORK, FinetuneArguments
 
 NONE = "none"
 """Name of the network with new weights instead of pre-trained ones."""
 PEFT_LORA = "peft_lora"
 """The method that is PEFT's own LoRA, in the layers that it takes; "lora" is ours, in all."""
 COLORA_DEFAULT = "colora_default"
-"""The method that is CoLoRA at the learning rate that finetune.py has without a flag: nothing is tuned for it."""
-BUDGETED = ("lora", PEFT_LORA, "colora", COLORA_DEFAULT)
+"""The method that is CoLoRA with the learning rate and the loss that finetune.py has without a flag: nothing is tuned
+for it. The other methods train on the mean absolute error alone."""
+COLORA_PLAIN = "colora_plain"
+"""The method that is CoLoRA at that learning rate, on the mean absolute error alone."""
+BUDGETED = ("lora", PEFT_LORA, "colora", COLORA_DEFAULT, COLORA_PLAIN)
 BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
 
@@ -43,7 +46,8 @@ class BenchmarkArguments(TunedArguments):
     )
     train_pairs: list[int] = flag(factory=lambda: [16], help="Numbers of pairs to train on.")
     methods: list[str] = flag(
-        factory=lambda: ["full", "decoder", "bias", *BUDGETED], help="Methods of the comparison `tuning`."
+        factory=lambda: ["full", "decoder", "bias", "lora", PEFT_LORA, "colora", COLORA_DEFAULT],
+        help="Methods of the comparison `tuning`.",
     )
     budgets: list[float] = flag(
         factory=lambda: [BUDGET, 0.02],
@@ -62,7 +66,10 @@ class BenchmarkArguments(TunedArguments):
         check_lists({name: getattr(self, name) for name in names})
         if self.full_learning_rates is not None:
             check_lists({"full_learning_rates": self.full_learning_rates})
-        for name, known in (("comparisons", COMPARISONS), ("methods", (*METHODS, PEFT_LORA, COLORA_DEFAULT))):
+        for name, known in (
+            ("comparisons", COMPARISONS),
+            ("methods", (*METHODS, PEFT_LORA, COLORA_DEFAULT, COLORA_PLAIN)),
+        ):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"--{name} has {value!r}: choose of {', '.join(known)}.")
@@ -99,13 +106,18 @@ class Variant(NamedTuple):
     train_pairs: int
     network: str
     method: str
-    """One of `colora_peft.training.METHODS`, PEFT_LORA or COLORA_DEFAULT."""
+    """One of `colora_peft.training.METHODS`, PEFT_LORA, COLORA_DEFAULT or COLORA_PLAIN."""
     parameter_budget: float | None = None
 
     @property
     def fixed_rate(self) -> float | None:
         """The learning rate that nobody tunes; None if it is tuned."""
-        return LEARNING_RATES["colora"] if self.method == COLORA_DEFAULT else None
+        return LEARNING_RATES["colora"] if self.method in (COLORA_DEFAULT, COLORA_PLAIN) else None
+
+    @property
+    def checkerboard_weight(self) -> float:
+        """Weight of the loss on the checkerboard."""
+        return FinetuneArguments.checkerboard_weight if self.method == COLORA_DEFAULT else 0.0
 
     def own_rates(self, args: BenchmarkArguments) -> list[float] | None:
         """The learning rates to try, if they are not --learning_rates."""

@@ -22,7 +22,7 @@ from examples.experiments.grid.results import (
     spread,
 )
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, SETTINGS_FILE
-from examples.experiments.methods.plan import COLORA_DEFAULT, NONE, PEFT_LORA, label, label_of
+from examples.experiments.methods.plan import COLORA_DEFAULT, COLORA_PLAIN, NONE, PEFT_LORA, label, label_of
 from examples.experiments.methods.plots import plot_radar
 from examples.experiments.methods.rates import ONE_RATE, RATES, one_rate_table, rates_table
 from examples.experiments.tables import markdown_table
@@ -35,8 +35,9 @@ SETTINGS = Settings(
 IMAGES_FOLDER = "pictures"
 WORDS = f"""*full* trains all weights, *decoder* and *bias* these alone. *colora* has ranks by contribution, *lora* one
 rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the
-layers that it takes. *{COLORA_DEFAULT}* is *colora* at the learning rate that finetune.py has without a flag: no task
-chose it here. The number is the budget; one rank for all layers may leave some of it unused."""
+layers that it takes. *{COLORA_DEFAULT}* is *colora* with the learning rate and the loss that finetune.py has without a
+flag: no task chose them here. *{COLORA_PLAIN}* has that rate, but like all others the mean absolute error alone. The
+number is the budget; one rank for all layers may leave some of it unused."""
 MEAN_MATCHED = """PSNR after each channel of the restored image was shifted to the mean of the target: what is left
 without constant errors of colour and brightness. Cells of earlier runs lack it."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
@@ -82,7 +83,7 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
 
 
 def default_table(results: Results, inputs: dict[str, float], tasks: list[str], pairs: int) -> str:
-    """Markdown: CoLoRA at the rate finetune.py has without a flag, at each budget, beside others at their own best.
+    """Markdown: CoLoRA as finetune.py has it without a flag, at each budget, beside others at their own best rate.
 
     PEFT's LoRA has the largest of these budgets. Tasks are left out that one of the ways lacks, or has with other
     seeds; empty if none is left.
@@ -139,14 +140,16 @@ def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
         claims[f"CoLoRA minus one rank for all, both with a budget of {budget:g}"] = colora, (first, "lora", budget)
         claims[f"CoLoRA minus PEFT's LoRA, both with a budget of {budget:g}"] = colora, (first, PEFT_LORA, budget)
         claims[f"CoLoRA {budget:g} minus full tuning"] = colora, (first, "full", None)
-        default = (first, COLORA_DEFAULT, budget)
-        claims[f"CoLoRA {budget:g} at finetune.py's rate minus PEFT's LoRA"] = default, (first, PEFT_LORA, budget)
-        claims[f"CoLoRA {budget:g} at finetune.py's rate minus full tuning"] = default, (first, "full", None)
-        claims[f"CoLoRA {budget:g} at finetune.py's rate minus one rank for all"] = default, (first, "lora", budget)
+        default, plain = ((first, method, budget) for method in (COLORA_DEFAULT, COLORA_PLAIN))
+        claims[f"CoLoRA {budget:g} as finetune.py has it minus PEFT's LoRA"] = default, (first, PEFT_LORA, budget)
+        claims[f"CoLoRA {budget:g} as finetune.py has it minus full tuning"] = default, (first, "full", None)
+        claims[f"CoLoRA {budget:g} as finetune.py has it minus the same on mean absolute error alone"] = default, plain
+        for other, key in (("PEFT's LoRA", PEFT_LORA), ("one rank for all", "lora")):
+            claims[f"CoLoRA {budget:g} on mean absolute error alone minus {other}"] = plain, (first, key, budget)
     largest, *others = sorted(values_in(results, "parameter_budget"), reverse=True) or [None]
     for budget in others:
         one, other = ((first, COLORA_DEFAULT, share) for share in (budget, largest))
-        claims[f"CoLoRA at finetune.py's rate, {budget:g} minus {largest:g}"] = one, other
+        claims[f"CoLoRA as finetune.py has it, {budget:g} minus {largest:g}"] = one, other
 
     def key_of(way: tuple) -> KeyOf:
         return lambda task: (task, pairs, *way)

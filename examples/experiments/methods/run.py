@@ -5,16 +5,18 @@
 Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
 each method, network and task is the best of --learning_rates (of --full_learning_rates for full tuning) on pairs held
 out of the training folder, with a seed of its own. The test folder is touched by the other seeds alone, at that rate.
-colora_default alone has the rate that finetune.py has without a flag. Images are evaluated on their centres
-(--evaluated_size). Cells are kept and not run again: the comparison grows over many calls, and several processes may
-share the work (--part 0/2 and 1/2), also on one GPU. Each call ends by writing the report of all cells. A cell takes
-about 25 seconds on one core, and the default plan has 390 of them: choose with --tasks, --methods and --budgets.
+colora_default has the rate and the loss that finetune.py has without a flag, colora_plain that rate alone. All others
+train on the mean absolute error. Images are evaluated on their centres (--evaluated_size). Cells are kept and not run
+again: the comparison grows over many calls, and several processes may share the work (--part 0/2 and 1/2), also on one
+GPU. Each call ends by writing the report of all cells. A cell takes about 25 seconds on one core, and the default plan
+has 390 of them: choose with --tasks, --methods and --budgets.
 """
 
 from __future__ import annotations
 
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -56,6 +58,7 @@ from examples.experiments.methods.peft_lora import add_peft_lora
 from examples.experiments.methods.plan import (
     BUDGET,
     COLORA_DEFAULT,
+    COLORA_PLAIN,
     NONE,
     PEFT_LORA,
     BenchmarkArguments,
@@ -99,17 +102,16 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
     network = load_network(args, variant.network, accelerator)
     config, found = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET), {}
     with tempfile.TemporaryDirectory() as folder:
-        run = run_arguments(args, folder, rate, seed)
-        if variant.method in ("colora", COLORA_DEFAULT):
+        run = replace(run_arguments(args, folder, rate, seed), checkerboard_weight=variant.checkerboard_weight)
+        method = "colora" if variant.method in (COLORA_DEFAULT, COLORA_PLAIN) else variant.method
+        if method == "colora":
             scores = measure_contributions(network, drawn.patches, run, accelerator)
             config.contributions, found = scores.scores, {"seconds_contributions": scores.seconds}
         set_seed(seed)
         if variant.method == PEFT_LORA:
             model = add_peft_lora(network, config.parameter_budget)
         else:
-            model = prepare_for_tuning(
-                network, "colora" if variant.method == COLORA_DEFAULT else variant.method, config
-            )
+            model = prepare_for_tuning(network, method, config)
         also = None
         if seed != args.tuning_seed:
             is_shown = seed == args.seeds[0]
@@ -131,12 +133,13 @@ def pairs_of(folder: Path) -> str:
 
 
 def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
-    """Fingerprint of the weights and digest of the pairs that a variant names."""
+    """Fingerprint of the weights and digest of the pairs that a variant names, and the weight of its second loss."""
     weights = weights_of(args.network_paths()[variant.network])
     folder = Path(args.data_dir) / variant.task
     return {
         "weights": f"new, of the shape of {weights}" if variant.network == NONE else weights,
         "data": f"{pairs_of(folder / 'train')}; {pairs_of(folder / 'test')}",
+        **({"checkerboard_weight": variant.checkerboard_weight} if variant.checkerboard_weight else {}),
     }
 
 

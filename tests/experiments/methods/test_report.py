@@ -51,10 +51,16 @@ def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(t
     cells += [cell(seed, 20.0 + seed, method="peft_lora", parameter_budget=0.07) for seed in (0, 1)]
     write_cells(tmp_path, cells)
     text = report.write_report(tmp_path)
-    assert "| CoLoRA 0.07 at finetune.py's rate minus PEFT's LoRA | +0.50 ± 0.00 (2) |" in text
-    assert "| CoLoRA at finetune.py's rate, 0.02 minus 0.07 | -0.10 ± 0.00 (2) |" in text
+    assert "| CoLoRA 0.07 as finetune.py has it minus PEFT's LoRA | +0.50 ± 0.00 (2) |" in text
+    assert "| CoLoRA as finetune.py has it, 0.02 minus 0.07 | -0.10 ± 0.00 (2) |" in text
     assert "| prod + colora_default 0.07 | 21.00 ± 0.71 (2) at 0.005 |" in text
     assert "CoLoRA with nothing tuned" not in text, "there is no full tuning beside it"
+    plain = [{**default(seed, 20.2, 0.07), "method": "colora_plain"} for seed in (0, 1)]
+    write_cells(tmp_path, [*cells, *plain])
+    alone = "on mean absolute error alone"
+    text = report.write_report(tmp_path)
+    assert f"| CoLoRA 0.07 as finetune.py has it minus the same {alone} | +0.80 ± 0.50 (2) |" in text
+    assert f"| CoLoRA 0.07 {alone} minus PEFT's LoRA | -0.30 ± 0.50 (2) |" in text
     write_cells(tmp_path, [*cells, *(cell(seed, 19.0 + seed) for seed in (0, 1))])
     assert "| CoLoRA, 2% budget | 20.90 | 20.90 |" in report.write_report(tmp_path)
     write_cells(tmp_path, [*cells, cell(0, 19.0)])

@@ -9,6 +9,7 @@ from support.experiments import launch
 from colora_peft.training import LEARNING_RATES
 from examples.experiments.methods import plan, run
 from examples.experiments.methods.plan import Variant
+from examples.finetune import FinetuneArguments
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,13 @@ def test_a_task_without_both_folders_is_refused_before_anything_runs(tmp_path, m
 
 def test_colora_without_a_flag_alone_has_a_fixed_rate():
     rates = {Variant("a", 16, "prod", method).fixed_rate for method in ("colora", "full", "peft_lora", "lora")}
-    assert rates == {None} and Variant("a", 16, "prod", "colora_default").fixed_rate == LEARNING_RATES["colora"]
+    default, plain = (Variant("a", 16, "prod", method) for method in ("colora_default", "colora_plain"))
+    assert rates == {None} and default.fixed_rate == plain.fixed_rate == LEARNING_RATES["colora"]
+
+
+def test_only_colora_without_a_flag_has_the_loss_on_checkerboards():
+    weights = {method: Variant("a", 16, "prod", method).checkerboard_weight for method in plan.BUDGETED}
+    assert weights.pop("colora_default") == FinetuneArguments.checkerboard_weight > 0 and set(weights.values()) == {0}
 
 
 def test_a_network_that_is_not_shipped_is_refused_with_the_page_of_its_command(data_dir):
