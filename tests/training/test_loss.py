@@ -12,7 +12,7 @@ from torch import nn
 from colora_peft import CoLoRAConfig
 from colora_peft.inference import tile_multiple
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.training.loss import TrainingLoss, cells_of, checkerboard
+from colora_peft.training.loss import TrainingLoss, centred_cells, checkerboard
 
 
 def pattern(period, generator):
@@ -34,7 +34,7 @@ def test_the_checkerboard_is_the_pattern_that_each_image_repeats_whatever_its_co
 
 def test_a_finer_pattern_is_part_of_a_coarser_one_and_not_the_other_way_round(generator):
     fine, coarse = pattern(2, generator), pattern(8, generator).tile(2, 2)
-    torch.testing.assert_close(checkerboard(fine.tile(8, 8)[None], 8), fine.tile(4, 4)[None], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(checkerboard(fine.tile(16, 16)[None], 8), fine.tile(4, 4)[None], atol=1e-5, rtol=1e-4)
     assert checkerboard(coarse[None], 2).abs().mean() < coarse.abs().mean() / 2
 
 
@@ -45,15 +45,40 @@ def test_what_does_not_repeat_averages_out(generator):
     assert few == pytest.approx(1 / 8, rel=0.1) and many == pytest.approx(1 / 32, rel=0.1)
 
 
-def test_cells_of_little_else_tell_the_pattern(generator):
+def test_centred_cells_little_else_tell_the_pattern(generator):
     """With weights by the inverse variance, half an image of noise does no harm to the other half."""
     own = pattern(4, generator) / 100
     image = own.tile(16, 16) + torch.tensor([0.01, 1.0]).repeat_interleave(32) * torch.randn(
         3, 64, 64, generator=generator
     )
-    plain_mean = cells_of(image[None], 4).mean(2).unflatten(-1, (4, 4))
+    plain_mean = centred_cells(image[None], 4).mean(2).unflatten(-1, (4, 4))
     errors = [(found - own).square().mean().sqrt() for found in (checkerboard(image[None], 4), plain_mean)]
     assert errors[0] < 2 * 0.01 / 128**0.5 and errors[1] > 20 * errors[0]
+
+
+def test_a_pattern_in_half_of_the_cells_counts_for_half(generator):
+    """Its own variance must not be taken for noise, or the cells without it would speak for all."""
+    own = pattern(4, generator) / 50
+    image = own.tile(16, 16) * torch.tensor([0.0, 1.0]).repeat_interleave(32)
+    image += torch.randn(3, 64, 64, generator=generator) / 1000
+    torch.testing.assert_close(checkerboard(image[None], 4)[0], own / 2, atol=0.001, rtol=0)
+
+
+@pytest.mark.parametrize("period", [2, 4, 8])
+def test_noise_around_a_weak_pattern_leaves_its_strength(generator, period):
+    own = pattern(period, generator) / 100
+    image = own.tile(512 // period, 512 // period) + torch.randn(3, 512, 512, generator=generator) / 20
+    strength = (checkerboard(image[None], period)[0] * own).sum() / own.square().sum()
+    assert strength == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_of_a_network_loses_nothing_in_the_sums(generator, dtype):
+    restored, target = torch.rand(2, 2, 3, 64, 64, generator=generator)
+    restored = restored.to(dtype)
+    expected = TrainingLoss(3.0, 4)(restored.double(), target.double())
+    torch.testing.assert_close(TrainingLoss(3.0, 4)(restored, target).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(checkerboard(restored, 4), checkerboard(restored.float(), 4))
 
 
 def test_flat_cells_do_not_count_for_all(generator):
@@ -62,8 +87,8 @@ def test_flat_cells_do_not_count_for_all(generator):
     assert checkerboard(image, 4).std() == pytest.approx(1 / 255 / 8, rel=0.2)
 
 
-@pytest.mark.parametrize(("period", "side"), [(1, 32), (16, 31), (64, 32)])
-def test_there_is_none_without_two_cells_a_side(generator, period, side):
+@pytest.mark.parametrize(("period", "side"), [(8, 31), (16, 63), (64, 32)])
+def test_there_is_none_without_four_cells_a_side(generator, period, side):
     found = checkerboard(torch.randn(1, 3, side, 64, generator=generator), period)
     assert found.shape == (1, 3, period, period) and not found.any()
 
@@ -118,7 +143,7 @@ def test_the_period_of_nafnet_is_that_of_what_it_makes_of_a_constant():
 
 def adapted():
     torch.manual_seed(0)
-    return get_peft_model(nafnet(), CoLoRAConfig(parameter_budget=0.3))
+    return get_peft_model(nafnet(levels=1), CoLoRAConfig(parameter_budget=0.3))
 
 
 def test_a_run_trains_with_the_term_at_its_weight(tmp_path):
@@ -142,7 +167,7 @@ def test_a_run_with_the_term_goes_on_as_if_never_stopped(tmp_path):
     assert_equal(run(parts, adapted(), resume_from_checkpoint="latest", **flags), expected)
 
 
-@pytest.mark.parametrize("make", [plain, lambda: nafnet(levels=3)], ids=["no-period", "patches-of-one-cell"])
+@pytest.mark.parametrize("make", [plain, nafnet], ids=["no-period", "few-cells"])
 def test_the_term_is_zero_where_nothing_repeats(tmp_path, make):
     weights = [run(tmp_path / f"{weight:g}", make(), NoisyPatches(), checkerboard_weight=weight) for weight in (0, 5)]
     assert_equal(*weights)

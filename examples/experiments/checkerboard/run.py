@@ -26,7 +26,7 @@ from colora_peft import CoLoRAConfig
 from colora_peft.data import PairedImageFolder, PairedPatches, PairSource
 from colora_peft.inference import evaluation_mode, reconstruct, tile_multiple
 from colora_peft.training import LEARNING_RATES, prepare_for_tuning
-from colora_peft.training.loss import cells_of
+from colora_peft.training.loss import centred_cells
 from colora_peft.tuner import METHOD_VERSION
 from colora_peft.utils import check_at_least, flag, run_script, write_text
 from examples.experiments.grid.cells import (
@@ -107,7 +107,7 @@ def checkerboard_in_levels(pairs: PairSource, model: nn.Module) -> Cell:
     with evaluation_mode(model):
         for index in range(len(pairs)):
             restored = reconstruct(model, smoothed(pairs[index][0][None].to(device))).float()
-            pattern = cells_of(restored - smoothed(restored), period).mean(2)
+            pattern = centred_cells(restored - smoothed(restored), period).mean(2)
             found.append(255 * pattern.square().mean().sqrt().item())
     return {"checkerboard": mean(found)}
 
