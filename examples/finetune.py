@@ -94,7 +94,8 @@ class FinetuneArguments(TaskArguments, TrainArguments):
     checkerboard_weight: float = flag(
         5.0,
         "Weight of a loss on the grid that networks with PixelShuffle leave on smooth areas, beside the mean absolute "
-        "error. It is zero for networks that name no multiple that sides must have.",
+        "error. Its period is what the network names as pads_to_multiple or needs_multiple_of; it is zero without "
+        "that, and where a side of the patches has fewer than four periods.",
     )
     method: Method = flag(
         "colora",
@@ -219,6 +220,7 @@ def main(args: FinetuneArguments) -> None:
                 **figures,
                 seconds=seconds,
                 learning_rate=args.learning_rate,
+                checkerboard_weight=args.checkerboard_weight,
                 max_train_steps=args.max_train_steps,
                 parameter_budget=args.parameter_budget if isinstance(model, PeftModel) and not is_further else None,
                 hardware=facts.hardware,

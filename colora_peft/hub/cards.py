@@ -163,6 +163,7 @@ class TuningMetrics:
     eval_pairs: int
     seconds: float
     learning_rate: float
+    checkerboard_weight: float
     max_train_steps: int
     parameter_budget: float | None
     hardware: str

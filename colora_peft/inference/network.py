@@ -63,7 +63,7 @@ def _hint(reconstruction: Tensor, images: Tensor) -> str:
 def restoration_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean absolute error between the restored `pixel_values` and `labels`.
 
-    The contribution scores are of this loss, and so is training but for `--checkerboard_weight`.
+    The contribution scores are of this loss. The scripts train on it, and on the term of `--checkerboard_weight`.
     """
     return F.l1_loss(reconstruct(model, batch["pixel_values"]), batch["labels"])
 

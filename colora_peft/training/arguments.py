@@ -65,8 +65,8 @@ class TrainArguments:
     checkerboard_weight: float = flag(
         0.0,
         "Weight of a loss on the grid that networks with PixelShuffle leave on smooth areas, beside the mean absolute "
-        "error. It is zero for networks that name no multiple that sides must have, and for patches of fewer than two "
-        "such multiples.",
+        "error. Its period is what the network names as pads_to_multiple or needs_multiple_of; it is zero without "
+        "that, and where a side of the patches has fewer than four periods.",
     )
     max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped.")
     seed: int = flag(0, "Seed of everything random; on one CPU set-up it fixes the result bitwise.")

@@ -207,7 +207,7 @@ def _check_same_settings(args: TrainArguments, checkpoint: Path) -> None:
     saved = state.get("arguments")
     if not isinstance(saved, dict):
         raise ValueError(f"{checkpoint} is no checkpoint of a training run; resume from another one.")
-    # A flag that is newer than the checkpoint cannot have been set: the run did what is its default, or was then.
+    # A flag that is newer than the checkpoint cannot have been set: the run had its default, of now or of then.
     before = {setting.name: setting.default for setting in fields(args)} | _DEFAULTS_BEFORE | saved
     free = flags_with(OnResume.FREE, args)
     if args.allow_changed_dataset or _knows_its_data(state):

@@ -35,6 +35,7 @@ METRICS = TuningMetrics(
     eval_pairs=6,
     seconds=90.0,
     learning_rate=1e-3,
+    checkerboard_weight=5.0,
     max_train_steps=500,
     parameter_budget=0.07,
     hardware="an abacus",

@@ -135,7 +135,7 @@ class CellFile:
 
 
 def run_arguments(args: GridArguments, output_dir: str, learning_rate: float, seed: int) -> FinetuneArguments:
-    """Flags of finetune.py that a cell runs with. Its loss is the mean absolute error alone."""
+    """Flags of finetune.py that a cell runs with, on the mean absolute error alone."""
     return FinetuneArguments(
         output_dir=output_dir,
         learning_rate=learning_rate,

@@ -116,7 +116,7 @@ class Variant(NamedTuple):
 
     @property
     def checkerboard_weight(self) -> float:
-        """Weight of the loss on the checkerboard."""
+        """Weight of the loss on checkerboards."""
         return FinetuneArguments.checkerboard_weight if self.method == COLORA_DEFAULT else 0.0
 
     def own_rates(self, args: BenchmarkArguments) -> list[float] | None:

@@ -202,12 +202,12 @@ def images(folder: Path) -> str:
 
 
 def check_names(cells: list[Cell]) -> None:
-    """Refuses cells in which one name means two networks or two tasks.
+    """Refuses cells in which one name means two networks, two tasks or two losses.
 
     Raises:
-        ValueError: Names the network or the task.
+        ValueError: Names the network, the task or the method.
     """
-    for name, what in (("network", "weights"), ("task", "data")):
+    for name, what in (("network", "weights"), ("task", "data"), ("method", "checkerboard_weight")):
         found: dict[object, object] = {}
         for cell in cells:
             if found.setdefault(cell[name], cell.get(what)) != cell.get(what):
@@ -222,7 +222,7 @@ def write_report(folder: Path) -> str:
 
     Raises:
         FileNotFoundError: The folder has no cells.
-        ValueError: One name means two networks or tasks in it.
+        ValueError: One name means two networks, tasks or losses in it.
     """
     if not (folder / CELLS_FILE).is_file():
         raise FileNotFoundError(f"There are no cells in {folder} to report; run some first.")

@@ -133,7 +133,7 @@ def pairs_of(folder: Path) -> str:
 
 
 def identity(args: BenchmarkArguments, variant: Variant) -> Cell:
-    """Fingerprint of the weights and digest of the pairs that a variant names, and the weight of its second loss."""
+    """Fingerprint of the weights, digest of the pairs and weight of the loss on checkerboards of a variant."""
     weights = weights_of(args.network_paths()[variant.network])
     folder = Path(args.data_dir) / variant.task
     return {

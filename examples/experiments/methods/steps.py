@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from colora_peft.utils import flag, run_script
+from examples.experiments.grid.cells import Cell
 from examples.experiments.grid.results import (
     Results,
     difference,
@@ -22,7 +23,7 @@ from examples.experiments.grid.results import (
 )
 from examples.experiments.grid.tuned import CELLS_FILE, SETTINGS_FILE
 from examples.experiments.methods.plan import BUDGET, COLORA_DEFAULT, PEFT_LORA
-from examples.experiments.methods.report import SETTINGS, values_in
+from examples.experiments.methods.report import SETTINGS, check_names, values_in
 from examples.experiments.tables import markdown_table
 
 
@@ -34,9 +35,14 @@ class StepsArguments:
     shorter: str = flag(help="Folder with the cells of CoLoRA at its default rate, of fewer steps.")
 
 
+def read_cells(folder: Path) -> list[Cell]:
+    """Cells of a folder."""
+    return json.loads((folder / CELLS_FILE).read_text(encoding="utf-8"))
+
+
 def read_results(folder: Path) -> tuple[Results, int]:
     """Results of a folder, and the number of steps of its runs."""
-    cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
+    cells, settings = read_cells(folder), json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     return results_of(cells, SETTINGS, settings["tuning_seed"]), settings["max_train_steps"]
 
 
@@ -44,9 +50,10 @@ def steps_table(folder: Path, shorter: Path) -> str:
     """Markdown: mean over the tasks of CoLoRA minus PEFT's LoRA after all steps, for CoLoRA after fewer.
 
     Raises:
-        ValueError: The folders share no task on which all were run, or the shorter runs are of several numbers of
-            pairs or networks.
+        ValueError: The folders share no task on which all were run, have cells of one method with two losses, or the
+            shorter runs are of several numbers of pairs or networks.
     """
+    check_names([*read_cells(folder), *read_cells(shorter)])
     (results, steps), (short, fewer) = read_results(folder), read_results(shorter)
     lines = []
     tasks, *others = (values_in(short, name) for name in ("task", "train_pairs", "network"))

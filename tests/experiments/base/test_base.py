@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -117,6 +118,18 @@ def test_a_cell_is_a_run_of_finetune_that_is_not_made_again(train_dir, networks,
     seconds = [cell["seconds"] for cell in found]
     adapt.main(args)
     assert [cell["seconds"] for cell in json.loads((tmp_path / "out" / "adapt.json").read_text())] == seconds
+
+
+def test_a_cell_is_on_the_loss_of_the_committed_ones(networks, tmp_path, monkeypatch):
+    """The default of finetune.py has changed since."""
+    (tmp_path / "tasks" / "haze" / "train" / "target").mkdir(parents=True)
+    args = adapt.AdaptArguments(networks, str(tmp_path / "tasks"), ["haze"], output_dir=str(tmp_path / "out"))
+    commands = []
+    failed = subprocess.CompletedProcess([], 1, stderr="stopped")
+    monkeypatch.setattr(adapt.subprocess, "run", lambda command, **_: commands.append(command) or failed)
+    with pytest.raises(ValueError, match="stopped"):
+        adapt.main(args)
+    assert "--checkerboard_weight 0" in " ".join(commands[0])
 
 
 def test_a_failed_adaptation_says_why(networks, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from accelerate import Accelerator
 from support.examples import EXAMPLES, write_pairs
 from support.experiments import launch
 
@@ -77,6 +78,19 @@ def test_colora_without_a_flag_alone_has_a_fixed_rate():
     rates = {Variant("a", 16, "prod", method).fixed_rate for method in ("colora", "full", "peft_lora", "lora")}
     default, plain = (Variant("a", 16, "prod", method) for method in ("colora_default", "colora_plain"))
     assert rates == {None} and default.fixed_rate == plain.fixed_rate == LEARNING_RATES["colora"]
+
+
+@pytest.mark.parametrize(
+    ("method", "weight"), [("colora_default", FinetuneArguments.checkerboard_weight), ("lora", 0)]
+)
+def test_a_cell_trains_on_the_loss_of_its_method(data_dir, tiny_nafnet, monkeypatch, method, weight):
+    args = arguments(data_dir, networks=[f"prod={tiny_nafnet}"], train_pairs=[3], validation_pairs=2, resolution=32)
+    seen = []
+    monkeypatch.setattr(
+        run, "train_and_validate", lambda _model, _patches, _pairs, flags, *_: seen.append(flags) or {}
+    )
+    run.run_cell(args, Variant("a", 3, "prod", method, 0.3), 1e-3, 0, Accelerator(cpu=True))
+    assert [flags.checkerboard_weight for flags in seen] == [weight]
 
 
 def test_only_colora_without_a_flag_has_the_loss_on_checkerboards():

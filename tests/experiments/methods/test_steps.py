@@ -45,6 +45,13 @@ def test_runs_of_two_numbers_of_pairs_are_refused(tmp_path):
         steps_table(whole, write(tmp_path / "shorter", shorter, 120))
 
 
+def test_one_method_with_two_losses_is_refused(tmp_path):
+    whole = write(tmp_path / "whole", [colora(0, 20.0, "a")], 200)
+    shorter = write(tmp_path / "shorter", [{**colora(0, 19.0, "a"), "checkerboard_weight": 5.0}], 120)
+    with pytest.raises(ValueError, match="method 'colora_default' was run with other checkerboard_weight"):
+        steps_table(whole, shorter)
+
+
 def test_folders_without_a_common_task_are_refused(tmp_path):
     whole = write(tmp_path / "whole", [colora(0, 20.0, "a")], 200)
     with pytest.raises(ValueError, match="has no task that"):
