@@ -121,6 +121,14 @@ def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, 
     return markdown_table([heading, *tasks], rows)
 
 
+def of_ssim(results: Results, tested: list[Cell]) -> Results:
+    """The same results with SSIM in hundredths in place of PSNR, for `differences_table`."""
+    found: dict[Key, dict[int, float]] = {}
+    for cell in tested:
+        found.setdefault(SETTINGS.key(cell), {})[cell["seed"]] = 100 * cell["ssim"]
+    return {key: results[key]._replace(psnr=values) for key, values in found.items()}
+
+
 def _with_spread(values: list[float], digits: int) -> str:
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and stdev(values) > 0 else ""
     return f"{mean(values):.{digits}f}{spread}"
@@ -299,6 +307,9 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
         parts += [f"{MEAN_MATCHED} Input: {shown}.", table]
     shown = ", ".join(f"{task} {ssim[task]:.3f}" for task in tasks)
     parts += [f"SSIM (input: {shown}):", table_by_task(own, tasks, "ssim", 3, f"{pairs} pairs")]
+    if differences:
+        hundredths = differences_table(of_ssim(results, own), tasks, claims_of(results, pairs), f"{pairs} pairs")
+        parts += ["Differences of SSIM in hundredths:", hundredths]
     if plot_radar(results, rows_of(results), tasks, pairs, folder / f"radar-{pairs}.png"):
         parts += [f"Each spoke has its own scale:\n\n![each task from the worst to the best](radar-{pairs}.png)"]
     return "\n\n".join(parts)

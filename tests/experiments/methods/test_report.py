@@ -29,6 +29,7 @@ def test_report_has_the_claims_and_says_what_failed(tmp_path):
     assert "| single minus prod, both tuned in full | -1.00 ± 0.00 (2) |" in text
     assert "| CoLoRA 0.07 minus full tuning | +0.50 ± 0.00 (2) |" in text
     assert "| prod + full | 0.205 ± 0.007 |" in text
+    assert "in hundredths" in text and "| CoLoRA 0.07 minus full tuning | +0.50 ± 0.00 (2) |" in text.split("hundr")[1]
     assert "- a, 16 pairs, none + full, 0.008, seed 0: infinite" in text
 
 
