@@ -82,11 +82,20 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
     return markdown_table([f"{pairs} pairs", *tasks, "mean"], rows)
 
 
-def default_table(results: Results, inputs: dict[str, float], tasks: list[str], pairs: int) -> str:
+def default_table(
+    results: Results, ssim: Results, inputs: dict[str, tuple[float, float]], tasks: list[str], pairs: int
+) -> str:
     """Markdown: CoLoRA as finetune.py has it without a flag, at each budget, beside others at their own best rate.
 
     PEFT's LoRA has the largest of these budgets. Tasks are left out that one of the ways lacks, or has with other
     seeds; empty if none is left.
+
+    Args:
+        results: PSNR of all ways.
+        ssim: The same keys with SSIM.
+        inputs: PSNR and SSIM of the inputs of each task.
+        tasks: Tasks in the order of the columns.
+        pairs: Number of training pairs.
     """
     networks = [key[2] for key in results if key[3] == COLORA_DEFAULT]
     if not networks:
@@ -102,10 +111,15 @@ def default_table(results: Results, inputs: dict[str, float], tasks: list[str], 
     if not complete:
         return ""
     rows = {"input": [inputs[task] for task in complete]}
-    for index, name in enumerate(ways):
-        rows[name] = [mean(psnr[task][index].values()) for task in complete]
-    lines = ([name, *(f"{value:.2f}" for value in (*values, mean(values)))] for name, values in rows.items())
-    return markdown_table(["", *complete, "mean"], lines)
+    for index, (name, way) in enumerate(ways.items()):
+        rows[name] = [
+            (mean(psnr[task][index].values()), mean(ssim[(task, pairs, *way)].psnr.values())) for task in complete
+        ]
+    lines = []
+    for name, values in rows.items():
+        decibels, similarities = zip(*values, strict=True)
+        lines.append([name, *(f"{value:.2f}" for value in (*decibels, mean(decibels))), f"{mean(similarities):.3f}"])
+    return markdown_table(["", *complete, "mean", "mean SSIM"], lines)
 
 
 def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, heading: str) -> str:
@@ -121,11 +135,11 @@ def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, 
     return markdown_table([heading, *tasks], rows)
 
 
-def of_ssim(results: Results, tested: list[Cell]) -> Results:
-    """The same results with SSIM in hundredths in place of PSNR, for `differences_table`."""
+def of_ssim(results: Results, tested: list[Cell], factor: float = 1) -> Results:
+    """The same results with SSIM, times a factor, in place of PSNR."""
     found: dict[Key, dict[int, float]] = {}
     for cell in tested:
-        found.setdefault(SETTINGS.key(cell), {})[cell["seed"]] = 100 * cell["ssim"]
+        found.setdefault(SETTINGS.key(cell), {})[cell["seed"]] = factor * cell["ssim"]
     return {key: results[key]._replace(psnr=values) for key, values in found.items()}
 
 
@@ -290,7 +304,8 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
     tasks = [task for task in values_in(results, "task") if any(cell["task"] == task for cell in own)]
     inputs, ssim = ({cell["task"]: cell[name] for cell in own} for name in ("psnr_input", "ssim_input"))
     parts = [quality_table(results, inputs, tasks, pairs)]
-    default = default_table(results, inputs, tasks, pairs)
+    similarity = of_ssim(results, own)
+    default = default_table(results, similarity, {task: (inputs[task], ssim[task]) for task in tasks}, tasks, pairs)
     if default:
         parts += [
             "CoLoRA with nothing tuned, the others at the rate that is best for each task, of those tried:",
@@ -308,7 +323,7 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
     shown = ", ".join(f"{task} {ssim[task]:.3f}" for task in tasks)
     parts += [f"SSIM (input: {shown}):", table_by_task(own, tasks, "ssim", 3, f"{pairs} pairs")]
     if differences:
-        hundredths = differences_table(of_ssim(results, own), tasks, claims_of(results, pairs), f"{pairs} pairs")
+        hundredths = differences_table(of_ssim(results, own, 100), tasks, claims_of(results, pairs), f"{pairs} pairs")
         parts += ["Differences of SSIM in hundredths:", hundredths]
     if plot_radar(results, rows_of(results), tasks, pairs, folder / f"radar-{pairs}.png"):
         parts += [f"Each spoke has its own scale:\n\n![each task from the worst to the best](radar-{pairs}.png)"]

@@ -83,14 +83,14 @@ def test_the_table_of_defaults_is_of_the_tasks_that_have_all_ways():
 
     cells = cells_of("a", 20.0, 20.0, 18.0) + cells_of("b", 30.0, 31.0, 33.0) + cells_of("c", 50.0, 1.0, 2.0)[:-1]
     results = results_of(cells, report.SETTINGS, tuning_seed=100)
-    inputs = {"a": 10.0, "b": 20.0, "c": 30.0}
-    assert report.default_table(results, inputs, list(inputs), 16).splitlines() == [
-        "|  | a | b | mean |",
-        "|---|---|---|---|",
-        "| input | 10.00 | 20.00 | 15.00 |",
-        "| full fine-tuning | 18.00 | 33.00 | 25.50 |",
-        "| PEFT's LoRA | 19.50 | 30.50 | 25.00 |",
-        "| CoLoRA, 7% budget | 20.50 | 30.50 | 25.50 |",
+    inputs = {"a": (10.0, 0.1), "b": (20.0, 0.2), "c": (30.0, 0.3)}
+    assert report.default_table(results, report.of_ssim(results, cells), inputs, list(inputs), 16).splitlines() == [
+        "|  | a | b | mean | mean SSIM |",
+        "|---|---|---|---|---|",
+        "| input | 10.00 | 20.00 | 15.00 | 0.150 |",
+        "| full fine-tuning | 18.00 | 33.00 | 25.50 | 0.255 |",
+        "| PEFT's LoRA | 19.50 | 30.50 | 25.00 | 0.250 |",
+        "| CoLoRA, 7% budget | 20.50 | 30.50 | 25.50 | 0.255 |",
     ]
 
 
