@@ -102,11 +102,18 @@ def test_the_differences_of_the_defaults_are_those_of_the_report():
     for title, claim in (
         ("CoLoRA, 7%, minus PEFT's LoRA", "CoLoRA 0.07 as finetune.py has it minus PEFT's LoRA"),
         ("CoLoRA, 7%, minus full tuning", "CoLoRA 0.07 as finetune.py has it minus full tuning"),
+        (
+            "CoLoRA, 7%, minus the same on mean absolute error",
+            "CoLoRA 0.07 as finetune.py has it minus the same on mean absolute error alone",
+        ),
+        (
+            "CoLoRA, 7%, on mean absolute error minus PEFT's LoRA",
+            "CoLoRA 0.07 on mean absolute error alone minus PEFT's LoRA",
+        ),
         ("CoLoRA, 2% minus 7%", "CoLoRA as finetune.py has it, 0.02 minus 0.07"),
     ):
-        (line,) = re.findall(rf"{claim} .*", report)
-        mean, without = re.findall(r"([^|]+) \(\d+ tasks\) ", line)
-        assert f"| {title} |{mean} |{without} |\n" in page
+        psnr, ssim = (re.findall(r"([^|]+) \(\d+ tasks\) ", line) for line in re.findall(rf"{claim} .*", report))
+        assert f"| {title} |{psnr[0]} |{psnr[1]} |{ssim[0]} |\n" in page
 
 
 def test_the_sentences_below_the_table_of_defaults_have_the_figures_of_the_report():
@@ -120,9 +127,13 @@ def test_the_sentences_below_the_table_of_defaults_have_the_figures_of_the_repor
         for way in ("colora_default", "peft_lora")
     ]
     text = " ".join((EXAMPLES.parent / "README.md").read_text(encoding="utf-8").split())
-    assert abs(float(peft[2])) < 0.1 and "level with PEFT's LoRA on the mean of nine tasks" in text
+    assert abs(float(peft[2])) < 0.1 and "level with PEFT's LoRA on nine tasks" in text
     assert f"in {seconds[0] / seconds[1]:.1f} of the time" in text
-    assert f"It is {-float(peft[1]):.1f} dB behind on underwater photos" in text
+    assert f"{-float(peft[1]):.1f} dB behind on underwater photos" in text
+    ssim = {row: float(value) for row, value in re.findall(r"\n\| ([^|]+) \|[^\n]* \| (0\.\d+) \|(?=\n)", report)}
+    assert max(ssim, key=ssim.get) == "CoLoRA, 7% budget" and "CoLoRA has the highest SSIM, mostly by a" in text
+    gains = re.findall(r"as finetune.py has it minus (?:PEFT's LoRA|the same).* \| (\S+) ± \S+ \(10 tasks\)", report)
+    assert float(gains[3]) > float(gains[2]) / 2, "of SSIM: the same without the loss, and PEFT's LoRA"
     assert f"Full fine-tuning is {-float(full[2]):.2f} dB better on the nine" in text
 
 
@@ -147,8 +158,9 @@ def test_the_underwater_table_has_the_figures_of_the_report():
 
 def test_the_difference_to_one_rank_for_all_is_that_of_the_report():
     report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
-    (without,) = re.findall(r"alone minus one rank for all .*\| (\S+ ± \S+) \(5 tasks\)", report)
-    assert f"CoLoRA minus it is {without} dB without underwater" in (EXPERIMENTS / "README.md").read_text("utf-8")
+    without = re.search(r"alone minus one rank for all .*\| (\S+ ± \S+) \(5 tasks\)", report)[1]
+    sentence = f"On the mean absolute error CoLoRA minus it is {without} dB without underwater."
+    assert sentence in " ".join((EXPERIMENTS / "README.md").read_text("utf-8").split())
 
 
 def test_the_table_of_fewer_steps_is_that_of_the_cells():
