@@ -50,7 +50,15 @@ SWITCHES = 30
 IMAGE_PX = 256
 # Photos of `--picture`, by their adapter.
 EXAMPLES = {"underwater": ("76", "66", "89"), "rain": ("rocket",)}
-CHOSEN = ("model_name_or_path", "train_dir", "max_train_samples", "max_train_steps", "resolution", "seed")
+CHOSEN = (
+    "model_name_or_path",
+    "train_dir",
+    "max_train_samples",
+    "max_train_steps",
+    "resolution",
+    "checkerboard_weight",
+    "seed",
+)
 
 
 @dataclass
@@ -82,6 +90,9 @@ class TasksArguments:
     )
     max_train_steps: int = flag(FinetuneArguments.max_train_steps, "Number of optimiser steps of each task.")
     resolution: int = flag(FinetuneArguments.resolution, "Side of the square training patches in pixels.")
+    checkerboard_weight: float = flag(
+        FinetuneArguments.checkerboard_weight, "Weight of the loss on grids, see finetune.py. Older runs go on with 0."
+    )
     seed: int = flag(FinetuneArguments.seed, "Seed of everything random.")
 
     def __post_init__(self) -> None:
@@ -116,6 +127,7 @@ class TasksArguments:
             max_train_samples=self.max_train_samples,
             max_train_steps=self.max_train_steps,
             resolution=self.resolution,
+            checkerboard_weight=self.checkerboard_weight,
             seed=self.seed,
             resume_from_checkpoint="latest" if list_checkpoints(output_dir) else None,
         )

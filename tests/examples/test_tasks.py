@@ -88,6 +88,8 @@ def test_what_is_trained_is_kept_and_other_settings_are_pointed_out(trained, cap
     assert capsys.readouterr().out == "".join(f"{task}: kept, in {output_dir / task}.\n" for task in ("haze", "rain"))
     tasks.train_missing(tasks.TasksArguments(**{**arguments, "max_train_steps": 4}))
     assert "haze: kept" in (said := capsys.readouterr().out) and "--max_train_steps 3 (now 4)" in said
+    tasks.train_missing(tasks.TasksArguments(**{**arguments, "checkerboard_weight": 0.0}))
+    assert "--checkerboard_weight 5.0 (now 0.0)" in capsys.readouterr().out
 
 
 def test_a_task_that_was_stopped_goes_on_from_its_checkpoint(trained, tmp_path, monkeypatch):
