@@ -71,7 +71,7 @@ def test_kill_under_accumulation_and_averaging_changes_nothing(tmp_path, killed_
 class Precise(nn.Module):
     """A network that computes in float64, so that only the data, not the order of sums, can make a difference."""
 
-    config = SimpleNamespace(pads_to_multiple=4)
+    config = SimpleNamespace(pads_to_multiple=2)
 
     def __init__(self):
         super().__init__()
@@ -94,6 +94,8 @@ def test_accumulation_equals_the_larger_batch(tmp_path, batch_size, accumulated,
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
     other = run(tmp_path / "other", Precise(), per_device_train_batch_size=5, **loss)
     assert max((other[name] - tensor).abs().max() for name, tensor in whole.items()) > 1e-3
+    plain_loss = run(tmp_path / "plain", Precise(), per_device_train_batch_size=6)
+    assert any(not torch.equal(plain_loss[name], tensor) for name, tensor in whole.items()) == bool(weight)
     (row,), (expected,) = (rows(tmp_path / folder) for folder in ("parts", "whole"))
     assert row["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert row["psnr"] == pytest.approx(expected["psnr"], abs=1e-4)
