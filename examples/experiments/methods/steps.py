@@ -35,15 +35,10 @@ class StepsArguments:
     shorter: str = flag(help="Folder with the cells of CoLoRA at its default rate, of fewer steps.")
 
 
-def read_cells(folder: Path) -> list[Cell]:
-    """Cells of a folder."""
-    return json.loads((folder / CELLS_FILE).read_text(encoding="utf-8"))
-
-
-def read_results(folder: Path) -> tuple[Results, int]:
-    """Results of a folder, and the number of steps of its runs."""
-    cells, settings = read_cells(folder), json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    return results_of(cells, SETTINGS, settings["tuning_seed"]), settings["max_train_steps"]
+def read_results(folder: Path) -> tuple[list[Cell], Results, int]:
+    """Cells of a folder, their results, and the number of steps of its runs."""
+    cells, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CELLS_FILE, SETTINGS_FILE))
+    return cells, results_of(cells, SETTINGS, settings["tuning_seed"]), settings["max_train_steps"]
 
 
 def steps_table(folder: Path, shorter: Path) -> str:
@@ -53,8 +48,8 @@ def steps_table(folder: Path, shorter: Path) -> str:
         ValueError: The folders share no task on which all were run, have cells of one method with two losses, or the
             shorter runs are of several numbers of pairs or networks.
     """
-    check_names([*read_cells(folder), *read_cells(shorter)])
-    (results, steps), (short, fewer) = read_results(folder), read_results(shorter)
+    (cells, results, steps), (short_cells, short, fewer) = read_results(folder), read_results(shorter)
+    check_names([*cells, *short_cells])
     lines = []
     tasks, *others = (values_in(short, name) for name in ("task", "train_pairs", "network"))
     if any(len(values) != 1 for values in others):
