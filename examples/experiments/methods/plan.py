@@ -17,11 +17,32 @@ NONE = "none"
 PEFT_LORA = "peft_lora"
 """The method that is PEFT's own LoRA, in the layers that it takes; "lora" is ours, in all."""
 COLORA_DEFAULT = "colora_default"
-"""The method that is CoLoRA with the learning rate and the loss that finetune.py has without a flag: nothing is tuned
-for it. The other methods train on the mean absolute error alone."""
+"""The method that is CoLoRA with the learning rate and the loss that finetune.py has without a flag."""
 COLORA_PLAIN = "colora_plain"
 """The method that is CoLoRA at that learning rate, on the mean absolute error alone."""
-BUDGETED = ("lora", PEFT_LORA, "colora", COLORA_DEFAULT, COLORA_PLAIN)
+FULL_CHECKERBOARD, PEFT_LORA_CHECKERBOARD = "full_checkerboard", "peft_lora_checkerboard"
+"""The methods that are full tuning and PEFT's LoRA with the loss of finetune.py, at the rate chosen without it."""
+
+
+class Way(NamedTuple):
+    """How a method of the comparison trains."""
+
+    trains: str
+    """One of `colora_peft.training.METHODS`, or PEFT_LORA."""
+    is_tuned: bool = True
+    """Whether its learning rate is chosen; otherwise it is the one that finetune.py has without a flag."""
+    has_checkerboard_loss: bool = False
+    """Whether its loss is the one that finetune.py has without a flag; otherwise the mean absolute error alone."""
+
+
+WAYS = {name: Way(name) for name in (*METHODS, PEFT_LORA)} | {
+    COLORA_DEFAULT: Way("colora", is_tuned=False, has_checkerboard_loss=True),
+    COLORA_PLAIN: Way("colora", is_tuned=False),
+    FULL_CHECKERBOARD: Way("full", has_checkerboard_loss=True),
+    PEFT_LORA_CHECKERBOARD: Way(PEFT_LORA, has_checkerboard_loss=True),
+}
+"""The methods of the comparison by name."""
+BUDGETED = tuple(name for name, way in WAYS.items() if way.trains in ("lora", PEFT_LORA, "colora"))
 BUDGET = 0.07
 COMPARISONS = ("pretraining", "tuning")
 
@@ -66,10 +87,7 @@ class BenchmarkArguments(TunedArguments):
         check_lists({name: getattr(self, name) for name in names})
         if self.full_learning_rates is not None:
             check_lists({"full_learning_rates": self.full_learning_rates})
-        for name, known in (
-            ("comparisons", COMPARISONS),
-            ("methods", (*METHODS, PEFT_LORA, COLORA_DEFAULT, COLORA_PLAIN)),
-        ):
+        for name, known in (("comparisons", COMPARISONS), ("methods", tuple(WAYS))):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"--{name} has {value!r}: choose of {', '.join(known)}.")
@@ -106,26 +124,31 @@ class Variant(NamedTuple):
     train_pairs: int
     network: str
     method: str
-    """One of `colora_peft.training.METHODS`, PEFT_LORA, COLORA_DEFAULT or COLORA_PLAIN."""
+    """A name in WAYS."""
     parameter_budget: float | None = None
+
+    @property
+    def trains(self) -> str:
+        """One of `colora_peft.training.METHODS`, or PEFT_LORA."""
+        return WAYS[self.method].trains
 
     @property
     def fixed_rate(self) -> float | None:
         """The learning rate that nobody tunes; None if it is tuned."""
-        return LEARNING_RATES["colora"] if self.method in (COLORA_DEFAULT, COLORA_PLAIN) else None
+        return None if WAYS[self.method].is_tuned else LEARNING_RATES[self.trains]
 
     @property
     def checkerboard_weight(self) -> float:
         """Weight of the loss on checkerboards."""
-        return FinetuneArguments.checkerboard_weight if self.method == COLORA_DEFAULT else 0.0
+        return FinetuneArguments.checkerboard_weight if WAYS[self.method].has_checkerboard_loss else 0.0
 
     def own_rates(self, args: BenchmarkArguments) -> list[float] | None:
         """The learning rates to try, if they are not --learning_rates."""
-        return args.full_learning_rates if self.method == "full" else None
+        return args.full_learning_rates if self.trains == "full" else None
 
     def tuned_as(self, args: BenchmarkArguments) -> Variant:
-        """The variant whose learning rate this one takes."""
-        return self._replace(train_pairs=args.tuned_at)
+        """The variant whose learning rate this one takes: on --tuned_at pairs, on the mean absolute error alone."""
+        return self._replace(train_pairs=args.tuned_at, method=self.trains if self.fixed_rate is None else self.method)
 
 
 def plan(args: BenchmarkArguments) -> list[Variant]:

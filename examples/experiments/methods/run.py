@@ -5,11 +5,12 @@
 Every cell is a run of the engine of finetune.py: the same steps, batches and patches for all. The learning rate of
 each method, network and task is the best of --learning_rates (of --full_learning_rates for full tuning) on pairs held
 out of the training folder, with a seed of its own. The test folder is touched by the other seeds alone, at that rate.
-colora_default has the rate and the loss that finetune.py has without a flag, colora_plain that rate alone. All others
-train on the mean absolute error. Images are evaluated on their centres (--evaluated_size). Cells are kept and not run
-again: the comparison grows over many calls, and several processes may share the work (--part 0/2 and 1/2), also on one
-GPU. Each call ends by writing the report of all cells. A cell takes about 25 seconds on one core, and the default plan
-has 390 of them: choose with --tasks, --methods and --budgets.
+colora_default has the rate and the loss that finetune.py has without a flag, colora_plain that rate alone.
+full_checkerboard and peft_lora_checkerboard have that loss, at the rate chosen without it. All others train on the
+mean absolute error. Images are evaluated on their centres (--evaluated_size). Cells are kept and not run again: the
+comparison grows over many calls, and several processes may share the work (--part 0/2 and 1/2), also on one GPU. Each
+call ends by writing the report of all cells. A cell takes about 25 seconds on one core, and the default plan has 390:
+choose with --tasks, --methods and --budgets.
 """
 
 from __future__ import annotations
@@ -57,8 +58,6 @@ from examples.experiments.methods.mean_matched import psnr_mean_matched
 from examples.experiments.methods.peft_lora import add_peft_lora
 from examples.experiments.methods.plan import (
     BUDGET,
-    COLORA_DEFAULT,
-    COLORA_PLAIN,
     NONE,
     PEFT_LORA,
     BenchmarkArguments,
@@ -103,15 +102,14 @@ def run_cell(args: BenchmarkArguments, variant: Variant, rate: float, seed: int,
     config, found = CoLoRAConfig(parameter_budget=variant.parameter_budget or BUDGET), {}
     with tempfile.TemporaryDirectory() as folder:
         run = replace(run_arguments(args, folder, rate, seed), checkerboard_weight=variant.checkerboard_weight)
-        method = "colora" if variant.method in (COLORA_DEFAULT, COLORA_PLAIN) else variant.method
-        if method == "colora":
+        if variant.trains == "colora":
             scores = measure_contributions(network, drawn.patches, run, accelerator)
             config.contributions, found = scores.scores, {"seconds_contributions": scores.seconds}
         set_seed(seed)
-        if variant.method == PEFT_LORA:
+        if variant.trains == PEFT_LORA:
             model = add_peft_lora(network, config.parameter_budget)
         else:
-            model = prepare_for_tuning(network, method, config)
+            model = prepare_for_tuning(network, variant.trains, config)
         also = None
         if seed != args.tuning_seed:
             is_shown = seed == args.seeds[0]

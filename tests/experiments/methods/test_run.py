@@ -40,6 +40,8 @@ def test_plan_runs_every_variant_once_and_both_comparisons_meet_in_full_tuning(d
     assert {v.network for v in planned if v.method == "full"} == {"prod", "single", "none"}
     assert {v.parameter_budget for v in planned if v.method in plan.BUDGETED} == {0.07, 0.02}
     assert all(v.tuned_as(args) == v._replace(train_pairs=16) for v in planned)
+    borrowed = (Variant("a", 4, "prod", f"{method}_checkerboard", 0.07) for method in ("full", "peft_lora"))
+    assert [v.tuned_as(args).method for v in borrowed] == ["full", "peft_lora"]
     lower = arguments(data_dir, full_learning_rates=[1e-4])
     assert {v.own_rates(lower) == [1e-4] for v in planned if v.method == "full"} == {True}
     assert (
@@ -81,7 +83,12 @@ def test_colora_without_a_flag_alone_has_a_fixed_rate():
 
 
 @pytest.mark.parametrize(
-    ("method", "weight"), [("colora_default", FinetuneArguments.checkerboard_weight), ("lora", 0)]
+    ("method", "weight"),
+    [
+        ("colora_default", FinetuneArguments.checkerboard_weight),
+        ("peft_lora_checkerboard", FinetuneArguments.checkerboard_weight),
+        ("lora", 0),
+    ],
 )
 def test_a_cell_trains_on_the_loss_of_its_method(data_dir, tiny_nafnet, monkeypatch, method, weight):
     args = arguments(data_dir, networks=[f"prod={tiny_nafnet}"], train_pairs=[3], validation_pairs=2, resolution=32)
@@ -93,9 +100,11 @@ def test_a_cell_trains_on_the_loss_of_its_method(data_dir, tiny_nafnet, monkeypa
     assert [flags.checkerboard_weight for flags in seen] == [weight]
 
 
-def test_only_colora_without_a_flag_has_the_loss_on_checkerboards():
-    weights = {method: Variant("a", 16, "prod", method).checkerboard_weight for method in plan.BUDGETED}
-    assert weights.pop("colora_default") == FinetuneArguments.checkerboard_weight > 0 and set(weights.values()) == {0}
+def test_colora_without_a_flag_and_the_methods_named_so_alone_have_the_loss_on_checkerboards():
+    weights = {method: Variant("a", 16, "prod", method).checkerboard_weight for method in plan.WAYS}
+    with_loss = {method for method, weight in weights.items() if weight == FinetuneArguments.checkerboard_weight > 0}
+    assert with_loss == {"colora_default", "full_checkerboard", "peft_lora_checkerboard"}
+    assert {weights[method] for method in weights.keys() - with_loss} == {0}
 
 
 def test_a_network_that_is_not_shipped_is_refused_with_the_page_of_its_command(data_dir):
