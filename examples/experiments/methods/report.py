@@ -4,49 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from statistics import mean, median, stdev
 
 from colora_peft.utils import write_text
-from examples.experiments.grid import results as grid_results
 from examples.experiments.grid.cells import Cell
 from examples.experiments.grid.curves import plot_curves
-from examples.experiments.grid.results import (
-    Key,
-    KeyOf,
-    Results,
-    Settings,
-    differences_table,
-    results_of,
-    spread,
-)
+from examples.experiments.grid.results import Key, Results, differences_table, results_of, spread
 from examples.experiments.grid.tuned import CELLS_FILE, REPORT_FILE, SETTINGS_FILE
-from examples.experiments.methods.plan import COLORA_DEFAULT, COLORA_PLAIN, NONE, PEFT_LORA, label, label_of
+from examples.experiments.methods.claims import claims_of
+from examples.experiments.methods.default_table import default_table
+from examples.experiments.methods.plan import (
+    COLORA_DEFAULT,
+    COLORA_PLAIN,
+    FULL_CHECKERBOARD,
+    NONE,
+    PEFT_LORA,
+    PEFT_LORA_CHECKERBOARD,
+    label,
+    label_of,
+)
 from examples.experiments.methods.plots import plot_radar
 from examples.experiments.methods.rates import ONE_RATE, RATES, one_rate_table, rates_table
+from examples.experiments.methods.results import SETTINGS, of_ssim, values_in
 from examples.experiments.tables import markdown_table
-
-SETTINGS = Settings(
-    ("task", "train_pairs", "network", "method", "parameter_budget"),
-    tuned_alike=("task", "network", "method", "parameter_budget"),
-)
 
 IMAGES_FOLDER = "pictures"
 WORDS = f"""*full* trains all weights, *decoder* and *bias* these alone. *colora* has ranks by contribution, *lora* one
 rank for all layers: the highest that the budget pays for. *{PEFT_LORA}* is the same with PEFT's own LoRA, in the
 layers that it takes. *{COLORA_DEFAULT}* is *colora* with the learning rate and the loss that finetune.py has without a
-flag: no task chose them here. *{COLORA_PLAIN}* has that rate, but like all others the mean absolute error alone. The
-number is the budget; one rank for all layers may leave some of it unused."""
+flag: no task chose them here. *{COLORA_PLAIN}* has that rate alone. *{FULL_CHECKERBOARD}* and
+*{PEFT_LORA_CHECKERBOARD}* have that loss, at the rate chosen without it. All others train on the mean absolute error.
+The number is the budget; one rank for all layers may leave some of it unused."""
 MEAN_MATCHED = """PSNR after each channel of the restored image was shifted to the mean of the target: what is left
 without constant errors of colour and brightness. Cells of earlier runs lack it."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
-
-
-def values_in(results: Results, name: str) -> list[object]:
-    """The different values of a setting, in order of first appearance; new weights (NONE) last."""
-    return sorted(grid_results.values_in(results, SETTINGS, name), key=lambda value: value == NONE)
 
 
 def rows_of(results: Results) -> dict[str, Callable[[str, int], Key]]:
@@ -82,46 +75,6 @@ def quality_table(results: Results, inputs: dict[str, float], tasks: list[str], 
     return markdown_table([f"{pairs} pairs", *tasks, "mean"], rows)
 
 
-def default_table(
-    results: Results, ssim: Results, inputs: dict[str, tuple[float, float]], tasks: list[str], pairs: int
-) -> str:
-    """Markdown: CoLoRA as finetune.py has it without a flag, at each budget, beside others at their own best rate.
-
-    PEFT's LoRA has the largest of these budgets. Tasks are left out that one of the ways lacks, or has with other
-    seeds; empty if none is left.
-
-    Args:
-        results: PSNR of all ways.
-        ssim: The same keys with SSIM.
-        inputs: PSNR and SSIM of the inputs of each task.
-        tasks: Tasks in the order of the columns.
-        pairs: Number of training pairs.
-    """
-    networks = [key[2] for key in results if key[3] == COLORA_DEFAULT]
-    if not networks:
-        return ""
-    network = networks[0]
-    defaults = sorted({key[2:] for key in results if key[2:4] == (network, COLORA_DEFAULT)}, key=lambda way: -way[2])
-    largest = defaults[0][2]
-    ways = {"full fine-tuning": (network, "full", None), "PEFT's LoRA": (network, PEFT_LORA, largest)}
-    ways |= {f"CoLoRA, {100 * way[2]:g}% budget": way for way in defaults}
-    psnr = {task: [results[(task, pairs, *way)].psnr for way in ways.values() if (task, pairs, *way) in results]
-            for task in tasks}  # fmt: skip
-    complete = [task for task in tasks if len(psnr[task]) == len(ways) and len(set(map(frozenset, psnr[task]))) == 1]
-    if not complete:
-        return ""
-    rows = {"input": [inputs[task] for task in complete]}
-    for index, (name, way) in enumerate(ways.items()):
-        rows[name] = [
-            (mean(psnr[task][index].values()), mean(ssim[(task, pairs, *way)].psnr.values())) for task in complete
-        ]
-    lines = []
-    for name, values in rows.items():
-        decibels, similarities = zip(*values, strict=True)
-        lines.append([name, *(f"{value:.2f}" for value in (*decibels, mean(decibels))), f"{mean(similarities):.3f}"])
-    return markdown_table(["", *complete, "mean", "mean SSIM"], lines)
-
-
 def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, heading: str) -> str:
     """Markdown: a value of the cells for each row and task, mean ± standard deviation over the seeds."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -135,48 +88,9 @@ def table_by_task(cells: list[Cell], tasks: list[str], value: str, digits: int, 
     return markdown_table([heading, *tasks], rows)
 
 
-def of_ssim(results: Results, tested: list[Cell], factor: float = 1) -> Results:
-    """The same results with SSIM, times a factor, in place of PSNR."""
-    found: dict[Key, dict[int, float]] = {}
-    for cell in tested:
-        found.setdefault(SETTINGS.key(cell), {})[cell["seed"]] = factor * cell["ssim"]
-    return {key: results[key]._replace(psnr=values) for key, values in found.items()}
-
-
 def _with_spread(values: list[float], digits: int) -> str:
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and stdev(values) > 0 else ""
     return f"{mean(values):.{digits}f}{spread}"
-
-
-def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
-    """The paper's claims: each compares one way to tune with another."""
-    networks, keys = values_in(results, "network"), {key[2:] for key in results}
-    claims = {
-        f"{one} minus {two}, both tuned in full": ((one, "full", None), (two, "full", None))
-        for one, two in combinations(networks, 2)
-    }
-    # The one that is tuned in all ways.
-    first = max(networks, key=lambda network: len({key for key in keys if key[0] == network}))
-    for budget in sorted(values_in(results, "parameter_budget"), reverse=True):
-        colora = (first, "colora", budget)
-        claims[f"CoLoRA minus one rank for all, both with a budget of {budget:g}"] = colora, (first, "lora", budget)
-        claims[f"CoLoRA minus PEFT's LoRA, both with a budget of {budget:g}"] = colora, (first, PEFT_LORA, budget)
-        claims[f"CoLoRA {budget:g} minus full tuning"] = colora, (first, "full", None)
-        default, plain = ((first, method, budget) for method in (COLORA_DEFAULT, COLORA_PLAIN))
-        claims[f"CoLoRA {budget:g} as finetune.py has it minus PEFT's LoRA"] = default, (first, PEFT_LORA, budget)
-        claims[f"CoLoRA {budget:g} as finetune.py has it minus full tuning"] = default, (first, "full", None)
-        claims[f"CoLoRA {budget:g} as finetune.py has it minus the same on mean absolute error alone"] = default, plain
-        for other, key in (("PEFT's LoRA", PEFT_LORA), ("one rank for all", "lora")):
-            claims[f"CoLoRA {budget:g} on mean absolute error alone minus {other}"] = plain, (first, key, budget)
-    largest, *others = sorted(values_in(results, "parameter_budget"), reverse=True) or [None]
-    for budget in others:
-        one, other = ((first, COLORA_DEFAULT, share) for share in (budget, largest))
-        claims[f"CoLoRA as finetune.py has it, {budget:g} minus {largest:g}"] = one, other
-
-    def key_of(way: tuple) -> KeyOf:
-        return lambda task: (task, pairs, *way)
-
-    return {name: (key_of(one), key_of(other)) for name, (one, other) in claims.items()}
 
 
 def cost_table(cells: list[Cell]) -> str:

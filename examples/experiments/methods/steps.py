@@ -23,7 +23,8 @@ from examples.experiments.grid.results import (
 )
 from examples.experiments.grid.tuned import CELLS_FILE, SETTINGS_FILE
 from examples.experiments.methods.plan import BUDGET, COLORA_DEFAULT, PEFT_LORA
-from examples.experiments.methods.report import SETTINGS, check_names, values_in
+from examples.experiments.methods.report import check_names
+from examples.experiments.methods.results import SETTINGS, values_in
 from examples.experiments.tables import markdown_table
 
 

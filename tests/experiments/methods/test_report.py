@@ -5,7 +5,6 @@ import json
 import pytest
 from support.experiments import method_cell as cell
 
-from examples.experiments.grid.results import results_of
 from examples.experiments.methods import report
 
 
@@ -56,6 +55,12 @@ def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(t
     assert "| CoLoRA as finetune.py has it, 0.02 minus 0.07 | -0.10 ± 0.00 (2) |" in text
     assert "| prod + colora_default 0.07 | 21.00 ± 0.71 (2) at 0.005 |" in text
     assert "CoLoRA with nothing tuned" not in text, "there is no full tuning beside it"
+    same_loss = [cell(seed, 20.3 + seed, method="peft_lora_checkerboard", parameter_budget=0.07) for seed in (0, 1)]
+    same_loss += [cell(seed, 20.6 + seed, method="full_checkerboard") for seed in (0, 1)]
+    write_cells(tmp_path, [*cells, *same_loss])
+    text = report.write_report(tmp_path)
+    assert "| CoLoRA 0.07 as finetune.py has it minus PEFT's LoRA with the same loss | +0.20 ± 0.00 (2) |" in text
+    assert "| CoLoRA 0.07 as finetune.py has it minus full tuning with the same loss | -0.10 ± 0.00 (2) |" in text
     plain = [{**default(seed, 20.2, 0.07), "method": "colora_plain"} for seed in (0, 1)]
     write_cells(tmp_path, [*cells, *plain])
     alone = "on mean absolute error alone"
@@ -66,32 +71,6 @@ def test_what_runs_without_a_flag_is_not_tuned_and_is_compared_at_its_own_rate(t
     assert "| CoLoRA, 2% budget | 20.90 | 20.90 |" in report.write_report(tmp_path)
     write_cells(tmp_path, [*cells, cell(0, 19.0)])
     assert "CoLoRA with nothing tuned" not in report.write_report(tmp_path), "full tuning has one draw of two"
-
-
-def test_the_table_of_defaults_is_of_the_tasks_that_have_all_ways():
-    def cells_of(task, default, peft, full, seeds=(0, 1)):
-        budgeted = {"parameter_budget": 0.07, "task": task}
-        return [
-            one
-            for seed in seeds
-            for one in (
-                cell(seed, default + seed, method="colora_default", **budgeted),
-                cell(seed, peft - seed, method="peft_lora", **budgeted),
-                cell(seed, full, task=task),
-            )
-        ]
-
-    cells = cells_of("a", 20.0, 20.0, 18.0) + cells_of("b", 30.0, 31.0, 33.0) + cells_of("c", 50.0, 1.0, 2.0)[:-1]
-    results = results_of(cells, report.SETTINGS, tuning_seed=100)
-    inputs = {"a": (10.0, 0.1), "b": (20.0, 0.2), "c": (30.0, 0.3)}
-    assert report.default_table(results, report.of_ssim(results, cells), inputs, list(inputs), 16).splitlines() == [
-        "|  | a | b | mean | mean SSIM |",
-        "|---|---|---|---|---|",
-        "| input | 10.00 | 20.00 | 15.00 | 0.150 |",
-        "| full fine-tuning | 18.00 | 33.00 | 25.50 | 0.255 |",
-        "| PEFT's LoRA | 19.50 | 30.50 | 25.00 | 0.250 |",
-        "| CoLoRA, 7% budget | 20.50 | 30.50 | 25.50 | 0.255 |",
-    ]
 
 
 def test_runs_at_a_rate_that_was_best_before_are_in_no_table(tmp_path):
