@@ -65,7 +65,8 @@ def test_a_saved_network_is_the_same_bit_for_bit(name, tmp_path):
         torch.manual_seed(1)
         loaded = auto.from_pretrained(tmp_path)
         assert type(loaded) is type(model) and state_is_equal(loaded, model)
-        assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+        # A copy, because weights that are mapped from a file lie at any address, and some kernels round by address.
+        assert torch.equal(copy.deepcopy(loaded)(x).reconstruction, model(x).reconstruction)
 
 
 @every_backbone
