@@ -38,6 +38,8 @@ flag: no task chose them here. *{COLORA_PLAIN}* has that rate alone. *{FULL_CHEC
 The number is the budget; one rank for all layers may leave some of it unused."""
 MEAN_MATCHED = """PSNR after each channel of the restored image was shifted to the mean of the target: what is left
 without constant errors of colour and brightness. Cells of earlier runs lack it."""
+COST = "Seconds are of a machine that did other work as well."
+MACHINES = "Some cells were run on one machine and some on another, so that two lines may not compare."
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
 
@@ -186,7 +188,7 @@ def write_report(folder: Path) -> str:
     one_rate = one_rate_table(tuning)
     if one_rate:
         parts["One learning rate for all tasks"] = f"{ONE_RATE}\n\n{one_rate}"
-    parts["Cost"] = f"{cost_table(tested)}\n\nSeconds are of a machine that did other work as well."
+    parts["Cost"] = f"{cost_table(tested)}\n\n{COST}{f' {MACHINES}' if len(hardware_of(tested)) > 1 else ''}"
     table = table_by_task(tested, values_in(results, "task"), "psnr_old_task", 2, "dB")
     parts["Forgetting"] = f"{OLD_TASK}\n\n{table}"
     parts["Images"] = (
@@ -201,15 +203,19 @@ def write_report(folder: Path) -> str:
 
 def introduction(tested: list[Cell], settings: Cell) -> str:
     """Markdown: how the figures were made, and the words of the tables."""
-    hardware = sorted({cell["hardware"] for cell in tested if "hardware" in cell})
     return (
         "Made by `python -m examples.experiments.methods.run`. Test PSNR in dB, in RGB on [0, 1] after rounding to 8 "
         "bits, per image, then averaged: mean ± standard deviation over the seeds (their number). The learning rate "
         f"is the best on held-out training pairs with another seed, of {settings['tuned_at']} pairs (edge: the lowest "
         f"or highest tried). {settings['max_train_steps']} steps of {settings['per_device_train_batch_size']} x "
         f"{settings['resolution']}, measured on the centres of the test images ({settings['evaluated_size']} px). Run "
-        f"on {' and '.join(hardware)}.\n\n{WORDS}"
+        f"on {' and '.join(hardware_of(tested))}.\n\n{WORDS}"
     )
+
+
+def hardware_of(cells: list[Cell]) -> list[str]:
+    """The machines that cells were run on."""
+    return sorted({cell["hardware"] for cell in cells if "hardware" in cell})
 
 
 def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> str:

@@ -93,6 +93,15 @@ def test_there_is_a_mean_only_of_the_same_draws(tmp_path):
     assert "| prod + bias | 29.00 (1) at 0.001 |  |" in text
 
 
+def test_seconds_of_two_machines_are_said_not_to_compare(tmp_path):
+    cells = [cell(0, 20.0), cell(0, 20.0, method="bias")]
+    write_cells(tmp_path, cells)
+    assert report.MACHINES not in report.write_report(tmp_path)
+    write_cells(tmp_path, [cells[0], {**cells[1], "hardware": "a desk"}])
+    text = report.write_report(tmp_path)
+    assert report.MACHINES in text and "Run on a desk and a laptop." in text
+
+
 def test_what_is_forgotten_is_told_task_by_task(tmp_path):
     cells = [cell(0, 20.0, psnr_old_task=24.0), cell(0, 20.0, method="bias", psnr_old_task=26.0)]
     cells.append({**cell(0, 20.0, psnr_old_task=30.0), "task": "b"})
