@@ -13,6 +13,7 @@ where each folder holds `input/` and `target/` with the same file names. Pattern
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +36,7 @@ from colora_peft.hub import (
     load_for_training,
     push_folder,
 )
+from colora_peft.inference import tile_multiple
 from colora_peft.ranks import check_figures_can_be_drawn
 from colora_peft.training import (
     BEST_FOLDER,
@@ -49,6 +51,7 @@ from colora_peft.training import (
     TrainingDiverged,
     check_can_be_saved,
     check_output_dir,
+    checkerboard_obstacle,
     compare_saved,
     create_accelerator,
     leave_wrong_layers_alone,
@@ -187,6 +190,9 @@ def main(args: FinetuneArguments) -> None:
     accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))
     accelerator.print(quality_line("before", before["psnr"], before["ssim"]))
 
+    obstacle = checkerboard_obstacle(tile_multiple(model), args.resolution)
+    if obstacle is not None and args.checkerboard_weight:
+        accelerator.print(f"--checkerboard_weight has no effect: {obstacle}.")
     images = patches[0]["pixel_values"][None].to(accelerator.device)
     if not is_further:
         if contributions is None and args.method == "colora":
@@ -210,6 +216,11 @@ def main(args: FinetuneArguments) -> None:
         accelerator.print(f"{figures['trainable_parameters']:,} parameters are trained.")
         model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
         after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
+        if not math.isfinite(after["psnr"]):  # the last step is followed by no loss that would show it
+            raise TrainingDiverged(
+                f"The network returns NaN after {args.max_train_steps} steps, so its result is not saved. Start again "
+                f"with a lower --learning_rate than {args.learning_rate:g}."
+            )
         accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
         if accelerator.is_main_process:
             facts = facts_of(args, accelerator, seconds)
@@ -220,7 +231,7 @@ def main(args: FinetuneArguments) -> None:
                 **figures,
                 seconds=seconds,
                 learning_rate=args.learning_rate,
-                checkerboard_weight=args.checkerboard_weight,
+                checkerboard_weight=0.0 if obstacle else args.checkerboard_weight,
                 max_train_steps=args.max_train_steps,
                 parameter_budget=args.parameter_budget if isinstance(model, PeftModel) and not is_further else None,
                 hardware=facts.hardware,

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of a network over whole images."""
+"""PSNR and SSIM of a network over images."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from colora_peft.data import PairSource
-from colora_peft.inference import evaluation_mode, reconstruct
+from colora_peft.inference import evaluation_mode, reconstruct, restore_image
 from colora_peft.utils import alone_with
 
 from .metrics import psnr, ssim
 
+WHOLE_UP_TO_PX = 2048 * 2048
+"""Number of pixels of the largest image that is restored at once: the shipped network takes about 0.6 GB a million."""
+
 
 @torch.no_grad()  # not inference_mode: a module may keep what it makes, and is trained later
 def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, description: str) -> dict[str, float]:
-    """Returns the mean PSNR (dB) and SSIM of whole restored images, `psnr` and `ssim`, and of the inputs, `*_input`.
+    """Returns the mean PSNR (dB) and SSIM of restored images, `psnr` and `ssim`, and of the inputs, `*_input`.
 
-    Figures are per image in RGB on [0, 1] after rounding to 8 bits, then averaged. The network is in evaluation mode
-    meanwhile and as before afterwards.
+    Images of up to WHOLE_UP_TO_PX are restored at once, larger ones in tiles, as `colora_peft.restore_image` does by
+    default. Figures are per image in RGB on [0, 1] after rounding to 8 bits, then averaged. The network is in
+    evaluation mode meanwhile and as before afterwards.
 
     Args:
         model: Any network that `colora_peft.inference.reconstruct` takes.
@@ -31,7 +35,7 @@ def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, descript
         bar = tqdm(range(len(pairs)), desc=description, unit="image", leave=False, disable=not description)
         for index in bar:
             degraded, target = (image.to(device)[None] for image in pairs[index])
-            restored = reconstruct(model, degraded).float()
+            restored = _restored(model, degraded[0])[None]
             figures = psnr(restored, target), ssim(restored, target), psnr(degraded, target), ssim(degraded, target)
             rows.append([figure.item() for figure in figures])
     means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
@@ -46,6 +50,13 @@ def restore_some(model: nn.Module, pairs: PairSource, count: int) -> list[tuple[
     with alone_with(model), evaluation_mode(model):
         for index in torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().int().tolist():
             degraded, target = pairs[index]
-            restored = reconstruct(model, degraded[None].to(device))[0].float().clamp(0, 1).cpu()
+            restored = _restored(model, degraded.to(device)).clamp(0, 1).cpu()
             rows.append((degraded, restored, target))
     return rows
+
+
+def _restored(model: nn.Module, image: Tensor) -> Tensor:
+    """One image (3, H, W), restored; a large one in tiles, as the memory that it takes at once is not there."""
+    if image.shape[1] * image.shape[2] > WHOLE_UP_TO_PX:
+        return restore_image(model, image)
+    return reconstruct(model, image[None])[0].float()

@@ -70,7 +70,9 @@ def format_of(path: Path) -> str:
         if path.suffix.lower() in file_format.suffixes:
             return key
     known = ", ".join(suffix for file_format in FORMATS.values() for suffix in file_format.suffixes)
-    raise ValueError(f"{path.name} would be of a kind that is not written; choose another format ({known}).")
+    raise ValueError(
+        f"{path.name} would be of a kind that is not written; choose another format ({known}), scripts by --format."
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- PNG

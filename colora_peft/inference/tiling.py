@@ -46,7 +46,8 @@ def restore_image(
     while the network is on a GPU; besides them, memory holds no more than `batch_size` tiles need. The network is in
     evaluation mode meanwhile and as before afterwards. Of several threads with one network each waits for its turn.
 
-    `tile=None, size_multiple=1` gives what `colora_peft.evaluation.evaluate` measures: the whole image as it is.
+    `tile=None, size_multiple=1` gives what `colora_peft.evaluation.evaluate` measures, but of large images: the whole
+    image as it is.
 
     Args:
         model: Any network that `colora_peft.inference.reconstruct` takes, bare or with adapters.

@@ -10,7 +10,7 @@ from .arguments import OnResume, TrainArguments
 from .best import BEST_FOLDER, read_best, save_result
 from .checkpoint import list_checkpoints, prolonged_in_words, read_state
 from .loop import DataFailed, TrainingDiverged, train, use_all_cores
-from .loss import TrainingLoss
+from .loss import TrainingLoss, checkerboard_obstacle
 from .merge_check import leave_wrong_layers_alone
 from .methods import LEARNING_RATES, METHODS, Method, check_can_be_saved, prepare_for_tuning, trained_parameters
 from .output_dir import check_output_dir, open_output_dir
@@ -46,6 +46,7 @@ __all__ = [
     "TrainingStopped",
     "check_can_be_saved",
     "check_output_dir",
+    "checkerboard_obstacle",
     "compare_saved",
     "create_accelerator",
     "leave_wrong_layers_alone",

@@ -60,6 +60,18 @@ def checkerboard(images: Tensor, period: int) -> Tensor:
     return torch.einsum("bcn,bcnp->bcp", weights, cells).unflatten(-1, (period, period))
 
 
+def checkerboard_obstacle(period: int, resolution: int) -> str | None:
+    """Returns why the loss on checkerboards is zero at a period and a side of patches in pixels; None if it acts."""
+    if period <= 1:
+        return "the network names no multiple of its sides (needs_multiple_of or pads_to_multiple)"
+    if resolution < _MIN_CELLS_A_SIDE * period:
+        return (
+            f"patches of {resolution} pixels hold fewer than {_MIN_CELLS_A_SIDE} periods of {period} a side; "
+            f"--resolution {_MIN_CELLS_A_SIDE * period} does"
+        )
+    return None
+
+
 class TrainingLoss(NamedTuple):
     """Mean absolute error of a batch plus `checkerboard_weight` times that of the checkerboards of its errors.
 

@@ -16,9 +16,9 @@ Method = Literal["colora", "lora", "full", "decoder", "bias"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 # Peak learning rates: the best of grids on training pairs. colora and lora: of underwater, noise and rain (the middle
-# of three at 7%, examples/experiments/contributions); the others: of underwater
-# (examples/experiments/learning_rates).
-LEARNING_RATES: Mapping[str, float] = {"colora": 2e-3, "lora": 2e-3, "full": 3e-3, "decoder": 3e-3, "bias": 1e-2}
+# of three at 7%, examples/experiments/contributions); full: of ten tasks (examples/experiments/methods/defaults);
+# decoder and bias: of underwater (examples/experiments/learning_rates).
+LEARNING_RATES: Mapping[str, float] = {"colora": 2e-3, "lora": 2e-3, "full": 1e-3, "decoder": 3e-3, "bias": 1e-2}
 
 # nn.MultiheadAttention calls one of its biases by the second name.
 _BIASES = ("bias", "in_proj_bias")

@@ -1,6 +1,7 @@
 """PSNR over whole images, and the images that are shown."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -50,6 +51,32 @@ def test_psnr_is_the_mean_over_the_images():
     psnr, of_input = ([20 * math.log10(255 / gap) for gap in gaps] for gaps in ((26, 77), (51, 102)))
     assert scores["psnr"] == pytest.approx(sum(psnr) / 2, abs=1e-3)
     assert scores["psnr_input"] == pytest.approx(sum(of_input) / 2, abs=1e-3)
+
+
+class Watched(Shift):
+    """Keeps the sizes of what it is given."""
+
+    def __init__(self, amount):
+        super().__init__(amount)
+        self.sizes = set()
+
+    def forward(self, x):
+        self.sizes.add(tuple(x.shape[2:]))
+        return super().forward(x)
+
+
+def test_large_images_are_measured_in_tiles_and_others_at_once(monkeypatch):
+    model, gradient = Watched(0.1), torch.linspace(0, 0.8, 700).expand(3, 600, 700)
+    pairs = [(gradient, gradient + 0.15)]
+    whole = run(model, pairs), restore_some(model, pairs, 1)[0][1]
+    assert model.sizes == {(600, 700)}
+    model.sizes.clear()
+    # Not by its name: in the package, `evaluate` is the function.
+    monkeypatch.setattr(sys.modules["colora_peft.evaluation.evaluate"], "WHOLE_UP_TO_PX", 600 * 700 - 1)
+    tiled = run(model, pairs), restore_some(model, pairs, 1)[0][1]
+    assert max(map(max, model.sizes)) <= 512
+    assert tiled[0] == pytest.approx(whole[0], abs=1e-3)
+    torch.testing.assert_close(tiled[1], whole[1])
 
 
 def test_perfect_network_scores_highest():

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from support.examples import EXAMPLES, write_pairs
 from support.finetune import QUICK, metrics_of, run
 
+from colora_peft.training import TrainingDiverged
+
 
 @pytest.fixture
 def flags(train_dir, eval_dir, tiny_nafnet, tmp_path):
@@ -236,6 +238,30 @@ def test_bad_flags_are_refused_before_anything_is_written(flags, tmp_path, bad, 
     with pytest.raises(ValueError, match=culprit):
         run(*flags, *bad)
     assert not (tmp_path / "out").exists()
+
+
+def test_pairs_to_train_on_are_no_pairs_to_evaluate_on(flags, train_dir, tmp_path):
+    with pytest.raises(ValueError, match="--eval_dir is --train_dir"):
+        run(*flags, "--eval_dir", train_dir.parent / "." / train_dir.name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_of_nan_after_the_last_step_is_not_saved(flags, tmp_path):
+    with pytest.raises(TrainingDiverged, match="NaN after 1 steps.*lower --learning_rate than 1e\\+20"):
+        run(*flags, "--learning_rate", "1e20", "--max_train_steps", 1)
+    assert not {path.name for path in (tmp_path / "out").iterdir()} & {"adapter_model.safetensors", "metrics.json"}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "weight", "notes"), [(16, 5.0, False), (12, 0.0, True)], ids=["acts", "few-periods"]
+)
+def test_a_loss_on_checkerboards_that_cannot_act_is_said_and_recorded_as_none(
+    flags, capsys, resolution, weight, notes
+):
+    output_dir = run(*flags, "--resolution", resolution)
+    assert metrics_of(output_dir)["checkerboard_weight"] == weight
+    note = "--checkerboard_weight has no effect: patches of 12 pixels hold fewer than 4 periods of 4 a side"
+    assert (note in capsys.readouterr().out) == notes
 
 
 def test_a_finished_run_survives_an_overwrite_that_fails(flags):

@@ -12,7 +12,7 @@ from torch import nn
 from colora_peft import CoLoRAConfig
 from colora_peft.inference import tile_multiple
 from colora_peft.models import NAFNetConfig, NAFNetForImageRestoration
-from colora_peft.training.loss import TrainingLoss, centred_cells, checkerboard
+from colora_peft.training.loss import TrainingLoss, centred_cells, checkerboard, checkerboard_obstacle
 
 
 def pattern(period, generator):
@@ -171,6 +171,13 @@ def test_a_run_with_the_term_goes_on_as_if_never_stopped(tmp_path):
 def test_the_term_is_zero_where_nothing_repeats(tmp_path, make):
     weights = [run(tmp_path / f"{weight:g}", make(), NoisyPatches(), checkerboard_weight=weight) for weight in (0, 5)]
     assert_equal(*weights)
+
+
+@pytest.mark.parametrize(("period", "resolution"), [(1, 64), (4, 15), (4, 16), (16, 63), (16, 64)])
+def test_there_is_an_obstacle_exactly_where_the_term_is_zero(generator, period, resolution):
+    restored, target = torch.rand(2, 1, 3, resolution, resolution, generator=generator)
+    term = TrainingLoss(5.0, period)(restored, target) - (restored - target).abs().mean()
+    assert (term == 0) == (checkerboard_obstacle(period, resolution) is not None)
 
 
 def test_a_checkerboard_is_of_images_alone():
