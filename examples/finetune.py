@@ -24,6 +24,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 
 from colora_peft import CoLoRAConfig, ContributionScores
+from colora_peft.contribution import OnePassEstimator
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate, restore_some, save_before_after
 from colora_peft.hub import (
@@ -105,7 +106,7 @@ class FinetuneArguments(TaskArguments, TrainArguments):
         "colora: ranks by contribution; lora: the same budget, one rank for all; full, decoder, bias: train these "
         "parameters of the network itself.",
     )
-    estimator: Literal["probe", "gradient", "fisher", "taylor"] = flag(
+    estimator: Literal["probe", OnePassEstimator] = flag(
         TaskArguments.estimator,
         "How contributions are measured (colora). gradient, fisher, taylor: one pass, no tuning; probe: tune for "
         "--probe_steps and walk there. (contribution.py also knows faig.)",

@@ -5,5 +5,13 @@
 """
 
 from .estimate import ESTIMATORS, Estimator, FaigSettings, ProbeSettings, estimate_contributions
+from .one_pass import OnePassEstimator
 
-__all__ = ["ESTIMATORS", "Estimator", "FaigSettings", "ProbeSettings", "estimate_contributions"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "FaigSettings",
+    "OnePassEstimator",
+    "ProbeSettings",
+    "estimate_contributions",
+]

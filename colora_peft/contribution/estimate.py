@@ -29,10 +29,10 @@ from colora_peft.utils import Processes, some
 
 from .faig import integrate_path, tuned_weights
 from .objective import LossFn, MeanLoss
-from .one_pass import ONE_PASS_ESTIMATORS, score_in_one_pass
+from .one_pass import ONE_PASS_ESTIMATORS, OnePassEstimator, score_in_one_pass
 from .weight_space import checked_end_weights, load_weights, put_back_afterwards
 
-Estimator = Literal["faig", "probe", "gradient", "fisher", "taylor"]
+Estimator = Literal["faig", "probe", OnePassEstimator]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
