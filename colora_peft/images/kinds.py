@@ -93,4 +93,5 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _remedies(counts: Mapping[str, int]) -> str:
-    return "; ".join(dict.fromkeys(_ADVICE[suffix] for suffix in sorted(counts) if suffix in _ADVICE))
+    known = {**_ADVICE, ".gif": "convert GIF files to PNG first"}  # read if named, not in a folder
+    return "; ".join(dict.fromkeys(known[suffix] for suffix in sorted(counts) if suffix in known))

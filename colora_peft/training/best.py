@@ -63,7 +63,11 @@ class BestStep:
 
 def save_result(network: nn.Module, folder: Path) -> None:
     """Writes an adapter or a network as users load it, with its image processor if it has one."""
-    network.save_pretrained(folder)
+    if isinstance(network, PeftModel):
+        # "auto" would ask the Hub for the base, to compare vocabularies.
+        network.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        network.save_pretrained(folder)
     bare = network.get_base_model() if isinstance(network, PeftModel) else network
     if hasattr(bare, "save_image_processor"):
         bare.save_image_processor(folder)

@@ -20,7 +20,7 @@ from colora_peft.data import PairSource, Position
 from colora_peft.utils import Processes, share_weights
 
 from .arguments import OnResume, TrainArguments, flags_with
-from .best import BestStep
+from .best import BestStep, save_result
 from .checkpoint import checkpoint_tensors, frozen_digest, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .engine import Engine
@@ -244,7 +244,7 @@ class TrainingRun:
                 return folder.parent
             with Processes(self.accelerator).failing_together():
                 if self.accelerator.is_main_process:
-                    network.save_pretrained(folder)
+                    save_result(network, folder)
                     share_weights(folder)
         return folder
 

@@ -49,6 +49,13 @@ def test_files_that_are_left_out_are_counted_by_kind(tmp_path):
         list_images(tmp_path)
 
 
+def test_a_folder_of_animations_is_told_from_an_empty_one(tmp_path):
+    (tmp_path / "a.gif").touch()
+    with pytest.raises(ValueError, match="holds no images that are read, but 1 .gif: convert GIF files to PNG first"):
+        list_images(tmp_path)
+    check_kind(tmp_path / "a.gif")  # named by itself it is read
+
+
 def test_a_raw_file_is_refused_whose_preview_pillow_would_read(tmp_path):
     with pytest.raises(ValueError, match="photo.DNG cannot be read: develop raw files to TIFF or PNG first."):
         check_kind(tmp_path / "photo.DNG")

@@ -138,9 +138,14 @@ def run(flags, *more):
 
 
 @pytest.mark.parametrize("name", ["swin2sr", "plain"])
-def test_finetune_adapts_what_a_function_returns_and_says_how_to_use_it(flags, eval_dir, tmp_path, capsys, name):
+def test_finetune_adapts_what_a_function_returns_and_says_how_to_use_it(
+    flags, eval_dir, tmp_path, capsys, recwarn, name
+):
     base = f"some_networks:{name}"
     run(flags, "--model_name_or_path", base, "--parameter_budget", "0.4")
+    assert not [warning for warning in recwarn if "vocabulary" in str(warning.message)], (
+        "PEFT looked for it on the Hub"
+    )
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["psnr_after"] != metrics["psnr_before"]
     assert PeftConfig.from_pretrained("out").base_model_name_or_path == base
