@@ -50,6 +50,7 @@ from colora_peft.training import (
     TaskArguments,
     TrainArguments,
     TrainingDiverged,
+    check_base_can_be_made_again,
     check_can_be_saved,
     check_output_dir,
     checkerboard_obstacle,
@@ -150,6 +151,7 @@ def open_network(args: FinetuneArguments, accelerator: Accelerator) -> torch.nn.
     if args.adapter_name_or_path is None:
         model = load_network(args, accelerator)
         check_can_be_saved(model, args.method, args.model_name_or_path)
+        check_base_can_be_made_again(model, args.method, args.model_name_or_path)
         return model
     model = load_for_training(args.adapter_name_or_path, base=args.model_name_or_path)
     return model.to(accelerator.device, memory_format=torch.channels_last)

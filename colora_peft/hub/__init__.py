@@ -15,7 +15,7 @@ from .cards import (
     loading_code,
 )
 from .loading import load, load_base, load_for_training, peft_type_of
-from .networks import load_backbone, register_backbones
+from .networks import is_function, load_backbone, register_backbones
 from .pushing import create_hub_repo, push_folder
 from .source import ADAPTER_FILES, Source, fetch
 
@@ -31,6 +31,7 @@ __all__ = [
     "create_hub_repo",
     "fetch",
     "hardware_name",
+    "is_function",
     "load",
     "load_backbone",
     "load_base",

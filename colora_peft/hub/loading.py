@@ -7,7 +7,6 @@ function would have to build is not built, and a base with other weights than th
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -25,12 +24,11 @@ from colora_peft.tuner import (
 )
 from colora_peft.utils import relative_path, some
 
-from .networks import load_backbone, load_from_folder
+from .networks import is_function, load_backbone, load_from_folder
 from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
 _BY_ARGUMENT, _BY_FLAG = "pass base=", "give --model_name_or_path "  # ways to name the base, in Python and in scripts
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 # ------------------------------------------------------------------------------------------------------------- load
@@ -228,7 +226,7 @@ def _find_base(config: PeftConfig, folder: Path, source: Source, way: str = _BY_
     ask = f"{way.strip()}, the network that it was trained on (a folder, an id on the Hub, or the network itself)"
     if not name:
         raise ValueError(f"The adapter {source} does not name its base: {ask}.")
-    if _FUNCTION.fullmatch(name) and not Path(name).exists():
+    if is_function(name):
         raise ValueError(
             f"The base of {source} is made by the function {name}, which an adapter cannot call by itself: if you "
             f"trust it, {way}{name!r}."
@@ -248,6 +246,11 @@ def _find_base(config: PeftConfig, folder: Path, source: Source, way: str = _BY_
 
 def _free_name(name: str, taken: list[str]) -> str:
     return name if name not in taken else f"{name}_{len(taken) + 1}"
+
+
+def _name_of(network: nn.Module) -> str | None:
+    """The name by which `load_backbone` was asked for the network, or the base of an adapted one."""
+    return getattr(network.get_base_model() if isinstance(network, PeftModel) else network, "name_or_path", None)
 
 
 def _attach(
@@ -274,10 +277,16 @@ def _attach(
     fingerprint = network.base_model.fingerprint_of_base() if adapted else base_fingerprint(network)
     wanted: str | None = getattr(config, "base_fingerprint", None)
     if is_other_base(wanted, fingerprint):
+        name = config.base_model_name_or_path
+        if name and is_function(name) and name == _name_of(network):
+            raise ValueError(
+                f"The adapter {source} was trained on other weights than {name} returns now. The function must return "
+                "the same at every call: seed what it draws, or load it from a file."
+            )
         way = (_BY_FLAG if is_trainable else _BY_ARGUMENT).strip().capitalize()
         raise ValueError(
             f"The adapter {source} was trained on another network than the one it is to be put on: the weights "
-            f"differ. {way}, the one that it calls {config.base_model_name_or_path!r}."
+            f"differ. {way}, the one that it calls {name!r}."
         )
     if wanted is None or fingerprint is None:
         what = f"The adapter {source} does not say" if wanted is None else "The base does not show"

@@ -19,10 +19,10 @@ from colora_peft.utils import some
 
 from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
-__all__ = ["load_backbone", "load_from_folder", "register_backbones"]
+__all__ = ["is_function", "load_backbone", "load_from_folder", "register_backbones"]
 
 _ENTRY_POINTS = "colora_peft.backbones"
-_MODULE_AND_FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
+_MODULE_AND_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")
 
 
 @cache
@@ -34,6 +34,11 @@ def register_backbones() -> None:
     """
     for entry_point in entry_points(group=_ENTRY_POINTS):
         entry_point.load()
+
+
+def is_function(name_or_path: str) -> bool:
+    """Whether a network's name is `module:function`, and not a folder of that name."""
+    return _MODULE_AND_FUNCTION.fullmatch(name_or_path) is not None and not Path(name_or_path).exists()
 
 
 def load_backbone(
@@ -56,11 +61,10 @@ def load_backbone(
         TypeError: if what it returns is not an `nn.Module`.
         OSError: if there is no such folder or repository, or the Hub does not answer.
     """
-    match = _MODULE_AND_FUNCTION.fullmatch(str(name_or_path))
-    if match and not Path(name_or_path).exists():
+    if is_function(str(name_or_path)):
         if revision is not None or subfolder:
             raise ValueError(f"{name_or_path} is a function: leave out revision and subfolder.")
-        network = _call(match["module"], match["function"]).float().eval()
+        network = _call(*str(name_or_path).split(":")).float().eval()
         network.name_or_path = str(name_or_path)  # PEFT writes it into adapters, as the name of their base
         return network
     source = Source(str(name_or_path), revision, subfolder, token)

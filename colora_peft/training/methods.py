@@ -14,6 +14,8 @@ from colora_peft.tuner import CoLoRAConfig, resolve_ranks
 
 Method = Literal["colora", "lora", "full", "decoder", "bias"]
 METHODS: tuple[str, ...] = get_args(Method)
+ADAPTER_METHODS: tuple[Method, ...] = ("colora", "lora")
+"""Methods that leave the network as it is, and save an adapter alone."""
 
 # Peak learning rates: the best of grids on training pairs. colora and lora: of underwater, noise and rain (the middle
 # of three at 7%, examples/experiments/contributions); full: of ten tasks (examples/experiments/methods/defaults);
@@ -63,7 +65,7 @@ def prepare_for_tuning(model: nn.Module, method: Method, config: CoLoRAConfig) -
 
 def check_can_be_saved(model: nn.Module, method: Method, name_or_path: str) -> None:
     """Refuses, before any work, to tune a network itself that has no way to be saved: adapters are PEFT's to save."""
-    if method not in ("colora", "lora") and not hasattr(model, "save_pretrained"):
+    if method not in ADAPTER_METHODS and not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"--method {method} saves the network by its save_pretrained, which {type(model).__name__} of "
             f"{name_or_path} does not have: choose --method colora or lora."

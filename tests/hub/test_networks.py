@@ -28,6 +28,9 @@ def two_layers():
 def number():
     return 3
 
+def drawn():
+    return nn.Sequential(nn.Conv2d(3, 3, 3))
+
 def broken():
     raise RuntimeError("no weights today")
 """
@@ -78,6 +81,18 @@ def test_an_adapter_keeps_the_name_of_the_function_that_makes_its_base(networks,
     base = PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path
     assert base == "my_networks:two_layers"
     PeftModel.from_pretrained(load_backbone(base), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("as_name", [True, False])
+def test_a_base_that_its_function_does_not_give_again_is_said_to_be_the_function_s_fault(networks, tmp_path, as_name):
+    """The name that the adapter has for its base was given: to ask for it would lead nowhere."""
+    name = "my_networks:drawn"
+    get_peft_model(load_backbone(name), CoLoRAConfig(ranks=1)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"other weights than {name} returns now.*: seed what it draws, or") as caught:
+        colora_peft.load(tmp_path / "adapter", base=name if as_name else load_backbone(name))
+    assert "base=" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"another network .*Pass base=, the one that it calls '{name}'"):
+        colora_peft.load(tmp_path / "adapter", base=nn.Sequential(nn.Conv2d(3, 3, 3)))
 
 
 @pytest.mark.parametrize(
