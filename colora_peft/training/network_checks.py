@@ -6,9 +6,35 @@ import torch
 from torch import nn
 
 from colora_peft.hub import is_function, load_backbone
+from colora_peft.inference import evaluation_mode, needed_multiple, reconstruct
 from colora_peft.tuner import base_fingerprint, is_other_base
 
 from .methods import ADAPTER_METHODS, Method
+
+
+def check_takes_images(model: nn.Module, name_or_path: str, side: int) -> None:
+    """Refuses a network that does not restore a grey square, by running it once.
+
+    Args:
+        model: The network.
+        name_or_path: Its name, for the message.
+        side: Side of the training patches in pixels, which it must take; rounded up to what the network needs.
+
+    Raises:
+        ValueError: It does not take RGB images, or does not keep their shape.
+        TypeError: It returns something else than images.
+    """
+    side += -side % needed_multiple(model)
+    weight = next(model.parameters(), torch.empty(0))
+    images = torch.full((1, 3, side, side), 0.5, device=weight.device)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            reconstruct(model, images)
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{name_or_path} does not take RGB images of shape {tuple(images.shape)}: {reason}"
+        ) from error
 
 
 def check_base_can_be_made_again(model: nn.Module, method: Method, name_or_path: str) -> None:

@@ -40,6 +40,7 @@ from colora_peft.tuner import CoLoRAConfig
 from colora_peft.utils import check_at_least, check_seed, flag
 
 from .arguments import OnResume
+from .network_checks import check_takes_images
 
 CONTRIBUTIONS_FILE = "contributions.json"
 FIGURE_FILE = "contribution.png"
@@ -115,8 +116,14 @@ class TaskArguments:
 
 
 def load_network(args: TaskArguments, accelerator: Accelerator) -> nn.Module:
-    """The task's network on the accelerator's device."""
-    return load_backbone(args.model_name_or_path).to(accelerator.device, memory_format=torch.channels_last)
+    """The task's network on the accelerator's device.
+
+    Raises:
+        OSError, ValueError, TypeError: It is not there, or does not restore RGB images.
+    """
+    network = load_backbone(args.model_name_or_path).to(accelerator.device, memory_format=torch.channels_last)
+    check_takes_images(network, args.model_name_or_path, args.resolution)
+    return network
 
 
 def load_pairs(

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from colora_peft.hub import load_backbone
-from colora_peft.training import check_base_can_be_made_again
+from colora_peft.training import check_base_can_be_made_again, check_takes_images
 
 NETWORKS = """
 import torch
@@ -49,3 +50,52 @@ def test_a_base_that_every_call_gives_is_taken_and_nothing_random_changes():
 @pytest.mark.parametrize("method", ["full", "decoder", "bias"])
 def test_a_network_that_is_saved_itself_may_be_drawn(method):
     check_base_can_be_made_again(load_backbone("networks_to_check:drawn"), method, "networks_to_check:drawn")
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+class Halves(nn.Module):
+    """Runs on even sides only."""
+
+    needs_multiple_of = 2
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 12, 2, stride=2), nn.BatchNorm2d(12), nn.PixelShuffle(2))
+
+    def forward(self, images):
+        return images + self.down(images)
+
+
+class Fails(nn.Module):
+    def forward(self, images):
+        raise RuntimeError("no such size\nand a long explanation" if images.shape[-1] < 10 else "")
+
+
+@pytest.mark.parametrize(
+    ("network", "side", "message"),
+    [
+        (
+            nn.Conv2d(1, 1, 3),
+            64,
+            r"^own:grey does not take RGB images of shape \(1, 3, 64, 64\): Given groups=1, [^\n]*$",
+        ),
+        (Fails(), 8, r"^own:grey does not take RGB images of shape \(1, 3, 8, 8\): no such size$"),
+        (Fails(), 16, r"^own:grey does not take RGB images of shape \(1, 3, 16, 16\): RuntimeError$"),
+        (nn.PixelShuffle(2), 8, "does not take RGB images"),
+        (nn.Upsample(scale_factor=2), 8, "must keep the shape. It enlarges 2 times"),
+    ],
+)
+def test_a_network_that_does_not_restore_rgb_images_is_refused_in_one_sentence(network, side, message):
+    with pytest.raises(ValueError, match=message):
+        check_takes_images(network, "own:grey", side)
+
+
+def test_a_network_that_does_stays_as_it_was_and_gets_sides_that_it_takes():
+    network, seen = Halves().train(), []
+    network.register_forward_hook(lambda _, args, output: seen.append((*args[0].shape, output.requires_grad)))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    check_takes_images(network, "own:network", 17)
+    assert seen == [(1, 3, 18, 18, False)] and network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
