@@ -28,6 +28,17 @@ from colora_peft.utils import some
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NETWORK_FILES = ("config.json", "model.safetensors")
 
+# What to do with files of the kind that was not asked for, in Python and in the scripts, some of which take one kind.
+_INSTEAD = {
+    ADAPTER_FILES: (
+        "an adapter, not a whole network: load it by colora_peft.load, or give it to a script as --adapter or, to "
+        "finetune.py, as --adapter_name_or_path"
+    ),
+    NETWORK_FILES: (
+        "a whole network, not an adapter: load it by colora_peft.load, or give it to a script as --model_name_or_path"
+    ),
+}
+
 # HTTPError is the root of the errors of the library below the client: requests, httpx or httpx2, by its version.
 CLIENT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 
@@ -81,7 +92,8 @@ def fetch(source: Source, kinds: tuple[tuple[str, str], ...] = (ADAPTER_FILES, N
     Raises:
         OSError: There is no such folder or repository, access is refused, the Hub does not answer, or a download was
             cut short.
-        ValueError: It holds none of the pairs, or one without its weights in safetensors.
+        ValueError: It holds none of the pairs, or one without its weights in safetensors; or an adapter where a
+            network is wanted, or the other way round.
 
     Warns:
         UserWarning: The Hub does not answer and the cached snapshot is used.
@@ -158,7 +170,7 @@ def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...])
     """The first of `kinds` that is among `names`.
 
     Raises:
-        ValueError: None is, or its weights are missing or a pickle.
+        ValueError: None is, those of the other kind are, or its weights are missing or a pickle.
     """
     for config, weights in kinds:
         if config not in names:
@@ -172,6 +184,9 @@ def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...])
                 f"opened. It is not opened: ask for {weights}."
             )
         raise ValueError(f"{source} has {config} but no {weights}: it is incomplete, ask who made it.")
+    for other, remedy in _INSTEAD.items():
+        if other[0] in names:
+            raise ValueError(f"{source} is {remedy}.")
     wanted = " or ".join(config for config, _ in kinds)
     raise ValueError(f"{source} holds no {wanted}, so there is nothing to load: check the name and the subfolder.")
 

@@ -342,6 +342,14 @@ def test_an_adapter_brings_its_base_unless_another_is_named(folder, tiny_nafnet,
     assert not Path("outputs").exists()
 
 
+def test_a_network_that_was_tuned_as_a_whole_is_no_adapter_and_restores_as_network(folder, tiny_nafnet):
+    for given in ([], ["--model_name_or_path", tiny_nafnet]):
+        with pytest.raises(ValueError, match="is a whole network, not an adapter: .* as --model_name_or_path"):
+            run("--input", "photos/a.png", "--adapter", tiny_nafnet, *given)
+    assert not Path("outputs").exists()
+    assert run("--input", "photos/a.png", "--model_name_or_path", tiny_nafnet) == 0
+
+
 def test_the_comparison_shows_input_and_result(folder):
     Image.new("RGB", (300, 200), (255, 0, 0)).save("photos/red.png")
     flags = ["--input", "photos/red.png", "--model_name_or_path", "networks_for_restore:Flipped", "--compare"]
