@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import PeftModel
 
-from colora_peft import load
 from colora_peft.export import EXPORT_SUFFIXES, ExportSettings, export_network
-from colora_peft.hub import load_backbone
+from colora_peft.hub import load_backbone, load_for_script
 from colora_peft.utils import check_writable, flag, run_script
 
 
@@ -85,12 +83,7 @@ def load_merged(args: ExportArguments) -> tuple[torch.nn.Module, str]:
     """
     if args.adapter is None:
         return load_backbone(args.model_name_or_path), args.model_name_or_path
-    try:
-        model = load(args.adapter, base=args.model_name_or_path)
-    except (ValueError, OSError) as error:
-        raise type(error)(f"{error} (Here, base is --model_name_or_path.)") from error
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"--adapter {args.adapter} is a whole network: give it as --model_name_or_path.")
+    model = load_for_script(args.adapter, base=args.model_name_or_path)
     base = args.model_name_or_path or model.peft_config["default"].base_model_name_or_path
     return model.merge_and_unload(safe_merge=True), base
 

@@ -4,6 +4,7 @@
 shares a result, and `cards` writes its model card.
 """
 
+from .asking import BY_FLAG, BY_OTHER_FLAG, Asking
 from .cards import (
     AdaptedNetwork,
     RunFacts,
@@ -14,7 +15,7 @@ from .cards import (
     hardware_name,
     loading_code,
 )
-from .loading import load, load_base, load_for_training, peft_type_of
+from .loading import load, load_base, load_for_script, load_for_training, peft_type_of
 from .networks import is_function, load_backbone, register_backbones
 from .pushing import create_hub_repo, push_folder
 from .source import ADAPTER_FILES, Source, fetch
@@ -22,6 +23,9 @@ from .source import ADAPTER_FILES, Source, fetch
 __all__ = [
     "ADAPTER_FILES",
     "AdaptedNetwork",
+    "Asking",
+    "BY_FLAG",
+    "BY_OTHER_FLAG",
     "RunFacts",
     "Source",
     "TuningMetrics",
@@ -35,6 +39,7 @@ __all__ = [
     "load",
     "load_backbone",
     "load_base",
+    "load_for_script",
     "load_for_training",
     "loading_code",
     "peft_type_of",

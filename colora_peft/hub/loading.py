@@ -24,11 +24,11 @@ from colora_peft.tuner import (
 )
 from colora_peft.utils import relative_path, some
 
+from .asking import BY_ARGUMENT, BY_FLAG, BY_OTHER_FLAG, Asking
 from .networks import is_function, load_backbone, load_from_folder
 from .source import ADAPTER_FILES, NETWORK_FILES, Source, fetch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
-_BY_ARGUMENT, _BY_FLAG = "pass base=", "give --model_name_or_path "  # ways to name the base, in Python and in scripts
 
 
 # ------------------------------------------------------------------------------------------------------------- load
@@ -76,17 +76,53 @@ def load(
         if base is not None:
             raise ValueError(f"{source} is a whole network, no adapter: leave out base.")
         return load_from_folder(folder, source)
+    config, network = _config_and_base(folder, source, base, BY_ARGUMENT)
+    return _attach(network, folder, config, adapter_name, source, BY_ARGUMENT)
+
+
+def load_for_script(
+    name_or_path: str | Path,
+    *,
+    base: str | Path | nn.Module | None = None,
+    adapter_name: str = "default",
+    asking: Asking | None = None,
+) -> PeftModel:
+    """An adapter on its base, as `load`, with messages for the user of a script, where `base` is --model_name_or_path.
+
+    Args:
+        name_or_path: A folder or an id on the Hub, with an adapter.
+        base: as `load`.
+        adapter_name: as `load`.
+        asking: How messages ask for the base. Default: by the flag, which was given if `base` is.
+
+    Raises:
+        OSError: as `load`.
+        ValueError: as `load`; or it is a whole network.
+    """
+    source = Source(str(name_or_path))
+    folder = fetch(source, (ADAPTER_FILES,))
+    asking = asking or _by_flag(base)
+    config, network = _config_and_base(folder, source, base, asking)
+    return _attach(network, folder, config, adapter_name, source, asking)
+
+
+def _by_flag(base: object) -> Asking:
+    return BY_FLAG if base is None else BY_OTHER_FLAG
+
+
+def _config_and_base(
+    folder: Path, source: Source, base: str | Path | nn.Module | None, asking: Asking
+) -> tuple[CoLoRAConfig, nn.Module]:
+    """The configuration of the adapter in `folder`, and the network of `base`, or else the one that it names."""
     config = _read_config(folder, source)
     _check_readable(folder / ADAPTER_WEIGHTS, source)
     if isinstance(base, nn.Module):
-        network = base
-    elif base is None:
-        network = _find_base(config, folder, source)
-    elif isinstance(base, str | Path):
-        network = load_backbone(str(base), token=token)
-    else:
-        raise TypeError(f"The base is a {type(base).__name__}: pass a folder, an id on the Hub, or a network.")
-    return _attach(network, folder, config, adapter_name, source)
+        return config, base
+    if base is None:
+        return config, _find_base(config, folder, source, asking)
+    if isinstance(base, str | Path):
+        return config, load_backbone(str(base), token=source.token)
+    raise TypeError(f"The base is a {type(base).__name__}: pass a folder, an id on the Hub, or a network.")
 
 
 def load_base(name_or_path: str | Path, *, token: str | bool | None = None) -> nn.Module:
@@ -96,6 +132,8 @@ def load_base(name_or_path: str | Path, *, token: str | bool | None = None) -> n
         name_or_path: A folder or an id on the Hub, with an adapter.
         token: For private repositories.
 
+    Its messages are for the user of a script, where the base is --model_name_or_path.
+
     Raises:
         OSError: The adapter or its base is not found.
         ValueError: The adapter is incomplete, damaged or a pickle, or names no base, or one that is a function.
@@ -103,8 +141,8 @@ def load_base(name_or_path: str | Path, *, token: str | bool | None = None) -> n
     source = Source(str(name_or_path), token=token)
     folder = fetch(source, (ADAPTER_FILES,))
     if peft_type_of(folder, source) == "COLORA":
-        return _find_base(_read_config(folder, source), folder, source)
-    return _find_base(_read_foreign_config(folder, source), folder, source)
+        return _find_base(_read_config(folder, source), folder, source, BY_FLAG)
+    return _find_base(_read_foreign_config(folder, source), folder, source, BY_FLAG)
 
 
 def load_for_training(
@@ -138,10 +176,10 @@ def load_for_training(
     config = _read_config(folder, source) if method == "COLORA" else _read_foreign_config(folder, source)
     _check_readable(folder / ADAPTER_WEIGHTS, source)
     if base is None:
-        network = _find_base(config, folder, source, _BY_FLAG)
+        network = _find_base(config, folder, source, BY_FLAG)
     else:
         network = load_backbone(str(base), token=token)
-    model = _attach(network, folder, config, "default", source, is_trainable=True)
+    model = _attach(network, folder, config, "default", source, _by_flag(base), is_trainable=True)
     if method == "LORA":
         _check_complete(model, folder, source)
     # The result may lie elsewhere than the adapter, from where a folder would not be found by the same relative path.
@@ -220,20 +258,18 @@ def _remedy(file: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- base
 
 
-def _find_base(config: PeftConfig, folder: Path, source: Source, way: str = _BY_ARGUMENT) -> nn.Module:
+def _find_base(config: PeftConfig, folder: Path, source: Source, asking: Asking) -> nn.Module:
     """The network that the adapter names as its base."""
     name = config.base_model_name_or_path
-    ask = f"{way.strip()}, the network that it was trained on (a folder, an id on the Hub, or the network itself)"
+    ask = asking.for_base()
     if not name:
         raise ValueError(f"The adapter {source} does not name its base: {ask}.")
     if is_function(name):
         raise ValueError(
             f"The base of {source} is made by the function {name}, which an adapter cannot call by itself: if you "
-            f"trust it, {way}{name!r}."
+            f"trust it, {asking.way}{name!r}."
         )
-    # Runs are started anywhere: a folder is looked for from here, and from wherever the adapter lies.
-    starts = [Path.cwd(), *(folder.resolve().parents if source.is_folder else ())]
-    for start in starts:
+    for start in _starts(folder, source):
         if (start / name / NETWORK_FILES[0]).is_file():
             return load_backbone(str(start / name))
     if not Source(name).is_hub_id:
@@ -242,6 +278,11 @@ def _find_base(config: PeftConfig, folder: Path, source: Source, way: str = _BY_
         return load_backbone(name, revision=config.revision, token=source.token)
     except (OSError, ValueError) as error:
         raise type(error)(f"The base {name} of {source} was not found. {error} Or {ask}.") from error
+
+
+def _starts(folder: Path, source: Source) -> list[Path]:
+    """Folders from which that of a base is looked for: runs are started anywhere, and adapters lie beside bases."""
+    return [Path.cwd(), *(folder.resolve().parents if source.is_folder else ())]
 
 
 def _free_name(name: str, taken: list[str]) -> str:
@@ -253,12 +294,30 @@ def _name_of(network: nn.Module) -> str | None:
     return getattr(network.get_base_model() if isinstance(network, PeftModel) else network, "name_or_path", None)
 
 
+def _other_base(network: nn.Module, name: str | None, folder: Path, source: Source, asking: Asking) -> str:
+    """The message where the weights of the network are not those of the adapter's base, which it calls `name`."""
+    given = _name_of(network) or ""
+    if name and is_function(name) and name == given:
+        return (
+            f"The adapter {source} was trained on other weights than {name} returns now. The function must return the "
+            "same at every call: seed what it draws, or load it from a file."
+        )
+    named = [(start / name).resolve() for start in _starts(folder, source)] if name else []
+    has_changed = given != "" and Path(given).is_dir() and Path(given).resolve() in named
+    remedy = asking.for_changed(name) if has_changed else asking.for_other(name)
+    return (
+        f"The adapter {source} was trained on another network than the one it is to be put on: the weights differ. "
+        f"{remedy}"
+    )
+
+
 def _attach(
     network: nn.Module,
     folder: Path,
     config: PeftConfig,
     adapter_name: str,
     source: Source,
+    asking: Asking,
     is_trainable: bool = False,
 ) -> nn.Module:
     """Puts the adapter onto the network, if that is the one it was trained on."""
@@ -277,17 +336,7 @@ def _attach(
     fingerprint = network.base_model.fingerprint_of_base() if adapted else base_fingerprint(network)
     wanted: str | None = getattr(config, "base_fingerprint", None)
     if is_other_base(wanted, fingerprint):
-        name = config.base_model_name_or_path
-        if name and is_function(name) and name == _name_of(network):
-            raise ValueError(
-                f"The adapter {source} was trained on other weights than {name} returns now. The function must return "
-                "the same at every call: seed what it draws, or load it from a file."
-            )
-        way = (_BY_FLAG if is_trainable else _BY_ARGUMENT).strip().capitalize()
-        raise ValueError(
-            f"The adapter {source} was trained on another network than the one it is to be put on: the weights "
-            f"differ. {way}, the one that it calls {name!r}."
-        )
+        raise ValueError(_other_base(network, config.base_model_name_or_path, folder, source, asking))
     if wanted is None or fingerprint is None:
         what = f"The adapter {source} does not say" if wanted is None else "The base does not show"
         warnings.warn(

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 
-from colora_peft.hub import ADAPTER_FILES, Source, fetch, load, peft_type_of
+from colora_peft.hub import ADAPTER_FILES, BY_FLAG, Asking, Source, fetch, load_for_script, peft_type_of
 from colora_peft.tuner import CoLoRALayer, carried_adapters
 from colora_peft.utils import PARTIAL, digest_of_state
 
@@ -79,6 +79,7 @@ class AdapterSet:
     Args:
         network: The bare network, which stays bare.
         adapters: By label, a folder or an id on the Hub; "none" for the bare network.
+        asking: How messages ask for another network, where an adapter is not for this one.
 
     Attributes:
         labels: Labels in the order in which the adapters came.
@@ -87,13 +88,14 @@ class AdapterSet:
         ValueError: The network is not bare; else as `add`.
     """
 
-    def __init__(self, network: nn.Module, adapters: Mapping[str, str | Path]) -> None:
+    def __init__(self, network: nn.Module, adapters: Mapping[str, str | Path], asking: Asking = BY_FLAG) -> None:
         if carried := carried_adapters(network):
             raise ValueError(
                 f"The network carries adapter {carried[0]!r} already: pass the bare one, as `load_backbone` gives it."
             )
         self.labels: list[str] = []
         self._bare = network.eval()
+        self._asking = asking
         self._by_method: dict[str, PeftModel] = {}
         self._adapted: dict[str, tuple[PeftModel, str]] = {}  # by label, with PEFT's name of the adapter
         self._names = (f"adapter_{number}" for number in itertools.count())  # a label may hold dots, PEFT's may not
@@ -138,7 +140,8 @@ class AdapterSet:
         model = known or copy.deepcopy(self._bare)
         try:
             if method == _COLORA:
-                model = load(source.name_or_path, base=model, adapter_name=name)  # refuses another base
+                # Refuses another base.
+                model = load_for_script(source.name_or_path, base=model, adapter_name=name, asking=self._asking)
             elif known:
                 known.load_adapter(str(folder), adapter_name=name, torch_device=device)
             else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from colora_peft.hub import load_backbone, load_base
+from colora_peft.hub import BY_FLAG, BY_OTHER_FLAG, Asking, load_backbone, load_base
 from colora_peft.images import left_out_in_words
 from colora_peft.inference import check_tile, tile_multiple
 from colora_peft.utils import check_writable, default_device, run_script, write_json
@@ -56,12 +57,14 @@ def network_of(args: RestoreArguments, adapters: Sequence[str], default: str | N
                 "There is no network: give --adapter, which says what it is for, or --model_name_or_path."
             )
         return load_backbone(default)
-    try:
-        return load_base(first)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{error} (Without --model_name_or_path the adapter says which network it is for.)"
-        ) from error
+    return load_base(first)
+
+
+def asking_for_network(args: RestoreArguments) -> Asking:
+    """The words that ask for another network, where that of `network_of` is not the base of an adapter."""
+    if args.model_name_or_path is not None:
+        return BY_OTHER_FLAG
+    return replace(BY_FLAG, instead="Adapters of different networks need a run each, with an --output_dir of its own.")
 
 
 def restore_images(args: RestoreArguments, default_network: str | None = None) -> int:
@@ -92,7 +95,8 @@ def restore_images(args: RestoreArguments, default_network: str | None = None) -
     if args.tile:  # now, not with the first image that has several tiles
         check_tile(args.tile, args.overlap, tile_multiple(network))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    run = RestoreRun(AdapterSet(network, dict(zip(labels, adapters, strict=True))), RestoreRecord(output_dir), args)
+    adapter_set = AdapterSet(network, dict(zip(labels, adapters, strict=True)), asking_for_network(args))
+    run = RestoreRun(adapter_set, RestoreRecord(output_dir), args)
     run.check_kept(jobs)
     adapted = f"{'adapter' if len(labels) == 1 else 'adapters'} {', '.join(labels)}"
     used = f"{type(network).__name__} of {parameters / 1e6:.1f} M parameters, {adapted}"

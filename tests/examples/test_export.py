@@ -108,9 +108,16 @@ def test_launched_with_onnx_for_any_size():
         (["--adapter", "rain", "--tolerance", "-1"], "tolerance"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--adapter", "rain", "--model_name_or_path", "small_networks:wider"], "rain was trained on another network"),
+        (
+            ["--adapter", "rain", "--model_name_or_path", "small_networks:wider"],
+            "Give --model_name_or_path, the one that it calls 'small_networks:network'.$",
+        ),
         # Of the same shape, so that the weights would fit.
         (["--adapter", "rain", "--model_name_or_path", "small_networks:other_weights"], "trained on another network"),
-        (["--adapter", "rain"], "made by the function small_networks:network.*base is --model_name_or_path"),
+        (
+            ["--adapter", "rain"],
+            "made by the function small_networks:network.*give --model_name_or_path 'small_n[a-z_:]*'.$",
+        ),
         (["--adapter", "rain", "--model_name_or_path", "small_networks:nothing"], "no function nothing"),
     ],
 )
@@ -121,6 +128,12 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(flags, messag
         "rain",
         "small_networks.py",
     ]
+
+
+def test_a_whole_network_is_no_adapter_and_is_exported_by_the_other_flag(tiny_nafnet):
+    for given in ([], ["--model_name_or_path", str(tiny_nafnet)]):
+        with pytest.raises(ValueError, match="is a whole network, not an adapter: .* as --model_name_or_path"):
+            run("--adapter", str(tiny_nafnet), *given, *SMALL)
 
 
 def test_a_file_that_is_there_is_kept_unless_told_otherwise():

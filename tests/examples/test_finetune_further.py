@@ -122,7 +122,8 @@ def test_another_base_is_refused(adapter, data, tiny_nafnet, tmp_path):
         other.ending.weight += 0.1
     other.save_pretrained(tmp_path / "other")
     flags = ["--model_name_or_path", tmp_path / "other", "--output_dir", tmp_path / "out"]
-    with pytest.raises(ValueError, match="was trained on another network .* the weights differ"):
+    remedy = f"Leave --model_name_or_path out or give '{tiny_nafnet}'.$"
+    with pytest.raises(ValueError, match=f"was trained on another network .* the weights differ. {remedy}"):
         run(*data, "--adapter_name_or_path", adapter, *flags)
     assert not (tmp_path / "out").exists()
 

@@ -10,17 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
 from support.examples import EXAMPLES, load_example
 from support.exif import block
 from support.formats import pixels
 from support.icc import srgb
 from support.reading import png_bytes
+from support.tiny_networks import tiny_nafnet as new_nafnet
 from transformers import HfArgumentParser
 
+from colora_peft import CoLoRAConfig
 from colora_peft.data.pairs import PairedImageFolder
 from colora_peft.evaluation.evaluate import evaluate
 from colora_peft.evaluation.metrics import ssim
+from colora_peft.hub import load_backbone
 from colora_peft.images import kinds
 from colora_peft.images.image_file import read_image_file
 from colora_peft.images.reading import read_image
@@ -30,6 +34,7 @@ restore = load_example("restore")
 
 # A network that returns its input, and one that turns red into blue, by `module:function`.
 NETWORKS = """
+import torch
 from torch import nn
 
 class Identity(nn.Module):
@@ -46,6 +51,13 @@ class Broken(nn.Module):
 
 def weighted():
     return nn.Conv2d(3, 3, 1)
+
+def seeded(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 3, 1))
+
+def other():
+    return seeded(1)
 """
 
 
@@ -296,10 +308,7 @@ def test_a_target_of_another_size_fails_and_a_missing_one_is_said(folder, capsys
 
 
 def test_several_adapters_write_and_compare_side_by_side(folder, train_dir, eval_dir, tiny_nafnet, capsys):
-    from peft import get_peft_model
     from transformers import AutoModelForImageToImage
-
-    from colora_peft import CoLoRAConfig
 
     model = get_peft_model(AutoModelForImageToImage.from_pretrained(tiny_nafnet), CoLoRAConfig(ranks=1))
     model.save_pretrained("adapters/zero")
@@ -320,10 +329,8 @@ def test_several_adapters_write_and_compare_side_by_side(folder, train_dir, eval
 
 @pytest.mark.parametrize("kind", ["colora", "lora"])
 def test_an_adapter_brings_its_base_unless_another_is_named(folder, tiny_nafnet, kind, capsys):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from transformers import AutoModelForImageToImage
-
-    from colora_peft import CoLoRAConfig
 
     base = AutoModelForImageToImage.from_pretrained(tiny_nafnet)
     config = CoLoRAConfig(ranks=1) if kind == "colora" else LoraConfig(r=1, target_modules=["intro"])
@@ -337,9 +344,58 @@ def test_an_adapter_brings_its_base_unless_another_is_named(folder, tiny_nafnet,
     shutil.rmtree("outputs")
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
-    with pytest.raises(ValueError, match=r"\./gone, is not on this machine.*--model_name_or_path"):
+    with pytest.raises(
+        OSError, match=r"\./gone, is not on this machine: give --model_name_or_path, [^=]*function\)\.$"
+    ):
         run("--input", "photos/a.png", "--adapter", "adapter")
     assert not Path("outputs").exists()
+
+
+@pytest.fixture
+def two_bases(folder):
+    """Adapters in a and b on networks of one shape, in nets/a and nets/b, with other weights."""
+    for seed, name in enumerate("ab"):
+        new_nafnet(seed).save_pretrained(f"nets/{name}")
+        get_peft_model(load_backbone(f"nets/{name}"), CoLoRAConfig(ranks=1)).save_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (["--adapter", "a", "--model_name_or_path", "nets/b"], "Leave --model_name_or_path out or give 'nets/a'."),
+        (["--adapter", "a", "b"], "Adapters of different networks need a run each, with an --output_dir of its own."),
+        (
+            ["--adapter", "a", "b", "--model_name_or_path", "nets/a"],
+            "Leave --model_name_or_path out or give 'nets/b'.",
+        ),
+    ],
+)
+def test_another_base_is_asked_for_by_the_flags_of_the_command(two_bases, flags, remedy):
+    with pytest.raises(ValueError, match=f"trained on another network .*the weights differ. {remedy}$"):
+        run("--input", "photos/a.png", *flags)
+    assert not Path("outputs").exists()
+    for name in "ab":  # what the messages ask for
+        assert run("--input", "photos/a.png", "--adapter", name, "--output_dir", f"outputs/{name}") == 0
+
+
+def test_a_base_that_has_changed_is_not_asked_for_by_the_name_that_leads_to_it(two_bases):
+    shutil.rmtree("nets/a")
+    shutil.copytree("nets/b", "nets/a")
+    changed = "the weights differ. It calls that 'nets/a', which has changed since: give --model_name_or_path, a copy"
+    for flags in ([], ["--model_name_or_path", "nets/a"]):
+        with pytest.raises(ValueError, match=changed):
+            run("--input", "photos/a.png", "--adapter", "a", *flags)
+
+
+def test_the_function_of_an_adapter_s_base_is_asked_for_by_the_flag(folder):
+    name = "networks_for_restore:seeded"
+    get_peft_model(load_backbone(name), CoLoRAConfig(ranks=1)).save_pretrained("adapter")
+    flags = ["--input", "photos/a.png", "--adapter", "adapter"]
+    with pytest.raises(ValueError, match=f"if you trust it, give --model_name_or_path '{name}'.$"):
+        run(*flags)
+    with pytest.raises(ValueError, match=f"Give --model_name_or_path, the one that it calls '{name}'.$"):
+        run(*flags, "--model_name_or_path", "networks_for_restore:other")
+    assert run(*flags, "--model_name_or_path", name) == 0
 
 
 def test_a_network_that_was_tuned_as_a_whole_is_no_adapter_and_restores_as_network(folder, tiny_nafnet):
