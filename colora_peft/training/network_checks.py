@@ -30,6 +30,8 @@ def check_takes_images(model: nn.Module, name_or_path: str, side: int) -> None:
     try:
         with evaluation_mode(model), torch.no_grad():
             reconstruct(model, images)
+    except torch.OutOfMemoryError:  # says nothing about the network
+        raise
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
