@@ -14,6 +14,8 @@ SSIM_WINDOW_PX = 11
 _WINDOW_SIGMA = 1.5
 _C1 = 0.01**2
 _C2 = 0.03**2
+_STRIP_PX = 1024 * 1024
+"""Number of pixels of which SSIM is taken at once. It needs 250 bytes of memory for each, a dozen maps in float64."""
 
 
 @torch.no_grad()
@@ -58,6 +60,16 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
             f"SSIM needs images of at least {SSIM_WINDOW_PX} x {SSIM_WINDOW_PX} pixels, its window, got {height} x "
             f"{width}: leave out smaller ones."
         )
+    positions, rows = height - SSIM_WINDOW_PX + 1, max(1, _STRIP_PX // width)
+    sums = []
+    for top in range(0, positions, rows):
+        strip = slice(top, min(top + rows, positions) + SSIM_WINDOW_PX - 1)
+        sums.append(_similarity(restored[..., strip, :], target[..., strip, :]).sum((-2, -1)))
+    return (sum(sums) / (positions * (width - SSIM_WINDOW_PX + 1))).mean(dim=1).float()
+
+
+def _similarity(restored: Tensor, target: Tensor) -> Tensor:
+    """SSIM at each position where the window lies inside the images."""
     if target.device.type != "mps":  # which has no float64; in float32 flat areas are off by 1e-4
         restored, target = restored.double(), target.double()
     mean_x, mean_y = _windowed(restored), _windowed(target)
@@ -66,7 +78,7 @@ def ssim(restored: Tensor, target: Tensor) -> Tensor:
     covariance = _windowed(restored * target) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + _C1) / (mean_x.square() + mean_y.square() + _C1)
     contrast_structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
-    return (luminance * contrast_structure).flatten(1).mean(dim=1).float()
+    return luminance * contrast_structure
 
 
 def _eight_bit(restored: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

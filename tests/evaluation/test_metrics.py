@@ -63,6 +63,15 @@ def test_ssim_equals_scikit_image(size):
         assert ours[i].item() == pytest.approx(theirs, abs=1e-5)
 
 
+def test_ssim_of_a_large_image_is_taken_in_strips_and_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    restored, target = torch.rand(2, 2, 3, 47, 30, generator=generator)
+    whole = ssim(restored, target)
+    for rows in (1, 5, 36, 37):
+        monkeypatch.setattr("colora_peft.evaluation.metrics._STRIP_PX", rows * 30 + 29)
+        torch.testing.assert_close(ssim(restored, target), whole, rtol=0, atol=1e-6)
+
+
 def test_ssim_of_two_flat_images_is_the_luminance_term():
     x, y = 51 / 255, 204 / 255
     expected = (2 * x * y + 1e-4) / (x * x + y * y + 1e-4)
