@@ -190,6 +190,11 @@ def main(args: FinetuneArguments) -> None:
         accelerator.print(note)
     shown = accelerator.is_main_process
     before = evaluate(model, eval_pairs, accelerator.device, "before" if shown else "")
+    if not math.isfinite(before["psnr"]):
+        raise ValueError(
+            f"{args.model_name_or_path or args.adapter_name_or_path} returns NaN or infinite values for the pairs to "
+            "evaluate on, before any training: its weights are broken, or too large for half precision."
+        )
     accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))
     accelerator.print(quality_line("before", before["psnr"], before["ssim"]))
 
@@ -221,8 +226,8 @@ def main(args: FinetuneArguments) -> None:
         after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
         if not math.isfinite(after["psnr"]):  # the last step is followed by no loss that would show it
             raise TrainingDiverged(
-                f"The network returns NaN after {args.max_train_steps} steps, so its result is not saved. Start again "
-                f"with a lower --learning_rate than {args.learning_rate:g}."
+                f"The network returns NaN or infinite values after {args.max_train_steps} steps, so its result is not "
+                f"saved. Start again with a lower --learning_rate than {args.learning_rate:g}."
             )
         accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
         if accelerator.is_main_process:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from colora_peft.data import PairSource
-from colora_peft.inference import evaluation_mode, reconstruct, restore_image
+from colora_peft.inference import NotFinite, evaluation_mode, pools_locally, reconstruct, restore_image
 from colora_peft.utils import alone_with
 
 from .metrics import psnr, ssim
@@ -29,6 +29,8 @@ def evaluate(model: nn.Module, pairs: PairSource, device: torch.device, descript
         pairs: The pairs to restore.
         device: Device of the network.
         description: Label of a progress bar; an empty one shows none.
+
+    PSNR and SSIM are NaN if the network returns NaN or infinite values.
     """
     rows = []
     with alone_with(model), evaluation_mode(model):
@@ -56,7 +58,14 @@ def restore_some(model: nn.Module, pairs: PairSource, count: int) -> list[tuple[
 
 
 def _restored(model: nn.Module, image: Tensor) -> Tensor:
-    """One image (3, H, W), restored; a large one in tiles, as the memory that it takes at once is not there."""
-    if image.shape[1] * image.shape[2] > WHOLE_UP_TO_PX:
-        return restore_image(model, image)
-    return reconstruct(model, image[None])[0].float()
+    """One image (3, H, W), restored; a large one in tiles, because it may not fit into memory at once.
+
+    NaN everywhere if the network returns NaN or infinite values somewhere, so that figures of it are NaN, too.
+    """
+    if image.shape[1] * image.shape[2] <= WHOLE_UP_TO_PX:
+        restored = reconstruct(model, image[None])[0].float()
+        return restored if restored.isfinite().all() else torch.full_like(restored, torch.nan)
+    try:
+        return restore_image(model, image, pooling="tile" if pools_locally(model) else "picture")
+    except NotFinite:
+        return torch.full_like(image, torch.nan)

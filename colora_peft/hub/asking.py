@@ -29,7 +29,7 @@ class Asking:
 
     def for_changed(self, name: str) -> str:
         """The sentence that asks for the base that the adapter calls `name`, where that has other weights by now."""
-        return f"It calls that {name!r}, which has changed since: {self.way.strip()}, a copy from before."
+        return f"It calls that {name!r}, which has changed since: {self.way.strip()} with a copy from before."
 
     def for_other(self, name: str | None) -> str:
         """The sentence that asks for the base that the adapter calls `name`, in place of another."""

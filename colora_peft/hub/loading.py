@@ -303,7 +303,7 @@ def _other_base(network: nn.Module, name: str | None, folder: Path, source: Sour
             "same at every call: seed what it draws, or load it from a file."
         )
     named = [(start / name).resolve() for start in _starts(folder, source)] if name else []
-    has_changed = given != "" and Path(given).is_dir() and Path(given).resolve() in named
+    has_changed = given != "" and (given == name or (Path(given).is_dir() and Path(given).resolve() in named))
     remedy = asking.for_changed(name) if has_changed else asking.for_other(name)
     return (
         f"The adapter {source} was trained on another network than the one it is to be put on: the weights differ. "

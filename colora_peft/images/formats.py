@@ -71,7 +71,8 @@ def format_of(path: Path) -> str:
             return key
     known = ", ".join(suffix for file_format in FORMATS.values() for suffix in file_format.suffixes)
     raise ValueError(
-        f"{path.name} would be of a kind that is not written; choose another format ({known}), scripts by --format."
+        f"{path.name} would be of a kind that is not written; choose another format ({known}). In scripts, give "
+        "--format."
     )
 
 

@@ -4,7 +4,7 @@
 The module `network` holds the contract of a restoration network: what goes in, what comes out, and its loss.
 """
 
-from .local_pooling import local_pooling
+from .local_pooling import local_pooling, pools_locally
 from .network import (
     evaluation_mode,
     needed_multiple,
@@ -14,15 +14,17 @@ from .network import (
     tile_multiple,
 )
 from .tile_grid import check_tile
-from .tiling import Pooling, restore_image
+from .tiling import NotFinite, Pooling, restore_image
 
 __all__ = [
+    "NotFinite",
     "Pooling",
     "check_tile",
     "evaluation_mode",
     "local_pooling",
     "needed_multiple",
     "output_images",
+    "pools_locally",
     "reconstruct",
     "restoration_loss",
     "restore_image",

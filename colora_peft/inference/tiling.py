@@ -23,6 +23,10 @@ from .tile_grid import TileAxis, check_tile, lay_tiles
 Pooling = Literal["picture", "tile", "local"]
 
 
+class NotFinite(ValueError):
+    """The network returned NaN or infinite values."""
+
+
 @torch.no_grad()
 def restore_image(
     model: nn.Module,
@@ -46,8 +50,8 @@ def restore_image(
     while the network is on a GPU; besides them, memory holds no more than `batch_size` tiles need. The network is in
     evaluation mode meanwhile and as before afterwards. Of several threads with one network each waits for its turn.
 
-    `tile=None, size_multiple=1` gives what `colora_peft.evaluation.evaluate` measures, but of large images: the whole
-    image as it is.
+    `tile=None, size_multiple=1` gives what `colora_peft.evaluation.evaluate` measures, except for large images: the
+    whole image as it is.
 
     Args:
         model: Any network that `colora_peft.inference.reconstruct` takes, bare or with adapters.
@@ -200,7 +204,7 @@ class _Run:
                 tiles = reconstruct(self.model, tiles)
             tiles = transform.undo(tiles.float())
             if not torch.isfinite(tiles).all():
-                raise ValueError(
+                raise NotFinite(
                     f"{type(self.model).__name__} returned NaN or infinite values: its weights are broken, or "
                     "too large for half precision (try dtype=torch.bfloat16 or None)."
                 )

@@ -214,7 +214,7 @@ class AdapterSet:
                 model, name = self._adapted[label]
                 settings = {key: value for key, value in model.peft_config[name].to_dict().items()
                             if key not in _ORIGIN}  # fmt: skip
-                weights = get_peft_model_state_dict(model, adapter_name=name)
+                weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
                 digest = digest_of_state(weights, digest, json.dumps(settings, sort_keys=True, default=str))
             self._digests[label] = digest
         return self._digests[label]

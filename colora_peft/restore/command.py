@@ -64,6 +64,8 @@ def asking_for_network(args: RestoreArguments) -> Asking:
     """The words that ask for another network, where that of `network_of` is not the base of an adapter."""
     if args.model_name_or_path is not None:
         return BY_OTHER_FLAG
+    if len(args.adapter or ()) < 2:
+        return BY_FLAG
     return replace(BY_FLAG, instead="Adapters of different networks need a run each, with an --output_dir of its own.")
 
 

@@ -32,7 +32,7 @@ def check_takes_images(model: nn.Module, name_or_path: str, side: int) -> None:
             reconstruct(model, images)
     except torch.OutOfMemoryError:  # says nothing about the network
         raise
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, AttributeError, LookupError) as error:  # how networks refuse sizes, too
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{name_or_path} does not take RGB images of shape {tuple(images.shape)}: {reason}"
@@ -54,7 +54,7 @@ def check_base_can_be_made_again(model: nn.Module, method: Method, name_or_path:
     """
     if method not in ADAPTER_METHODS or not is_function(name_or_path):
         return
-    with torch.random.fork_rng(devices=[]):  # the run is the same with and without this check
+    with torch.random.fork_rng(devices=[]):  # PyTorch's generator on the CPU is as it was afterwards
         again = load_backbone(name_or_path)
     if is_other_base(base_fingerprint(model), base_fingerprint(again)):
         raise ValueError(

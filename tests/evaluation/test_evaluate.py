@@ -79,6 +79,32 @@ def test_large_images_are_measured_in_tiles_and_others_at_once(monkeypatch):
     torch.testing.assert_close(tiled[1], whole[1])
 
 
+class Pooling(Shift):
+    """Adds the mean over the image."""
+
+    def __init__(self):
+        super().__init__(0.1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return super().forward(x) + self.pool(x)
+
+
+@pytest.mark.parametrize("limit", [1, 600 * 700], ids=["in-tiles", "at-once"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_figures_are_nan_where_the_network_returns_no_numbers(monkeypatch, limit, value):
+    monkeypatch.setattr(sys.modules["colora_peft.evaluation.evaluate"], "WHOLE_UP_TO_PX", limit)
+    pairs = [(torch.zeros(3, 600, 700), torch.zeros(3, 600, 700))]
+    assert math.isnan(run(Shift(value), pairs)["psnr"])
+
+
+def test_large_images_are_measured_inside_local_pooling(monkeypatch):
+    monkeypatch.setattr(sys.modules["colora_peft.evaluation.evaluate"], "WHOLE_UP_TO_PX", 1)
+    model = Pooling()
+    with local_pooling(model, window=16):
+        assert math.isfinite(evaluate(model, [(torch.zeros(3, 40, 40),) * 2], torch.device("cpu"), "")["psnr"])
+
+
 def test_perfect_network_scores_highest():
     scores = run(Shift(51 / 255), Pairs([51 / 255]))
     assert scores.keys() == {"psnr", "ssim", "psnr_input", "ssim_input"}

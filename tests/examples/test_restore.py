@@ -381,7 +381,9 @@ def test_another_base_is_asked_for_by_the_flags_of_the_command(two_bases, flags,
 def test_a_base_that_has_changed_is_not_asked_for_by_the_name_that_leads_to_it(two_bases):
     shutil.rmtree("nets/a")
     shutil.copytree("nets/b", "nets/a")
-    changed = "the weights differ. It calls that 'nets/a', which has changed since: give --model_name_or_path, a copy"
+    changed = (
+        "the weights differ. It calls that 'nets/a', which has changed since: give --model_name_or_path with a copy"
+    )
     for flags in ([], ["--model_name_or_path", "nets/a"]):
         with pytest.raises(ValueError, match=changed):
             run("--input", "photos/a.png", "--adapter", "a", *flags)

@@ -146,6 +146,10 @@ def test_the_base_is_that_of_the_training_even_where_its_repository_moved_on(hub
     nn.init.normal_(other.ending.weight)
     other.push_to_hub("someone/base")
     assert torch.equal(output(colora_peft.load("someone/adapter")), output(model))
+    with pytest.raises(
+        ValueError, match="It calls that 'someone/base', which has changed since: pass base= with a copy"
+    ):
+        colora_peft.load("someone/adapter", base="someone/base")
 
 
 def test_a_private_repository_needs_a_token(hub, base, monkeypatch):

@@ -68,6 +68,11 @@ class Halves(nn.Module):
         return images + self.down(images)
 
 
+class OneSize(nn.Module):
+    def forward(self, images):
+        assert images.shape[-1] == 224, "of another height than the model"
+
+
 class Fails(nn.Module):
     def forward(self, images):
         raise RuntimeError("no such size\nand a long explanation" if images.shape[-1] < 10 else "")
@@ -83,6 +88,7 @@ class Fails(nn.Module):
         ),
         (Fails(), 8, r"^own:grey does not take RGB images of shape \(1, 3, 8, 8\): no such size$"),
         (Fails(), 16, r"^own:grey does not take RGB images of shape \(1, 3, 16, 16\): RuntimeError$"),
+        (OneSize(), 8, r"does not take RGB images of shape \(1, 3, 8, 8\): of another height than the model$"),
         (nn.PixelShuffle(2), 8, "does not take RGB images"),
         (nn.Upsample(scale_factor=2), 8, "must keep the shape. It enlarges 2 times"),
     ],

@@ -24,6 +24,8 @@ class Settings(NamedTuple):
     names: tuple[str, ...]
     tuned_alike: tuple[str, ...]
     """Settings that a variant shares with the one whose rate it takes, that of the nearest `parameter_budget`."""
+    lender: Callable[[Key], Key] = lambda key: key
+    """Returns the variant in whose place another stands when rates are chosen, such as one with another loss."""
 
     def key(self, cell: Cell) -> Key:
         return tuple(cell.get(name) for name in self.names)
@@ -34,9 +36,11 @@ class Settings(NamedTuple):
 
     def tuned_like(self, key: Key, tuning: dict[Key, list[Cell]]) -> Key:
         """The variant whose learning rate another takes: of those that are tuned alike, the nearest in budget."""
-        kind = itemgetter(*map(self.names.index, self.tuned_alike))
-        tuned = [other for other, tried in tuning.items() if tried and kind(other) == kind(key)]
-        if key in tuned or not tuned:
+        kind, lent = itemgetter(*map(self.names.index, self.tuned_alike)), self.lender(key)
+        tuned = [other for other, tried in tuning.items() if tried and kind(other) == kind(lent)]
+        if lent in tuned:
+            return lent
+        if not tuned:
             return key
         return min(tuned, key=lambda other: abs(math.log((self.budget(other) or 1) / (self.budget(key) or 1))))
 

@@ -38,8 +38,7 @@ flag: no task chose them here. *{COLORA_PLAIN}* has that rate alone. *{FULL_CHEC
 The number is the budget; one rank for all layers may leave some of it unused."""
 MEAN_MATCHED = """PSNR after each channel of the restored image was shifted to the mean of the target: what is left
 without constant errors of colour and brightness. Cells of earlier runs lack it."""
-COST = "Seconds are of a machine that did other work as well."
-MACHINES = "Some cells were run on one machine and some on another, so that two lines may not compare."
+COST = """Seconds are of a machine that did other work as well, and compare on one machine alone."""
 OLD_TASK = """PSNR on the task's clean test images, degraded by PROD whatever the pre-training was. Adapters are
 switched off, which leaves the network as it was before the tuning."""
 
@@ -103,13 +102,22 @@ def cost_table(cells: list[Cell]) -> str:
     columns = {
         "trained parameters": lambda own: f"{mean(cell['trainable_parameters'] for cell in own):,.0f}",
         "share of the adaptable weights": lambda own: f"{mean(cell['trainable_ratio'] for cell in own):.2%}",
-        "training (s)": lambda own: f"{median(cell['seconds'] for cell in own):.0f}",
-        "contributions (s)": lambda own: f"{median(cell.get('seconds_contributions', 0.0) for cell in own):.1f}",
+        "training (s)": lambda own: median_seconds(own, "seconds", 0),
+        "contributions (s)": lambda own: median_seconds(own, "seconds_contributions", 1),
     }
+    if len(hardware_of(cells)) > 1:
+        columns["machine"] = lambda own: " and ".join(hardware_of(own))
     if any("training_memory_bytes" in cell for cell in cells):
         columns["peak memory (GB)"] = peak_memory
     rows = ([name, *(column(own) for column in columns.values())] for name, own in groups.items())
     return markdown_table(["", *columns], rows)
+
+
+def median_seconds(cells: list[Cell], name: str, digits: int) -> str:
+    """Median of the seconds under a name, if the cells are of one machine."""
+    if len(hardware_of(cells)) > 1:
+        return ""
+    return f"{median(cell.get(name, 0.0) for cell in cells):.{digits}f}"
 
 
 def peak_memory(cells: list[Cell]) -> str:
@@ -188,7 +196,7 @@ def write_report(folder: Path) -> str:
     one_rate = one_rate_table(tuning)
     if one_rate:
         parts["One learning rate for all tasks"] = f"{ONE_RATE}\n\n{one_rate}"
-    parts["Cost"] = f"{cost_table(tested)}\n\n{COST}{f' {MACHINES}' if len(hardware_of(tested)) > 1 else ''}"
+    parts["Cost"] = f"{cost_table(tested)}\n\n{COST}"
     table = table_by_task(tested, values_in(results, "task"), "psnr_old_task", 2, "dB")
     parts["Forgetting"] = f"{OLD_TASK}\n\n{table}"
     parts["Images"] = (
@@ -228,7 +236,8 @@ def of_pairs(results: Results, tested: list[Cell], pairs: int, folder: Path) -> 
     default = default_table(results, similarity, {task: (inputs[task], ssim[task]) for task in tasks}, tasks, pairs)
     if default:
         parts += [
-            "CoLoRA with nothing tuned, the others at the rate that is best for each task, of those tried:",
+            "CoLoRA with nothing tuned, the others at the rate that is best for each task on the mean absolute error, "
+            "of those tried:",
             default,
         ]
     differences = differences_table(results, tasks, claims_of(results, pairs), f"dB, {pairs} pairs")

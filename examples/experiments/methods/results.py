@@ -5,11 +5,18 @@ from __future__ import annotations
 from examples.experiments.grid import results as grid_results
 from examples.experiments.grid.cells import Cell
 from examples.experiments.grid.results import Key, Results, Settings
-from examples.experiments.methods.plan import NONE
+from examples.experiments.methods.plan import NONE, WAYS
+
+
+def _lender(key: Key) -> Key:
+    method = key[3]
+    return (*key[:3], WAYS[method].trains if WAYS[method].is_tuned else method, *key[4:])
+
 
 SETTINGS = Settings(
     ("task", "train_pairs", "network", "method", "parameter_budget"),
     tuned_alike=("task", "network", "method", "parameter_budget"),
+    lender=_lender,
 )
 
 

@@ -93,13 +93,21 @@ def test_there_is_a_mean_only_of_the_same_draws(tmp_path):
     assert "| prod + bias | 29.00 (1) at 0.001 |  |" in text
 
 
-def test_seconds_of_two_machines_are_said_not_to_compare(tmp_path):
+def test_seconds_of_two_machines_are_no_figure_of_one_way(tmp_path):
     cells = [cell(0, 20.0), cell(0, 20.0, method="bias")]
     write_cells(tmp_path, cells)
-    assert report.MACHINES not in report.write_report(tmp_path)
-    write_cells(tmp_path, [cells[0], {**cells[1], "hardware": "a desk"}])
+    assert "machine |" not in report.write_report(tmp_path)
+    write_cells(tmp_path, [cells[0], *({**cells[1], "seed": seed, "hardware": own} for seed, own in enumerate("xy"))])
     text = report.write_report(tmp_path)
-    assert report.MACHINES in text and "Run on a desk and a laptop." in text
+    assert "| prod + full | 7 | 50.00% | 2 | 0.0 | a laptop |" in text
+    assert "| prod + bias | 7 | 50.00% |  |  | x and y |" in text
+
+
+def test_a_way_with_another_loss_stands_at_the_rate_of_the_same_without_and_says_where_that_is_an_edge(tmp_path):
+    tried = [cell(100, psnr, learning_rate=rate) for rate, psnr in ((1e-3, 20.0), (2e-3, 21.0))]
+    lent = [cell(0, 30.0 * rate, method="full_checkerboard", learning_rate=rate) for rate in (1e-3, 2e-3)]
+    write_cells(tmp_path, [*tried, cell(0, 19.0, learning_rate=2e-3), *lent])
+    assert "| prod + full_checkerboard | 0.06 (1) at 0.002 (edge) | 0.06 |" in report.write_report(tmp_path)
 
 
 def test_what_is_forgotten_is_told_task_by_task(tmp_path):
