@@ -129,6 +129,11 @@ class FinetuneArguments(TaskArguments, TrainArguments):
         if self.contributions is not None and self.method != "colora":
             raise ValueError(f"--contributions has no effect with --method {self.method}; leave one of them out.")
         TaskArguments.__post_init__(self)
+        if self.eval_dir is not None and Path(self.eval_dir).resolve() == Path(self.train_dir).resolve():
+            raise ValueError(
+                "--eval_dir is --train_dir, so that the result would be measured on the pairs it was trained on. "
+                "Leave it out, and a fifth of the pairs is held out."
+            )
         TrainArguments.__post_init__(self)
 
     def _check_further(self) -> None:

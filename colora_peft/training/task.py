@@ -95,11 +95,6 @@ class TaskArguments:
             raise ValueError("--dataset_name and --train_dir or --eval_dir exclude each other; give one.")
         if self.eval_dir is not None and self.train_dir is None:
             raise ValueError("--eval_dir needs --train_dir; for the shipped photos give neither.")
-        if self.eval_dir is not None and Path(self.eval_dir).resolve() == Path(self.train_dir).resolve():
-            raise ValueError(
-                "--eval_dir is --train_dir, so that the result would be measured on the pairs it was trained on. "
-                "Leave it out, and a fifth of the pairs is held out."
-            )
         for name in ("probe_steps", "probe_batches", "resolution", "per_device_train_batch_size"):
             check_at_least(self, name, 1)
         check_seed(self.seed)
