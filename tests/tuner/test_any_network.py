@@ -187,7 +187,8 @@ def test_networks_that_will_not_do_are_refused_before_anything_is_written(flags,
 @pytest.mark.slow
 def test_the_launched_script_finds_the_module_in_the_folder_it_is_started_from(flags, tmp_path):
     (tmp_path / "own.py").write_text(
-        "from torch import nn\n\ndef network():\n    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))\n"
+        "import torch\nfrom torch import nn\n\ndef network():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", str(EXAMPLES / "finetune.py"), *flags]
     done = subprocess.run(
