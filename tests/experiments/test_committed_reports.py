@@ -159,6 +159,25 @@ def test_the_sentences_below_the_table_of_defaults_have_the_figures_of_the_repor
     assert float(full[1]) < 0 and "Full fine-tuning with that loss is best" in readme
 
 
+def test_the_table_of_64_pairs_has_the_figures_of_the_report():
+    folder = EXPERIMENTS / "methods"
+    report = (folder / "defaults-64-pairs" / "report.md").read_text(encoding="utf-8")
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    decibels, similarity = report.split("SSIM (input", 1)
+    for title, row in (("PEFT's LoRA, 7%", "peft_lora 0.07"), ("CoLoRA, 7%", "colora_default 0.07")):
+        psnr, ssim = (
+            re.search(rf"prod \+ {row} \| (?:[\d.]+[^|]*)? ?\| ([\d.]+) [^|]*\| ([\d.]+) ", part).groups()
+            for part in (decibels, similarity)
+        )
+        assert f"| {title} | {' | '.join((*psnr, *ssim))} |\n" in page
+    first, second = re.findall(r"minus PEFT's LoRA \|  \| (\S+ ± \S+) \(3\) \| (\S+ ± \S+) \(3\)", report)
+    assert f"| CoLoRA minus PEFT's LoRA | {first[0]} | {first[1]} |" in page
+    assert second == ("+4.76 ± 0.60", "+1.16 ± 0.08") and "| +0.048 ± 0.006 | +0.012 ± 0.001 |\n" in page
+    lowlight, rain = (abs(float(value.split()[0])) for value in first)
+    text = " ".join((EXPERIMENTS / "README.md").read_text(encoding="utf-8").split())
+    assert f"is {lowlight:.2f} dB ahead of PEFT's LoRA on lowlight and {rain:.2f} dB behind on rain" in text
+
+
 def test_the_underwater_table_has_the_figures_of_the_report():
     report = (EXPERIMENTS / "methods" / "defaults" / "report.md").read_text(encoding="utf-8")
     page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
