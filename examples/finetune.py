@@ -67,6 +67,7 @@ from colora_peft.training import (
     prolonged_in_words,
     read_best,
     report_allocation,
+    result_diverged,
     save_result,
     train,
     trained_parameters,
@@ -230,10 +231,7 @@ def main(args: FinetuneArguments) -> None:
         model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
         after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
         if not math.isfinite(after["psnr"]):  # the last step is followed by no loss that would show it
-            raise TrainingDiverged(
-                f"The network returns NaN or infinite values after {args.max_train_steps} steps, so its result is not "
-                f"saved. Start again with a lower --learning_rate than {args.learning_rate:g}."
-            )
+            raise result_diverged(args.max_train_steps, args.learning_rate)
         accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
         if accelerator.is_main_process:
             facts = facts_of(args, accelerator, seconds)

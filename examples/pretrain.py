@@ -49,6 +49,8 @@ from colora_peft.training import (
     TrainArguments,
     TrainingDiverged,
     check_output_dir,
+    check_result_is_finite,
+    check_takes_images,
     create_accelerator,
     open_output_dir,
     prolonged_in_words,
@@ -219,12 +221,14 @@ def main(args: PretrainArguments) -> None:
         check_images(eval_images, args.resolution)
         eval_pairs = DegradedImages(eval_images, patches.degradation, args.resolution)
     model = build_model(args)
+    check_takes_images(model, args.model_name_or_path or args.config_name, args.resolution)
     if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
         args.hub_model_id = create_hub_repo(
             args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None
         )
     with open_output_dir(args, accelerator, checkpoint):
         model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
+        check_result_is_finite(model, args.resolution, args.max_train_steps, args.learning_rate)
         if accelerator.is_main_process:
             facts = RunFacts(
                 args.data_card,

@@ -13,7 +13,7 @@ from colora_peft.utils import alone_with
 from .metrics import psnr, ssim
 
 WHOLE_UP_TO_PX = 2048 * 2048
-"""Number of pixels of the largest image that is restored at once: the shipped network takes about 0.6 GB a million."""
+"""Number of pixels of the largest image that is restored at once, as memory grows with them; in tiles it does not."""
 
 
 @torch.no_grad()  # not inference_mode: a module may keep what it makes, and is trained later

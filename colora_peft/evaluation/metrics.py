@@ -15,7 +15,7 @@ _WINDOW_SIGMA = 1.5
 _C1 = 0.01**2
 _C2 = 0.03**2
 _STRIP_PX = 1024 * 1024
-"""Number of pixels of which SSIM is taken at once. It needs 250 bytes of memory for each, a dozen maps in float64."""
+"""Number of pixels of which SSIM is taken at once. It keeps a dozen maps in float64 meanwhile."""
 
 
 @torch.no_grad()

@@ -201,13 +201,13 @@ def in_words(error: Exception, source: Source) -> str:
     """One sentence on why the Hub did not give `source`, and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):
-        return f"{source} is gated: ask for access on its page, then log in (`hf auth login`) or pass token=."
+        return f"{source} is gated: ask for access on its page, then log in (`hf auth login` or HF_TOKEN)."
     if isinstance(error, RevisionNotFoundError):
         return f"{source} has no revision {source.revision!r}: check the name of the branch, tag or commit."
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"There is no model {source.name_or_path} on the Hub, or it is private: check the name, log in "
-            "(`hf auth login`) or pass token=."
+            f"There is no model {source.name_or_path} on the Hub, or it is private: check the name, or log in "
+            "(`hf auth login` or HF_TOKEN)."
         )
     if status in (401, 403):
         return f"The Hub refused access to {source} ({status}): check your token and what it may do."

@@ -13,7 +13,12 @@ from .loop import DataFailed, TrainingDiverged, train, use_all_cores
 from .loss import TrainingLoss, checkerboard_obstacle
 from .merge_check import leave_wrong_layers_alone
 from .methods import LEARNING_RATES, METHODS, Method, check_can_be_saved, prepare_for_tuning, trained_parameters
-from .network_checks import check_base_can_be_made_again, check_takes_images
+from .network_checks import (
+    check_base_can_be_made_again,
+    check_result_is_finite,
+    check_takes_images,
+    result_diverged,
+)
 from .output_dir import check_output_dir, open_output_dir
 from .saved import compare_saved
 from .signals import TrainingStopped
@@ -48,6 +53,7 @@ __all__ = [
     "check_base_can_be_made_again",
     "check_can_be_saved",
     "check_output_dir",
+    "check_result_is_finite",
     "check_takes_images",
     "checkerboard_obstacle",
     "compare_saved",
@@ -68,6 +74,7 @@ __all__ = [
     "reconstruct",
     "report_allocation",
     "restoration_loss",
+    "result_diverged",
     "save_result",
     "train",
     "trained_parameters",

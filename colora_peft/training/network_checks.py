@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colora_peft.hub import is_function, load_backbone
 from colora_peft.inference import evaluation_mode, needed_multiple, reconstruct
 from colora_peft.tuner import base_fingerprint, is_other_base
 
+from .loop import TrainingDiverged
 from .methods import ADAPTER_METHODS, Method
 
 
@@ -21,22 +22,58 @@ def check_takes_images(model: nn.Module, name_or_path: str, side: int) -> None:
         side: Side of the training patches in pixels, which it must take; rounded up to what the network needs.
 
     Raises:
-        ValueError: It does not take RGB images, or does not keep their shape.
+        ValueError: It does not restore RGB images, does not keep their shape, or returns NaN or infinite values.
         TypeError: It returns something else than images.
     """
-    side += -side % needed_multiple(model)
-    weight = next(model.parameters(), torch.empty(0))
-    images = torch.full((1, 3, side, side), 0.5, device=weight.device)
+    images = _grey_square(model, side)
     try:
-        with evaluation_mode(model), torch.no_grad():
-            reconstruct(model, images)
+        restored = _run(model, images)
     except torch.OutOfMemoryError:  # says nothing about the network
         raise
-    except (RuntimeError, AssertionError, AttributeError, LookupError) as error:  # how networks refuse sizes, too
+    except (RuntimeError, AssertionError, AttributeError, LookupError, ValueError) as error:  # their refusals
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{name_or_path} does not take RGB images of shape {tuple(images.shape)}: {reason}"
+            f"{name_or_path} does not restore RGB images of shape {tuple(images.shape)}: {reason}"
         ) from error
+    if not restored.isfinite().all():
+        raise ValueError(
+            f"{name_or_path} returns NaN or infinite values for a grey image, before any training: its weights are "
+            "broken."
+        )
+
+
+def check_result_is_finite(model: nn.Module, side: int, num_steps: int, learning_rate: float) -> None:
+    """Refuses a result that returns NaN or infinite values: no loss follows the last step that would show it.
+
+    Args:
+        model: The trained network.
+        side: Side in pixels of the grey square that it is run on.
+        num_steps: Number of its training steps, for the message.
+        learning_rate: Its learning rate, for the message.
+
+    Raises:
+        TrainingDiverged: It does.
+    """
+    if not _run(model, _grey_square(model, side)).isfinite().all():
+        raise result_diverged(num_steps, learning_rate)
+
+
+def result_diverged(num_steps: int, learning_rate: float) -> TrainingDiverged:
+    """The error of a result that returns NaN or infinite values."""
+    return TrainingDiverged(
+        f"The network returns NaN or infinite values after {num_steps} steps, so its result is not saved. Start again "
+        f"with a lower --learning_rate than {learning_rate:g}."
+    )
+
+
+def _grey_square(model: nn.Module, side: int) -> Tensor:
+    side += -side % needed_multiple(model)
+    return torch.full((1, 3, side, side), 0.5, device=next(model.parameters(), torch.empty(0)).device)
+
+
+def _run(model: nn.Module, images: Tensor) -> Tensor:
+    with evaluation_mode(model), torch.no_grad():
+        return reconstruct(model, images)
 
 
 def check_base_can_be_made_again(model: nn.Module, method: Method, name_or_path: str) -> None:

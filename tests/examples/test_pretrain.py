@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.examples import EXAMPLES, load_example
-from transformers import AutoImageProcessor, AutoModelForImageToImage, HfArgumentParser
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageToImage, HfArgumentParser
 
 from colora_peft.images.listing import list_images
 from colora_peft.models import RestorationImageProcessor
+from colora_peft.training import TrainingDiverged
 
 pretrain = load_example("pretrain")
 
@@ -80,6 +81,28 @@ def test_given_weights_are_the_start(flags, tiny_nafnet, tmp_path):
     begun = load_file(tiny_nafnet / "model.safetensors")
     ended = load_file(output_dir / "model.safetensors")
     assert all(torch.allclose(ended[name], tensor, atol=1e-6) for name, tensor in begun.items())
+
+
+def test_a_network_that_cannot_restore_is_refused_before_anything_is_written(flags, tiny_nafnet, tmp_path):
+    grey = tmp_path / "grey"
+    AutoModelForImageToImage.from_config(AutoConfig.from_pretrained(tiny_nafnet, num_channels=1)).save_pretrained(grey)
+    broken = tmp_path / "broken"
+    model = AutoModelForImageToImage.from_pretrained(tiny_nafnet)
+    next(model.parameters()).data.fill_(torch.nan)
+    model.save_pretrained(broken)
+    for extra, culprit in (
+        (("--config_name", grey), "grey does not restore RGB images"),
+        (("--model_name_or_path", broken), "broken returns NaN or infinite values for a grey image"),
+    ):
+        with pytest.raises(ValueError, match=culprit):
+            run(*flags, *extra)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_result_of_nan_after_the_last_step_is_not_saved(flags, tmp_path):
+    with pytest.raises(TrainingDiverged, match="after 1 steps.*lower --learning_rate than 1e\\+25"):
+        run(*flags, "--max_train_steps", 1, "--lr_warmup_steps", 0, "--learning_rate", 1e25)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_the_run_is_logged(flags):

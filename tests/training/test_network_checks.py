@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from colora_peft.hub import load_backbone
-from colora_peft.training import check_base_can_be_made_again, check_takes_images
+from colora_peft.training import (
+    TrainingDiverged,
+    check_base_can_be_made_again,
+    check_result_is_finite,
+    check_takes_images,
+)
 
 NETWORKS = """
 import torch
@@ -73,6 +78,15 @@ class OneSize(nn.Module):
         assert images.shape[-1] == 224, "of another height than the model"
 
 
+class Constant(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, images):
+        return torch.full_like(images, self.value)
+
+
 class Fails(nn.Module):
     def forward(self, images):
         raise RuntimeError("no such size\nand a long explanation" if images.shape[-1] < 10 else "")
@@ -84,13 +98,14 @@ class Fails(nn.Module):
         (
             nn.Conv2d(1, 1, 3),
             64,
-            r"^own:grey does not take RGB images of shape \(1, 3, 64, 64\): Given groups=1, [^\n]*$",
+            r"^own:grey does not restore RGB images of shape \(1, 3, 64, 64\): Given groups=1, [^\n]*$",
         ),
-        (Fails(), 8, r"^own:grey does not take RGB images of shape \(1, 3, 8, 8\): no such size$"),
-        (Fails(), 16, r"^own:grey does not take RGB images of shape \(1, 3, 16, 16\): RuntimeError$"),
-        (OneSize(), 8, r"does not take RGB images of shape \(1, 3, 8, 8\): of another height than the model$"),
-        (nn.PixelShuffle(2), 8, "does not take RGB images"),
-        (nn.Upsample(scale_factor=2), 8, "must keep the shape. It enlarges 2 times"),
+        (Fails(), 8, r"^own:grey does not restore RGB images of shape \(1, 3, 8, 8\): no such size$"),
+        (Fails(), 16, r"^own:grey does not restore RGB images of shape \(1, 3, 16, 16\): RuntimeError$"),
+        (OneSize(), 8, r"does not restore RGB images of shape \(1, 3, 8, 8\): of another height than the model$"),
+        (nn.PixelShuffle(2), 8, "does not restore RGB images"),
+        (Constant(torch.inf), 8, "^own:grey returns NaN or infinite values for a grey image, before any training"),
+        (nn.Upsample(scale_factor=2), 8, r"^own:grey does not restore .* must keep the shape\. It enlarges 2 times"),
     ],
 )
 def test_a_network_that_does_not_restore_rgb_images_is_refused_in_one_sentence(network, side, message):
@@ -105,3 +120,10 @@ def test_a_network_that_does_stays_as_it_was_and_gets_sides_that_it_takes():
     check_takes_images(network, "own:network", 17)
     assert seen == [(1, 3, 18, 18, False)] and network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_result_that_is_not_finite_is_refused_with_the_rate_to_lower(value):
+    check_result_is_finite(Constant(0.5), 8, 10, 1e-3)
+    with pytest.raises(TrainingDiverged, match=r"after 10 steps, so its result is not saved\. .*rate than 0\.001\.$"):
+        check_result_is_finite(Constant(value), 8, 10, 1e-3)

@@ -174,7 +174,10 @@ def test_finetune_adapts_what_a_function_returns_and_says_how_to_use_it(
         (["--model_name_or_path", "some_networks:enlarging"], "It enlarges 2 times"),
         (["--model_name_or_path", "some_networks:plain", "--method", "full"], "save_pretrained, which Plain"),
         (["--model_name_or_path", "some_networks:nothing"], "no function nothing"),
-        (["--model_name_or_path", "some_networks:grey"], r"grey does not take RGB images of shape \(1, 3, 17, 17\)"),
+        (
+            ["--model_name_or_path", "some_networks:grey"],
+            r"grey does not restore RGB images of shape \(1, 3, 17, 17\)",
+        ),
         (["--model_name_or_path", "some_networks:drawn"], "drawn returns other weights at each call: seed what"),
     ],
 )
