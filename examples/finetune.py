@@ -194,15 +194,7 @@ def main(args: FinetuneArguments) -> None:
     accelerator.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} to evaluate on, method {method}.")
     if note := note_on_source(contributions, args.model_name_or_path):
         accelerator.print(note)
-    shown = accelerator.is_main_process
-    before = evaluate(model, eval_pairs, accelerator.device, "before" if shown else "")
-    if not math.isfinite(before["psnr"]):
-        raise ValueError(
-            f"{args.model_name_or_path or args.adapter_name_or_path} returns NaN or infinite values for the pairs to "
-            "evaluate on, before any training: its weights are broken, or too large for half precision."
-        )
-    accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))
-    accelerator.print(quality_line("before", before["psnr"], before["ssim"]))
+    before = evaluate_before(model, eval_pairs, args, accelerator)
 
     obstacle = checkerboard_obstacle(tile_multiple(model), args.resolution)
     if obstacle is not None and args.checkerboard_weight:
@@ -229,10 +221,7 @@ def main(args: FinetuneArguments) -> None:
         }
         accelerator.print(f"{figures['trainable_parameters']:,} parameters are trained.")
         model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
-        after = evaluate(model, eval_pairs, accelerator.device, "after" if shown else "")
-        if not math.isfinite(after["psnr"]):  # the last step is followed by no loss that would show it
-            raise result_diverged(args.max_train_steps, args.learning_rate)
-        accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
+        after = evaluate_after(model, eval_pairs, args, accelerator)
         if accelerator.is_main_process:
             facts = facts_of(args, accelerator, seconds)
             metrics = TuningMetrics(
@@ -250,6 +239,32 @@ def main(args: FinetuneArguments) -> None:
                 torch=torch.__version__,
             )
             save(model, eval_pairs, metrics, facts, args)
+
+
+def evaluate_before(
+    model: torch.nn.Module, eval_pairs: PairSource, args: FinetuneArguments, accelerator: Accelerator
+) -> dict[str, float]:
+    """Figures of the inputs and of the network before the training, printed."""
+    before = evaluate(model, eval_pairs, accelerator.device, "before" if accelerator.is_main_process else "")
+    if not math.isfinite(before["psnr"]):
+        raise ValueError(
+            f"{args.model_name_or_path or args.adapter_name_or_path} returns NaN or infinite values for the pairs to "
+            "evaluate on, before any training: its weights are broken, or too large for half precision."
+        )
+    accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))
+    accelerator.print(quality_line("before", before["psnr"], before["ssim"]))
+    return before
+
+
+def evaluate_after(
+    model: torch.nn.Module, eval_pairs: PairSource, args: FinetuneArguments, accelerator: Accelerator
+) -> dict[str, float]:
+    """Figures of the network after the training, printed."""
+    after = evaluate(model, eval_pairs, accelerator.device, "after" if accelerator.is_main_process else "")
+    if not math.isfinite(after["psnr"]):  # the last step is followed by no loss that would show it
+        raise result_diverged(args.max_train_steps, args.learning_rate)
+    accelerator.print(quality_line("after", after["psnr"], after["ssim"]))
+    return after
 
 
 def prepare(

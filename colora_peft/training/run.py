@@ -21,10 +21,11 @@ from colora_peft.utils import Processes, share_weights
 
 from .arguments import OnResume, TrainArguments, flags_with
 from .best import BestStep, save_result
-from .checkpoint import checkpoint_tensors, frozen_digest, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import checkpoint_tensors, load_checkpoint, read_state, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .engine import Engine
 from .fsdp import WholeNetwork
+from .identity import RunIdentity
 from .log import append_row, cut_rows
 from .signals import TrainingStopped
 from .skipped_images import SkippedImages, TooManySkipped
@@ -91,23 +92,12 @@ class TrainingRun:
         self._prolonged: list[dict[str, int]] = []  # the `step` of each time, and the steps `planned` before it
         max_share = getattr(dataset, "max_skipped_share", 0.0)
         self._skipped = SkippedImages(self.output_dir, max_share, accelerator.is_main_process)
-        # One process alone looks at all the files.
-        digest = getattr(dataset, "digest", None) if accelerator.is_main_process else None
-        self._digest: str | None = Processes(accelerator).from_main(digest)
-        self._frozen = frozen_digest(model)
-        config = getattr(model, "peft_config", {}).get("default")
-        self._method_version: int | None = getattr(config, "method_version", None)
+        self._identity = RunIdentity.of(model, args, accelerator, dataset)
         self._recent: list[tuple[float, float]] = []
         self._recent_seconds = 0.0
         self._step_started = self._started = time.perf_counter()
         self._earlier_seconds = 0.0
         self._bar: tqdm | None = None
-
-    @property
-    def global_batch_size(self) -> int:
-        """Number of patches of an optimiser step, over all processes and accumulated batches."""
-        of_a_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return of_a_process * self.accelerator.num_processes
 
     @property
     def seconds(self) -> float:
@@ -125,7 +115,9 @@ class TrainingRun:
         """
         if checkpoint is None:
             return 0
-        self._check_comparable(checkpoint, read_state(checkpoint))
+        saved = read_state(checkpoint)
+        self._identity.check(checkpoint, saved, self.args.allow_changed_dataset)
+        self._check_same_processes(checkpoint, saved.get("positions"))
         averages = None if self.averages is None else self.averages.averages
         state, self.engine.state = load_checkpoint(checkpoint, self.model, averages)
         self._earlier_seconds = state.get("seconds", 0.0)
@@ -161,45 +153,7 @@ class TrainingRun:
             "that of a run of the new length."
         )
 
-    def _check_comparable(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        precision = saved.get("mixed_precision", self.accelerator.mixed_precision)
-        if precision != self.accelerator.mixed_precision:
-            raise ValueError(
-                f"{checkpoint} was trained with --mixed_precision {precision}, this run has "
-                f"{self.accelerator.mixed_precision}; launch it with the same."
-            )
-        batch_size = saved.get("global_batch_size")
-        if batch_size != self.global_batch_size:
-            raise ValueError(
-                f"{checkpoint} was trained with {batch_size} patches a step over all processes, this run has "
-                f"{self.global_batch_size}; set --per_device_train_batch_size and --gradient_accumulation_steps so "
-                "that they are equal."
-            )
-        frozen = saved.get("frozen", self._frozen)  # not in older checkpoints
-        if frozen != self._frozen:
-            raise ValueError(
-                f"{checkpoint} was trained on a network with other frozen weights ({frozen}) than this one "
-                f"({self._frozen}): the network to adapt was replaced. Give the one that the run began with, or start "
-                "again."
-            )
-        # Older checkpoints do not say. Versions 1 and 2 are then that of the run: it has one of 1 from its adapter.
-        version = saved.get("method_version", self._method_version and min(self._method_version, 2))
-        if version != self._method_version:
-            raise ValueError(
-                f"{checkpoint} holds an adapter of method_version {version}, this run has one of "
-                f"{self._method_version}, which computes something else with the same weights: finish the run with "
-                "the release that began it, or start again."
-            )
-        self._check_same_data(checkpoint, saved.get("dataset"), saved.get("positions"))
-
-    def _check_same_data(self, checkpoint: Path, digest: str | None, positions: list[Position] | None) -> None:
-        known = digest is not None and self._digest is not None  # not in older checkpoints
-        if known and digest != self._digest and not self.args.allow_changed_dataset:
-            raise ValueError(
-                f"{checkpoint} was trained on another dataset ({digest}) than this one ({self._digest}): "
-                "files were added, removed or changed. Give the same data, or go on with the new with "
-                "--allow_changed_dataset."
-            )
+    def _check_same_processes(self, checkpoint: Path, positions: list[Position] | None) -> None:
         if positions and len(positions) != self.accelerator.num_processes:
             raise ValueError(
                 f"{checkpoint} was trained on a stream by {len(positions)} processes, which share out its order: this "
@@ -220,12 +174,8 @@ class TrainingRun:
                 state = {
                     "step": step,
                     "seconds": self.seconds,
-                    "global_batch_size": self.global_batch_size,
-                    "mixed_precision": self.accelerator.mixed_precision,
+                    **self._identity.as_state(),
                     "scaler": None if scaler is None else scaler.state_dict(),
-                    "dataset": self._digest,
-                    "frozen": self._frozen,
-                    "method_version": self._method_version,
                     "positions": None if positions[0] is None else positions,
                     "skipped": self._skipped.count,
                     "prolonged": self._prolonged,
@@ -295,7 +245,7 @@ class TrainingRun:
         self.position = figures.position
         self._skipped.add(figures.skipped, done)
         try:
-            self._skipped.check(done * self.global_batch_size)
+            self._skipped.check(done * self._identity.global_batch_size)
         except TooManySkipped:
             self.save(done)
             raise
@@ -304,7 +254,7 @@ class TrainingRun:
     def _log(self, done: int) -> None:
         """Shows and writes the means over the steps since the last time."""
         loss, psnr = (sum(column) / len(column) for column in zip(*self._recent, strict=True))
-        speed = len(self._recent) * self.global_batch_size / max(self._recent_seconds, 1e-9)
+        speed = len(self._recent) * self._identity.global_batch_size / max(self._recent_seconds, 1e-9)
         self._recent.clear()
         self._recent_seconds = 0.0
         self._bar.set_postfix_str(f"loss {loss:.4f}, {psnr:.2f} dB, {speed:.3g} patches/s", refresh=False)

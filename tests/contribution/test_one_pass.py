@@ -272,7 +272,7 @@ def test_settings_are_recorded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "hessian"}, "estimator is 'hessian': choose one of faig, probe, gradient, fisher, taylor"),
+        ({"estimator": "hessian"}, "estimator is 'hessian': choose one of " + ", ".join(ESTIMATORS)),
         ({"estimator": "faig"}, "'faig' needs end_state"),
         ({"estimator": "taylor", "end_state": {}}, "'taylor' takes no end_state"),
         ({"estimator": "taylor", "settings": ProbeSettings()}, "'taylor' are ProbeSettings: it has none"),

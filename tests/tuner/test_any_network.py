@@ -15,6 +15,7 @@ from support.examples import EXAMPLES, load_example
 from transformers import HfArgumentParser
 
 from colora_peft import (
+    ESTIMATORS,
     CoLoRAConfig,
     CoLoRALayer,
     FaigSettings,
@@ -43,7 +44,7 @@ def batches(count=2, size=16):
 
 
 @both
-@pytest.mark.parametrize("estimator", ["gradient", "fisher", "taylor", "probe", "faig"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_scores_every_layer_and_leaves_the_network_alone(make, estimator):
     model = make()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
