@@ -40,6 +40,11 @@ def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
             default,
             (first, FULL_CHECKERBOARD, None),
         )
+        for name, method in (("the decoder", "decoder"), ("the biases", "bias")):
+            claims[f"CoLoRA {budget:g} as finetune.py has it minus tuning {name} alone"] = (
+                default,
+                (first, method, None),
+            )
         claims[f"CoLoRA {budget:g} as finetune.py has it minus the same on mean absolute error alone"] = default, plain
         for other, key in (("PEFT's LoRA", PEFT_LORA), ("one rank for all", "lora")):
             claims[f"CoLoRA {budget:g} on mean absolute error alone minus {other}"] = plain, (first, key, budget)

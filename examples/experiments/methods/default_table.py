@@ -18,8 +18,8 @@ def default_table(
     """Markdown: PSNR of each task, its mean and mean SSIM: of full tuning, PEFT's LoRA and CoLoRA at each budget.
 
     PEFT's LoRA has the largest of these budgets. Tasks are left out that one of these ways lacks, or has with other
-    seeds; empty if none is left. Full tuning and PEFT's LoRA with the loss of CoLoRA have a line each where they have
-    all tasks that are left.
+    seeds; empty if none is left. Full tuning and PEFT's LoRA with the loss of CoLoRA, and the decoder or the biases
+    alone, have a line each where they have all tasks that are left.
 
     Args:
         results: PSNR of all ways.
@@ -28,7 +28,7 @@ def default_table(
         tasks: Tasks in the order of the columns.
         pairs: Number of training pairs.
     """
-    needed, with_loss, defaults = ways_of(results)
+    needed, others, defaults = ways_of(results)
     seeds = {key: frozenset(result.psnr) for key, result in results.items()}
 
     def alike(task: str, *ways: Way) -> bool:
@@ -39,7 +39,7 @@ def default_table(
     if not complete:
         return ""
     first = next(iter(defaults.values()))
-    shown = {name: way for name, way in with_loss.items() if all(alike(task, way, first) for task in complete)}
+    shown = {name: way for name, way in others.items() if all(alike(task, way, first) for task in complete)}
     rows = {"input": [inputs[task] for task in complete]}
     for name, way in (needed | shown | defaults).items():
         keys = [(task, pairs, *way) for task in complete]
@@ -52,7 +52,7 @@ def default_table(
 
 
 def ways_of(results: Results) -> tuple[dict[str, Way], dict[str, Way], dict[str, Way]]:
-    """By name: full tuning and PEFT's LoRA; both with the loss of CoLoRA; CoLoRA at each budget, the largest first.
+    """By name: full tuning and PEFT's LoRA; ways that may be missing; CoLoRA at each budget, the largest first.
 
     All empty without CoLoRA.
     """
@@ -67,6 +67,8 @@ def ways_of(results: Results) -> tuple[dict[str, Way], dict[str, Way], dict[str,
         {
             "full fine-tuning, loss of CoLoRA": (network, FULL_CHECKERBOARD, None),
             "PEFT's LoRA, loss of CoLoRA": (network, PEFT_LORA_CHECKERBOARD, largest),
+            "decoder alone": (network, "decoder", None),
+            "biases alone": (network, "bias", None),
         },
         {f"CoLoRA, {100 * way[2]:g}% budget": way for way in defaults},
     )

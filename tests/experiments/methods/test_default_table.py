@@ -1,5 +1,6 @@
 """The table of CoLoRA without a flag beside others: means of the same tasks and draws alone."""
 
+import pytest
 from support.experiments import method_cell as cell
 
 from examples.experiments.grid.results import results_of
@@ -40,14 +41,24 @@ def test_it_is_of_the_tasks_that_have_all_ways():
     assert lines(cells[1:2]) == [] == lines(cells[:1])
 
 
-def test_others_with_the_loss_of_colora_have_a_line_where_they_have_all_its_tasks_and_draws():
+@pytest.mark.parametrize(
+    ("method", "budget", "name"),
+    [
+        ("peft_lora_checkerboard", 0.07, "PEFT's LoRA, loss of CoLoRA"),
+        ("full_checkerboard", None, "full fine-tuning, loss of CoLoRA"),
+        ("decoder", None, "decoder alone"),
+        ("bias", None, "biases alone"),
+    ],
+)
+def test_other_ways_have_a_line_where_they_have_all_tasks_and_draws_of_colora(method, budget, name):
     cells = cells_of("a", 20.0, 20.0, 18.0) + cells_of("b", 30.0, 31.0, 33.0)
-    loss = [
-        cell(seed, psnr, method="peft_lora_checkerboard", task=task, **BUDGETED)
+    own = {} if budget is None else {"parameter_budget": budget}
+    more = [
+        cell(seed, psnr, method=method, task=task, **own)
         for seed in (0, 1)
         for task, psnr in (("a", 21.0), ("b", 32.0))
     ]
-    assert lines(cells + loss[:-1]) == lines(cells), "one draw of one task is missing"
-    (line,) = set(lines(cells + loss)) - set(lines(cells))
-    assert line == "| PEFT's LoRA, loss of CoLoRA | 21.00 | 32.00 | 26.50 | 0.265 |"
-    assert lines(cells + loss).index(line) == 5, "right above CoLoRA"
+    assert lines(cells + more[:-1]) == lines(cells), "one draw of one task is missing"
+    (line,) = set(lines(cells + more)) - set(lines(cells))
+    assert line == f"| {name} | 21.00 | 32.00 | 26.50 | 0.265 |"
+    assert lines(cells + more).index(line) == 5, "right above CoLoRA"
