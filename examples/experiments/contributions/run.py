@@ -28,7 +28,7 @@ from torch import nn
 from colora_peft import CoLoRAConfig, ContributionScores, FaigSettings, ProbeSettings
 from colora_peft.data import PairedPatches
 from colora_peft.ranks import mean_scores
-from colora_peft.training import LEARNING_RATES, DataFailed, prepare_for_tuning, train, use_all_cores
+from colora_peft.training import DataFailed, prepare_for_tuning, train, use_all_cores
 from colora_peft.utils import run_script
 from examples.experiments.contributions.plan import RANDOM, SAME_SHARE, StudyArguments, Variant, plan
 from examples.experiments.contributions.report import BUDGET, SCORES_FOLDER, write_report
@@ -44,6 +44,9 @@ from examples.experiments.grid.cells import (
     train_and_validate,
 )
 from examples.experiments.grid.tuned import CELLS_FILE, TunedGrid, check_same_settings, draw, method_settings
+
+FAIG_LEARNING_RATE = 3e-3
+"""Learning rate of the full tuning where FAIG's path ends; all cells have it, whatever finetune.py has by now."""
 
 
 def shared_settings(args: StudyArguments) -> Cell:
@@ -63,7 +66,7 @@ def shared_settings(args: StudyArguments) -> Cell:
         **{name: getattr(args, name) for name in (*names, "default_estimator")},
         **method_settings(),
         "probe": asdict(ProbeSettings()),
-        "faig": {**asdict(FaigSettings()), "learning_rate": LEARNING_RATES["full"]},
+        "faig": {**asdict(FaigSettings()), "learning_rate": FAIG_LEARNING_RATE},
         "probe_batches": FinetuneArguments.probe_batches,
     }
 
@@ -97,7 +100,7 @@ def measure(
     """Estimates on the first patches of the run, as finetune.py does. Seconds of "faig" include its full tuning."""
     started = time.perf_counter()
     patches = draw(args, args.tasks()[task], args.train_pairs, seed).patches
-    run = replace(run_arguments(args, "", LEARNING_RATES["full"], seed), estimator=estimator)
+    run = replace(run_arguments(args, "", FAIG_LEARNING_RATE, seed), estimator=estimator)
     network = load_network(args.model_name_or_path, accelerator)
     end = tuned_network(args, patches, seed, accelerator).state_dict() if estimator == "faig" else None
     set_seed(seed)
@@ -109,7 +112,7 @@ def tuned_network(args: StudyArguments, patches: PairedPatches, seed: int, accel
     """The network after full tuning, where FAIG's path ends."""
     network = prepare_for_tuning(load_network(args.model_name_or_path, accelerator), "full", CoLoRAConfig())
     with tempfile.TemporaryDirectory() as folder:
-        run = run_arguments(args, folder, LEARNING_RATES["full"], seed)
+        run = run_arguments(args, folder, FAIG_LEARNING_RATE, seed)
         network, _ = train(network, patches, run, accelerator)
     accelerator.free_memory()
     return network

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from colora_peft import CoLoRAConfig, CoLoRALayer
+from colora_peft.contribution import OnePassEstimator
 from colora_peft.data import PairedPatches, PairSource
 from colora_peft.evaluation import evaluate
 from colora_peft.training import DataFailed, use_all_cores
@@ -97,6 +98,9 @@ class ScalingArguments(NetworkArguments):
     )
     seeds: list[int] = flag(factory=lambda: [0], help="Seeds that draw pairs, patches and adapters.")
     parameter_budget: float = flag(0.07, "Trained share of the weights (mix).")
+    estimator: Literal["probe", OnePassEstimator] = flag(
+        FinetuneArguments.estimator, "How contributions are measured (mix)."
+    )
     results: str = flag(
         str(Path(__file__).parent / "cells.json"), "JSON file of the cells; the report lies beside it."
     )
@@ -134,7 +138,7 @@ def settings_of(args: ScalingArguments, rule: str, rank: str, learning_rate: flo
     mix = {
         "parameter_budget": args.parameter_budget,
         "beta": CoLoRAConfig.beta,
-        "estimator": FinetuneArguments.estimator,
+        "estimator": args.estimator,
     }
     return settings | (mix if rank == MIX else {})
 
@@ -164,7 +168,9 @@ def run_cell(settings: Cell, args: ScalingArguments, accelerator: Accelerator, k
             known.before[seed] = quality_before(model, chosen, validation, accelerator)
         if settings["rank"] == MIX:
             if seed not in known.scores:
-                known.scores[seed] = measure_contributions(model, patches, run, accelerator).scores
+                known.scores[seed] = measure_contributions(
+                    model, patches, replace(run, estimator=args.estimator), accelerator
+                ).scores
             config = CoLoRAConfig(contributions=known.scores[seed], parameter_budget=args.parameter_budget)
         else:
             config = CoLoRAConfig(ranks=DENSE if settings["rank"] == "dense" else int(settings["rank"]))
