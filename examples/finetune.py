@@ -51,8 +51,10 @@ from colora_peft.training import (
     TrainArguments,
     TrainingDiverged,
     check_base_can_be_made_again,
+    check_budget,
     check_can_be_saved,
     check_output_dir,
+    check_targets_differ,
     checkerboard_obstacle,
     compare_saved,
     create_accelerator,
@@ -66,6 +68,7 @@ from colora_peft.training import (
     prepare_for_tuning,
     prolonged_in_words,
     read_best,
+    refusals_in_words,
     report_allocation,
     result_diverged,
     save_result,
@@ -77,6 +80,7 @@ from colora_peft.utils import flag, relative_path, run_script, some, write_json,
 
 HERE = Path(__file__).parent
 SHIPPED_NETWORK = relative_path(HERE / "checkpoints" / "nafnet-small-prod")
+NEEDS_MULTIPLE = "if sides must be multiples of some number, set it as the network's attribute needs_multiple_of"
 SHIPPED_PAIRS = HERE / "data" / "underwater"
 
 
@@ -158,6 +162,7 @@ def open_network(args: FinetuneArguments, accelerator: Accelerator) -> torch.nn.
         model = load_network(args, accelerator)
         check_can_be_saved(model, args.method, args.model_name_or_path)
         check_base_can_be_made_again(model, args.method, args.model_name_or_path)
+        check_budget(model, args.method, args.parameter_budget)
         return model
     model = load_for_training(args.adapter_name_or_path, base=args.model_name_or_path)
     return model.to(accelerator.device, memory_format=torch.channels_last)
@@ -187,6 +192,7 @@ def main(args: FinetuneArguments) -> None:
     checkpoint = check_output_dir(args, accelerator)
     train_pairs, eval_pairs = load_pairs(args, accelerator, SHIPPED_PAIRS)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
+    check_targets_differ(patches)
     model = open_network(args, accelerator)
     is_further = isinstance(model, PeftModel)
     method = model.peft_config["default"].peft_type.lower() if is_further else args.method
@@ -245,10 +251,12 @@ def evaluate_before(
     model: torch.nn.Module, eval_pairs: PairSource, args: FinetuneArguments, accelerator: Accelerator
 ) -> dict[str, float]:
     """Figures of the inputs and of the network before the training, printed."""
-    before = evaluate(model, eval_pairs, accelerator.device, "before" if accelerator.is_main_process else "")
+    name = args.model_name_or_path or args.adapter_name_or_path
+    with refusals_in_words(f"{name} does not restore the photos to evaluate on", NEEDS_MULTIPLE):
+        before = evaluate(model, eval_pairs, accelerator.device, "before" if accelerator.is_main_process else "")
     if not math.isfinite(before["psnr"]):
         raise ValueError(
-            f"{args.model_name_or_path or args.adapter_name_or_path} returns NaN or infinite values for the pairs to "
+            f"{name} returns NaN or infinite values for the pairs to "
             "evaluate on, before any training: its weights are broken, or too large for half precision."
         )
     accelerator.print(quality_line("input", before["psnr_input"], before["ssim_input"]))

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import torch
 from finetune import SHIPPED_NETWORK, FinetuneArguments
@@ -59,6 +60,12 @@ CHOSEN = (
     "checkerboard_weight",
     "seed",
 )
+
+
+class TaskRunArguments(FinetuneArguments):
+    """Flags of finetune.py for a run that goes on when this script is called again."""
+
+    way_to_go_on: ClassVar[str] = "the same command"
 
 
 @dataclass
@@ -114,10 +121,10 @@ class TasksArguments:
     def adapter_dir(self, task: str) -> Path:
         return Path(self.output_dir) / task
 
-    def finetune_arguments(self, task: str) -> FinetuneArguments:
+    def finetune_arguments(self, task: str) -> TaskRunArguments:
         """The flags of finetune.py for a task; with the newest checkpoint if it was stopped."""
         data, output_dir = Path(self.data_dir) / task, self.adapter_dir(task)
-        return FinetuneArguments(
+        return TaskRunArguments(
             model_name_or_path=self.model_name_or_path,
             train_dir=str(data / "train"),
             eval_dir=str(data / "test"),
@@ -153,9 +160,14 @@ def tasks_in(data_dir: str | Path) -> list[str]:
 
 
 def train_missing(args: TasksArguments) -> None:
-    """Trains an adapter for each task that has none yet, one after another."""
+    """Trains an adapter for each task that has none yet, one after another; the pairs of all are looked at before."""
+    has_adapter = {task: (args.adapter_dir(task) / METRICS_FILE).is_file() for task in args.tasks}  # written last
     for task in args.tasks:
-        if (args.adapter_dir(task) / METRICS_FILE).is_file():  # what finetune.py writes last
+        if not has_adapter[task]:
+            for side in ("train", "test"):
+                PairedImageFolder(Path(args.data_dir) / task / side, args.input_pattern, args.target_pattern)
+    for task in args.tasks:
+        if has_adapter[task]:
             print(f"{task}: kept, in {args.adapter_dir(task)}{note_on_settings(args, task)}.")
         else:
             print(f"\n{task}: training.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -123,6 +124,12 @@ def _call(module_name: str, function_name: str) -> nn.Module:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"The module {module_name} has no function {function_name}; check the name after the colon.")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"{module_name}:{function_name} must be a function without arguments: {error}.") from error
+    except ValueError:  # a builtin that does not tell its arguments
+        pass
     network = function()
     if not isinstance(network, nn.Module):
         raise TypeError(

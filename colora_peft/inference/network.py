@@ -53,7 +53,7 @@ def _hint(reconstruction: Tensor, images: Tensor) -> str:
     """A sentence for networks that enlarge, the likeliest of those that change the shape."""
     factors = [new / old for new, old in zip(reconstruction.shape[-2:], images.shape[-2:], strict=True)]
     if factors[0] != factors[1] or factors[0] <= 1:
-        return ""
+        return " If its sides must be multiples of some number, set it as the network's attribute `needs_multiple_of`."
     return (
         f" It enlarges {factors[0]:g} times: use the variant for restoration (for Swin2SR `upscale=1`), or train this "
         "one with a loss of your own, as get_peft_model adapts any network."
@@ -64,8 +64,17 @@ def restoration_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean absolute error between the restored `pixel_values` and `labels`.
 
     The contribution scores are of this loss. The scripts train on it, and on the term of `--checkerboard_weight`.
+
+    Raises:
+        TypeError, ValueError: as `reconstruct`; or labels and restored images differ in shape.
     """
-    return F.l1_loss(reconstruct(model, batch["pixel_values"]), batch["labels"])
+    restored, labels = reconstruct(model, batch["pixel_values"]), batch["labels"]
+    if labels.shape != restored.shape:  # PyTorch would repeat one for the other, with a warning at most
+        raise ValueError(
+            f"The labels must have the shape of the restored images {tuple(restored.shape)}, got "
+            f"{tuple(labels.shape)}."
+        )
+    return F.l1_loss(restored, labels)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from .adaptable import (
     weight_matrix_shape,
     why_not_adaptable,
 )
-from .allocation import adapter_parameters, allocate_ranks, common_rank
+from .allocation import adapter_parameters, allocate_ranks, check_pays_for_a_rank, common_rank
 from .figure import check_figures_can_be_drawn, plot_contributions
 from .matrix_shape import MatrixShape
 from .names import check_known_names, check_same_names, names_hint
@@ -31,6 +31,7 @@ __all__ = [
     "allocate_ranks",
     "check_figures_can_be_drawn",
     "check_known_names",
+    "check_pays_for_a_rank",
     "check_same_names",
     "check_scores",
     "common_rank",

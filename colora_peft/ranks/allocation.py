@@ -106,6 +106,24 @@ def allocate_ranks(
     return ranks
 
 
+def check_pays_for_a_rank(shapes: Iterable[tuple[int, int]], parameter_budget: float) -> None:
+    """Refuses a budget that pays for no rank in any layer, whatever the scores.
+
+    Raises:
+        ValueError: It does, or there are no layers; the message names a budget that pays for the smallest.
+    """
+    shapes = [MatrixShape(*shape) for shape in shapes]
+    if not shapes:
+        raise ValueError("The network has no layer that CoLoRA adapts (Linear, convolutions).")
+    total, allowed = _total_and_allowed(shapes, parameter_budget)
+    smallest = min(shape.parameters(1) for shape in shapes)
+    if smallest > allowed:
+        raise ValueError(
+            f"The budget allows {allowed} of {total} parameters but the smallest rank takes {smallest}: set "
+            f"parameter_budget to at least {_budget_for(smallest, total)}."
+        )
+
+
 def common_rank(shapes: Iterable[tuple[int, int]], parameter_budget: float) -> int:
     """Returns the highest rank that all layers can have alike under the budget: LoRA as PEFT has it.
 

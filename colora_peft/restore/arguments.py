@@ -34,8 +34,8 @@ class RestoreArguments:
         None,
         "Path to a folder of clean images of the same names (any suffix): PSNR and SSIM, in RGB after "
         "rounding to 8 bits, of the files as they are written, so with JPEG's losses. Borders are extended "
-        "and tiles laid as restore_image does, so that on images that the network must pad the figures "
-        "may differ a little from those of finetune.py.",
+        "and tiles laid as restore_image does, so that on images larger than --tile, or that the network must pad, "
+        "the figures differ from those of finetune.py.",
     )
     input_pattern: str = flag(
         "{}",

@@ -15,8 +15,10 @@ from .merge_check import leave_wrong_layers_alone
 from .methods import LEARNING_RATES, METHODS, Method, check_can_be_saved, prepare_for_tuning, trained_parameters
 from .network_checks import (
     check_base_can_be_made_again,
+    check_budget,
     check_result_is_finite,
     check_takes_images,
+    refusals_in_words,
     result_diverged,
 )
 from .output_dir import check_output_dir, open_output_dir
@@ -26,6 +28,7 @@ from .task import (
     CONTRIBUTIONS_FILE,
     FIGURE_FILE,
     TaskArguments,
+    check_targets_differ,
     load_contributions,
     load_network,
     load_pairs,
@@ -51,10 +54,12 @@ __all__ = [
     "TrainingLoss",
     "TrainingStopped",
     "check_base_can_be_made_again",
+    "check_budget",
     "check_can_be_saved",
     "check_output_dir",
     "check_result_is_finite",
     "check_takes_images",
+    "check_targets_differ",
     "checkerboard_obstacle",
     "compare_saved",
     "create_accelerator",
@@ -73,6 +78,7 @@ __all__ = [
     "read_state",
     "reconstruct",
     "report_allocation",
+    "refusals_in_words",
     "restoration_loss",
     "result_diverged",
     "save_result",

@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_type_hints
 
 from colora_peft.utils import check_at_least, check_seed, flag
 
@@ -34,6 +34,9 @@ def flags_with(rule: OnResume, args: object) -> list[str]:
 @dataclass
 class TrainArguments:
     """Flags that every training script has. Names follow the scripts of diffusers."""
+
+    way_to_go_on: ClassVar[str] = "the same command and --resume_from_checkpoint latest"
+    """Words for what continues a stopped run."""
 
     output_dir: Annotated[str, OnResume.FREE] = flag(help="Path to the folder for checkpoints, logs and the result.")
     max_train_steps: Annotated[int, OnResume.LENGTH] = flag(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from colora_peft.hub import is_function, load_backbone
 from colora_peft.inference import evaluation_mode, needed_multiple, reconstruct
+from colora_peft.ranks import adaptable_layers, check_pays_for_a_rank, common_rank, weight_matrix_shape
 from colora_peft.tuner import base_fingerprint, is_other_base
 
 from .loop import TrainingDiverged
@@ -26,20 +30,52 @@ def check_takes_images(model: nn.Module, name_or_path: str, side: int) -> None:
         TypeError: It returns something else than images.
     """
     images = _grey_square(model, side)
-    try:
+    with refusals_in_words(f"{name_or_path} does not restore RGB images of shape {tuple(images.shape)}"):
         restored = _run(model, images)
-    except torch.OutOfMemoryError:  # says nothing about the network
-        raise
-    except (RuntimeError, AssertionError, AttributeError, LookupError, ValueError) as error:  # their refusals
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{name_or_path} does not restore RGB images of shape {tuple(images.shape)}: {reason}"
-        ) from error
     if not restored.isfinite().all():
         raise ValueError(
             f"{name_or_path} returns NaN or infinite values for a grey image, before any training: its weights are "
             "broken."
         )
+
+
+@contextmanager
+def refusals_in_words(sentence: str, remedy: str = "") -> Iterator[None]:
+    """Has what a network raises for images that it does not take follow a sentence that names it.
+
+    Args:
+        sentence: The words before the reason, which is the first line of the network's own.
+        remedy: Words in brackets after it.
+
+    Raises:
+        ValueError: The body raised an error of the kinds by which networks refuse sizes; not for want of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:  # says nothing about the network
+        raise
+    except (RuntimeError, AssertionError, AttributeError, LookupError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{sentence}: {reason}" + (remedy and f" ({remedy})")) from error
+
+
+def check_budget(model: nn.Module, method: Method, parameter_budget: float) -> None:
+    """Refuses a budget that no scores would make enough, before any are measured.
+
+    Args:
+        model: The network.
+        method: The method that is to train it; those without an adapter have no budget.
+        parameter_budget: Share of the weights of its adaptable layers, in (0, 1].
+
+    Raises:
+        ValueError: It pays for no rank ("colora"), or not for rank 1 in every layer ("lora"); or there is no layer to
+            adapt.
+    """
+    if method in ADAPTER_METHODS:
+        shapes = [weight_matrix_shape(layer) for layer in adaptable_layers(model).values()]
+        check_pays_for_a_rank(shapes, parameter_budget)
+        if method == "lora":
+            common_rank(shapes, parameter_budget)
 
 
 def check_result_is_finite(model: nn.Module, side: int, num_steps: int, learning_rate: float) -> None:

@@ -210,7 +210,7 @@ class TrainingRun:
             without = " instead of --overwrite_output_dir" if self.args.overwrite_output_dir else ""
             print(
                 f"\nStopped by {signal.Signals(signum).name} after step {step} of {self.args.max_train_steps}, saved "
-                f"as {checkpoint}. Go on with the same command and --resume_from_checkpoint latest{without}.",
+                f"as {checkpoint}. Go on with {self.args.way_to_go_on}{without}.",
                 file=sys.stderr,
             )
         raise TrainingStopped(signum, step, checkpoint)

@@ -144,7 +144,10 @@ def load_pairs(
     if eval_pairs is None:
         eval_pairs, train_pairs = hold_out_pairs(train_pairs, one_in=5, seed=args.seed)
         names = ", ".join(eval_pairs.names)
-        accelerator.print(f"No evaluation pairs were given: {len(eval_pairs)} are held out ({names}).")
+        accelerator.print(
+            f"No evaluation pairs were given: {len(eval_pairs)} of those to train on "
+            f"{'is' if len(eval_pairs) == 1 else 'are'} held out ({names})."
+        )
     if args.max_train_samples is not None:
         train_pairs, _ = draw_pairs(train_pairs, args.max_train_samples, args.seed)
     check_pairs(train_pairs, args.resolution, "the training patch: lower --resolution or remove the pair")
@@ -152,6 +155,17 @@ def load_pairs(
     for note in filter(None, map(note_on_profiles, (train_pairs, eval_pairs))):
         accelerator.print(note)
     return train_pairs, eval_pairs
+
+
+def check_targets_differ(patches: PairedPatches) -> None:
+    """Refuses pairs whose inputs are copies of their targets, as the first patches show it.
+
+    Raises:
+        ValueError: The first 16 patches are equal to their labels, all of them.
+    """
+    samples = (patches[number] for number in range(16))
+    if all(torch.equal(sample["pixel_values"], sample["labels"]) for sample in samples):
+        raise ValueError("The inputs of the pairs to train on are equal to their targets: there is nothing to learn.")
 
 
 def open_pairs(args: TaskArguments, folder: str | Path, accelerator: Accelerator) -> PairedImageFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, field
 from pathlib import Path
@@ -38,6 +39,7 @@ def run_script(
         words: Name of the flag, a list, that also takes the words of no flag.
     """
     print_any_name()
+    warnings.formatwarning = _in_words
     try:
         parsed = _parsed(arguments, words)
         code = main(parsed)
@@ -57,6 +59,19 @@ def _parsed(arguments: type[_Arguments], words: str | None) -> _Arguments:
         raise ValueError(f"There is no flag {unknown[0]}; --help lists all.")
     setattr(parsed, words, [*found, *getattr(parsed, words)])
     return parsed
+
+
+_format_warning = warnings.formatwarning
+
+
+def _in_words(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours as its sentence alone; others with their place in the code."""
+    ours = (Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve().parent)
+    if category is UserWarning and any(Path(filename).resolve().is_relative_to(folder) for folder in ours):
+        return f"Warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def print_any_name() -> None:

@@ -111,7 +111,7 @@ def test_several_inputs_of_a_target_side_by_side_are_counted_and_held_out_togeth
     output = capsys.readouterr().out
     assert f"{tmp_path}: 6 inputs of 3 targets." in output and "4 pairs to train on, 2 to evaluate on" in output
     assert f"{tmp_path}: 1 file left out: 1 .txt." in output
-    held_out = re.search(r"2 are held out \((.*)_Noisy2, (.*)_noisy1\)", output)
+    held_out = re.search(r"2 of those to train on are held out \((.*)_Noisy2, (.*)_noisy1\)", output)
     assert held_out is not None and held_out[1] == held_out[2]
 
 
@@ -269,6 +269,14 @@ def test_a_finished_run_survives_an_overwrite_that_fails(flags):
     with pytest.raises(ValueError, match="parameter_budget"):
         run(*flags, "--overwrite_output_dir", "--parameter_budget", "1e-6")
     assert metrics_of(output_dir)["method"] == "bias" and (output_dir / "model.safetensors").is_file()
+
+
+def test_inputs_that_are_copies_of_their_targets_are_refused(flags, train_dir, tmp_path):
+    shutil.copytree(train_dir / "target", tmp_path / "same" / "input")
+    shutil.copytree(train_dir / "target", tmp_path / "same" / "target")
+    with pytest.raises(ValueError, match="equal to their targets: there is nothing to learn"):
+        run(*flags, "--train_dir", tmp_path / "same")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_network_is_named(flags, tmp_path):

@@ -146,6 +146,24 @@ def test_wrong_flags_are_refused(data_dir, wrong, message):
         tasks.TasksArguments(**{"data_dir": str(data_dir), **wrong})
 
 
+def test_pairs_of_all_tasks_are_looked_at_before_the_first_is_trained(data_dir, tiny_nafnet, tmp_path):
+    arguments = {
+        "data_dir": str(data_dir),
+        "model_name_or_path": str(tiny_nafnet),
+        "output_dir": str(tmp_path / "out"),
+    }
+    with pytest.raises(FileNotFoundError, match="snow"):
+        tasks.train_missing(tasks.TasksArguments(tasks=["haze", "snow"], **arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_that_is_stopped_is_told_what_this_script_knows(data_dir):
+    run = tasks.TasksArguments(data_dir=str(data_dir)).finetune_arguments("haze")
+    assert (
+        run.way_to_go_on == "the same command" and "--resume_from_checkpoint" in tasks.FinetuneArguments.way_to_go_on
+    )
+
+
 def test_a_folder_without_tasks_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds train/ and test/"):
         tasks.tasks_in(tmp_path)

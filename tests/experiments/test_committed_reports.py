@@ -146,7 +146,9 @@ def test_the_sentences_below_the_table_of_defaults_have_the_figures_of_the_repor
     )
     behind = f"CoLoRA is {-float(peft[1]):.2f} ± {peft[2]} dB behind PEFT's LoRA, all of it on underwater photos"
     assert float(peft[3]) > 0 and f"Over ten tasks {behind}" in readme
-    assert f"mean of CoLoRA is {-float(peft[1]):.2f} dB behind that of PEFT's LoRA, and level without the under" in page
+    assert (
+        f"mean of CoLoRA is {-float(peft[1]):.2f} dB behind that of PEFT's LoRA, and level without the under" in page
+    )
     (mine, machine), (theirs, other_machine) = times
     assert machine == other_machine and f"CoLoRA took {int(mine) / int(theirs):.1f} of the time" in readme
     assert f"On the underwater task CoLoRA is {-float(peft[0]):.1f} dB behind PEFT's LoRA on the mean absolute" in page
@@ -157,7 +159,9 @@ def test_the_sentences_below_the_table_of_defaults_have_the_figures_of_the_repor
     for way in ("full fine-tuning", "PEFT's LoRA"):
         assert 0.015 <= ssim[f"{way}, loss of CoLoRA"] - ssim[way] < 0.025 and "by about 0.02." in page
     assert max(ssim, key=ssim.get) == "full fine-tuning, loss of CoLoRA" and "highest means of all" in page
-    lead = re.search(r"full tuning with the loss of finetune.py minus .* (\S+) ± (\S+) \(10 tasks\)", decibels).groups()
+    lead = re.search(
+        r"full tuning with the loss of finetune.py minus .* (\S+) ± (\S+) \(10 tasks\)", decibels
+    ).groups()
     assert 0 < float(lead[0]) < float(lead[1]) and float(full[1]) < 0
     assert "that loss has the highest means, in PSNR by less than the error of the draws" in readme
 

@@ -31,6 +31,9 @@ def number():
 def drawn():
     return nn.Sequential(nn.Conv2d(3, 3, 3))
 
+def with_path(path):
+    return nn.Conv2d(3, 3, 3)
+
 def broken():
     raise RuntimeError("no weights today")
 """
@@ -102,6 +105,7 @@ def test_a_base_that_its_function_does_not_give_again_is_said_to_be_the_function
         ("no_such_module:network", ValueError, "no module no_such_module"),
         ("my_networks.below:network", ValueError, "no module my_networks.below"),
         ("my_networks:number", TypeError, "returned int"),
+        ("my_networks:with_path", ValueError, "my_networks:with_path must be a function without arguments: .*'path'"),
         ("my_networks:broken", RuntimeError, "no weights today"),
     ],
 )

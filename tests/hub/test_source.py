@@ -28,6 +28,12 @@ def test_a_network_in_place_of_an_adapter(tmp_path, load):
         load(folder)
 
 
+def test_a_run_that_has_not_ended_is_told_from_nothing(tmp_path):
+    folder = folder_with(tmp_path, "run.json", "checkpoint-3")
+    with pytest.raises(ValueError, match=f"^{folder} has the checkpoints of a run without its result: finish it by"):
+        fetch(Source(folder), (ADAPTER_FILES,))
+
+
 def test_neither_is_said_to_be_nothing(tmp_path):
     for kinds, wanted in (
         ((ADAPTER_FILES,), "adapter_config.json"),

@@ -14,6 +14,7 @@ from colora_peft import CoLoRAConfig
 from colora_peft.inference.network import (
     needed_multiple,
     reconstruct,
+    restoration_loss,
     tile_multiple,
 )
 from colora_peft.utils import pad_to_multiple, reflected_indices
@@ -99,3 +100,10 @@ def test_reflection_is_torchs_as_far_as_that_reaches_and_goes_on():
     assert torch.equal(line[..., reflected_indices(0, 13, 7)], F.pad(line, (0, 6), mode="reflect"))
     assert reflected_indices(0, 10, 3).tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0, 1]
     assert reflected_indices(2, 5, 1).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (1, 3, 8, 8), (3, 8, 8), (2, 3, 4, 8)])
+def test_labels_of_another_shape_are_refused_and_not_repeated(shape):
+    batch = {"pixel_values": torch.rand(2, 3, 8, 8), "labels": torch.rand(shape)}
+    with pytest.raises(ValueError, match=r"shape of the restored images \(2, 3, 8, 8\), got"):
+        restoration_loss(nn.Identity(), batch)

@@ -5,7 +5,7 @@ import math
 import pytest
 from support.allocation import random_network, spent, total
 
-from colora_peft.ranks import MatrixShape, adapter_parameters, allocate_ranks
+from colora_peft.ranks import MatrixShape, adapter_parameters, allocate_ranks, check_pays_for_a_rank
 
 SEEDS = range(40)
 
@@ -88,6 +88,20 @@ def test_smallest_budget_named_in_the_error_works(seed):
         allocate_ranks(shapes, scores, 1e-7)
     smallest = float(str(caught.value).rstrip(".").rpartition(" ")[2])
     assert any(allocate_ranks(shapes, scores, smallest).values())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_scores_make_a_budget_enough_that_pays_for_no_rank(seed):
+    shapes, scores = random_network(seed)
+    with pytest.raises(ValueError, match="at least") as caught:
+        check_pays_for_a_rank(shapes.values(), 1e-7)
+    smallest = float(str(caught.value).rstrip(".").rpartition(" ")[2])
+    check_pays_for_a_rank(shapes.values(), smallest)
+    cheapest = min(shapes, key=lambda name: adapter_parameters(1, *shapes[name]))
+    alone = {name: float(name == cheapest) for name in scores}
+    assert allocate_ranks(shapes, alone, smallest)[cheapest] >= 1
+    with pytest.raises(ValueError, match="no layer that CoLoRA adapts"):
+        check_pays_for_a_rank([], 0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from colora_peft.hub import load_backbone
 from colora_peft.training import (
     TrainingDiverged,
     check_base_can_be_made_again,
+    check_budget,
     check_result_is_finite,
     check_takes_images,
+    refusals_in_words,
 )
 
 NETWORKS = """
@@ -122,8 +124,26 @@ def test_a_network_that_does_stays_as_it_was_and_gets_sides_that_it_takes():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize(("method", "enough"), [("colora", 0.09), ("lora", 0.26)])
+def test_a_budget_that_is_too_small_whatever_the_scores_is_refused_for_adapters_alone(method, enough):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3))  # of 432 weights; ranks of 35 and 75
+    for budget in (0.01, enough - 0.01):
+        with pytest.raises(ValueError, match="set parameter_budget to at least 0"):
+            check_budget(network, method, budget)
+        check_budget(network, "full", budget)
+    check_budget(network, method, enough)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_result_that_is_not_finite_is_refused_with_the_rate_to_lower(value):
     check_result_is_finite(Constant(0.5), 8, 10, 1e-3)
     with pytest.raises(TrainingDiverged, match=r"after 10 steps, so its result is not saved\. .*rate than 0\.001\.$"):
         check_result_is_finite(Constant(value), 8, 10, 1e-3)
+
+
+def test_a_refusal_is_told_by_name_with_the_remedy_and_want_of_memory_as_it_is():
+    with pytest.raises(ValueError, match=r"^own:unet fails: Sizes must match \(set it\)$"):
+        with refusals_in_words("own:unet fails", "set it"):
+            raise RuntimeError("Sizes must match\nAnd more.")
+    with pytest.raises(torch.OutOfMemoryError), refusals_in_words("own:unet fails"):
+        raise torch.OutOfMemoryError("full")

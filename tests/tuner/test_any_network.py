@@ -124,6 +124,17 @@ def drawn():
     from torch import nn
     return nn.Conv2d(3, 3, 3, padding=1)
 
+def sixteen():
+    import torch
+
+    class Sixteen(torch.nn.Conv2d):
+        def forward(self, x):
+            assert x.shape[-1] == 16, "16 pixels alone"
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    return Sixteen(3, 3, 3, padding=1)
+
 def grey():
     from torch import nn
     return nn.Conv2d(1, 1, 3, padding=1)
@@ -178,6 +189,10 @@ def test_finetune_adapts_what_a_function_returns_and_says_how_to_use_it(
         (
             ["--model_name_or_path", "some_networks:grey"],
             r"grey does not restore RGB images of shape \(1, 3, 17, 17\)",
+        ),
+        (
+            ["--model_name_or_path", "some_networks:sixteen", "--resolution", "16", "--parameter_budget", "0.5"],
+            "^some_networks:sixteen does not restore the photos to evaluate on: 16 pixels alone \\(if sides must be",
         ),
         (["--model_name_or_path", "some_networks:drawn"], "drawn returns other weights at each call: seed what"),
     ],

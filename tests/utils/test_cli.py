@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 
 import pytest
 
-from colora_peft.utils import check_at_least, flag, run_script
+from colora_peft.utils import check_at_least, cli, flag, run_script
 
 
 @dataclass
@@ -41,6 +42,13 @@ def test_a_name_that_the_terminal_cannot_show_does_not_end_the_work():
         assert done.returncode == 0, done.stderr.decode()
         shown = "\u65e5" if encoding == "utf-8" else r"\u65e5"
         assert done.stdout.decode().rstrip() == rf"{shown}.png \udcff.png"
+
+
+def test_warnings_of_ours_are_their_sentence_and_others_have_their_place(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    ending(monkeypatch, lambda args: None)
+    ours, other = (warnings.formatwarning("It rises.", UserWarning, file, 3) for file in (cli.__file__, "/a/b.py"))
+    assert ours == "Warning: It rises.\n" and other == "/a/b.py:3: UserWarning: It rises.\n"
 
 
 def test_errors_of_the_user_become_one_sentence(monkeypatch):
