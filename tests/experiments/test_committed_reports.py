@@ -122,10 +122,14 @@ def test_the_differences_of_the_defaults_are_those_of_the_report():
             "CoLoRA, 7%, on mean absolute error minus PEFT's LoRA",
             "CoLoRA 0.07 on mean absolute error alone minus PEFT's LoRA",
         ),
+        ("CoLoRA, 7%, minus the decoder alone", "CoLoRA 0.07 as finetune.py has it minus tuning the decoder alone"),
+        ("CoLoRA, 7%, minus the biases alone", "CoLoRA 0.07 as finetune.py has it minus tuning the biases alone"),
         ("CoLoRA, 2% minus 7%", "CoLoRA as finetune.py has it, 0.02 minus 0.07"),
     ):
         psnr, ssim = (re.findall(r"([^|]+) \(\d+ tasks\) ", line) for line in re.findall(rf"{claim} \|.*", report))
         assert f"| {title} |{psnr[0]} |{psnr[1]} |{ssim[0]} |\n" in page
+        if title.endswith("alone"):
+            assert f"{psnr[0].split()[0][1:]} dB" in page.split("The decoder alone, 17%")[1].partition("\n\n")[0]
 
 
 def test_the_sentences_below_the_table_of_defaults_have_the_figures_of_the_report():
@@ -171,18 +175,27 @@ def test_the_table_of_64_pairs_has_the_figures_of_the_report():
     report = (folder / "defaults-64-pairs" / "report.md").read_text(encoding="utf-8")
     page = (folder / "README.md").read_text(encoding="utf-8")
     decibels, similarity = report.split("SSIM (input", 1)
-    for title, row in (("PEFT's LoRA, 7%", "peft_lora 0.07"), ("CoLoRA, 7%", "colora_default 0.07")):
-        psnr, ssim = (
-            re.search(rf"prod \+ {row} \| (?:[\d.]+[^|]*)? ?\| ([\d.]+) [^|]*\| ([\d.]+) ", part).groups()
-            for part in (decibels, similarity)
-        )
-        assert f"| {title} | {' | '.join((*psnr, *ssim))} |\n" in page
-    first, second = re.findall(r"minus PEFT's LoRA \|  \| (\S+ ± \S+) \(3\) \| (\S+ ± \S+) \(3\)", report)
-    assert f"| CoLoRA minus PEFT's LoRA | {first[0]} | {first[1]} |" in page
-    assert second == ("+4.76 ± 0.60", "+1.16 ± 0.08") and "| +0.048 ± 0.006 | +0.012 ± 0.001 |\n" in page
-    lowlight, rain = (abs(float(value.split()[0])) for value in first)
+    for title, row in (
+        ("PEFT's LoRA, 7%", "peft_lora"),
+        ("PEFT's LoRA, 7%, loss of CoLoRA", "peft_lora_checkerboard"),
+        ("CoLoRA, 7%", "colora_default"),
+    ):
+        lines = [re.search(rf"prod \+ {row} 0.07 \|(.*)", part)[1] for part in (decibels, similarity)]
+        psnr, ssim = (re.findall(r"([\d.]+) ± ", line) for line in lines)
+        assert len(psnr) == 3 and f"| {title} | {' | '.join((*psnr, *ssim))} |\n" in page
     text = " ".join((EXPERIMENTS / "README.md").read_text(encoding="utf-8").split())
-    assert f"is {lowlight:.2f} dB ahead of PEFT's LoRA on lowlight and {rain:.2f} dB behind on rain" in text
+    for title, claim, words in (
+        ("CoLoRA minus PEFT's LoRA", "", "CoLoRA is {} dB ahead of PEFT's LoRA on lowlight and {} dB behind on rain"),
+        ("the same, with the loss of CoLoRA", " with the same loss", "With the same loss these are {} and {} dB"),
+    ):
+        psnr, ssim = (
+            re.findall(r"(\S+) ± (\S+) \(3\)", line)
+            for line in re.findall(rf"has it minus PEFT's LoRA{claim} \|(.*)", report)
+        )
+        hundredths = [f"{float(mean) / 100:+.3f} ± {float(error) / 100:.3f}" for mean, error in ssim]
+        assert f"| {title} | {' | '.join([*map(' ± '.join, psnr), *hundredths])} |\n" in page
+        (lowlight, _), (rain, _) = psnr[1:]
+        assert float(lowlight) > 0 > float(rain) and words.format(lowlight[1:], rain[1:]) in text
 
 
 def test_the_underwater_table_has_the_figures_of_the_report():
