@@ -192,7 +192,7 @@ def main(args: FinetuneArguments) -> None:
     checkpoint = check_output_dir(args, accelerator)
     train_pairs, eval_pairs = load_pairs(args, accelerator, SHIPPED_PAIRS)
     patches = PairedPatches(train_pairs, args.resolution, args.seed)
-    check_targets_differ(patches)
+    check_targets_differ(train_pairs)
     model = open_network(args, accelerator)
     is_further = isinstance(model, PeftModel)
     method = model.peft_config["default"].peft_type.lower() if is_further else args.method
@@ -252,7 +252,7 @@ def evaluate_before(
 ) -> dict[str, float]:
     """Figures of the inputs and of the network before the training, printed."""
     name = args.model_name_or_path or args.adapter_name_or_path
-    with refusals_in_words(f"{name} does not restore the photos to evaluate on", NEEDS_MULTIPLE):
+    with refusals_in_words(f"{name} does not restore the photos to evaluate on", remedy=NEEDS_MULTIPLE):
         before = evaluate(model, eval_pairs, accelerator.device, "before" if accelerator.is_main_process else "")
     if not math.isfinite(before["psnr"]):
         raise ValueError(

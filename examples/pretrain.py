@@ -220,7 +220,7 @@ def main(args: PretrainArguments) -> None:
         eval_images = ImageFiles(list_images(args.eval_dir, nested=True))
         check_images(eval_images, args.resolution)
         eval_pairs = DegradedImages(eval_images, patches.degradation, args.resolution)
-    model = build_model(args)
+    model = build_model(args).to(accelerator.device)
     check_takes_images(model, args.model_name_or_path or args.config_name, args.resolution)
     if args.push_to_hub and accelerator.is_main_process:  # before the work: what the Hub refuses, it refuses now
         args.hub_model_id = create_hub_repo(
@@ -228,7 +228,9 @@ def main(args: PretrainArguments) -> None:
         )
     with open_output_dir(args, accelerator, checkpoint):
         model, seconds = train(model, patches, args, accelerator, checkpoint, eval_pairs)
-        check_result_is_finite(model, args.resolution, args.max_train_steps, args.learning_rate)
+        with Processes(accelerator).failing_together():
+            if accelerator.is_main_process:
+                check_result_is_finite(model, args.resolution, args.max_train_steps, args.learning_rate)
         if accelerator.is_main_process:
             facts = RunFacts(
                 args.data_card,

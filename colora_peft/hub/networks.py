@@ -125,7 +125,7 @@ def _call(module_name: str, function_name: str) -> nn.Module:
     if not callable(function):
         raise ValueError(f"The module {module_name} has no function {function_name}; check the name after the colon.")
     try:
-        inspect.signature(function).bind()
+        inspect.signature(function, follow_wrapped=False).bind()  # a decorator may give what it wraps
     except TypeError as error:
         raise ValueError(f"{module_name}:{function_name} must be a function without arguments: {error}.") from error
     except ValueError:  # a builtin that does not tell its arguments

@@ -187,7 +187,7 @@ def _choose(source: Source, names: set[str], kinds: tuple[tuple[str, str], ...])
     for other, remedy in _INSTEAD.items():
         if other[0] in names:
             raise ValueError(f"{source} is {remedy}.")
-    if any(name.startswith("checkpoint-") for name in names):
+    if "run.json" in names and any(name.startswith("checkpoint-") for name in names):
         raise ValueError(
             f"{source} has the checkpoints of a run without its result: finish it by the same command and "
             "--resume_from_checkpoint latest."
@@ -219,6 +219,6 @@ def in_words(error: Exception, source: Source) -> str:
     if status is not None:
         return f"The Hub answered {status} when asked for {source}: try again later."
     return (
-        f"{source} could not be fetched from {constants.ENDPOINT} ({type(error).__name__}: {error}), and there is no "
-        "such folder on this machine: check the name, or the connection and try again."
+        f"{source} is no folder on this machine and could not be fetched from {constants.ENDPOINT} "
+        f"({type(error).__name__}: {error}): check the name, or the connection and try again."
     )

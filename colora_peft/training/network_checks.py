@@ -1,7 +1,8 @@
-"""Checks of a network before it is tuned: what would show only after hours is refused in the first seconds."""
+"""Checks of a network before and after its training: what would show only after hours is refused at once."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +17,11 @@ from colora_peft.tuner import base_fingerprint, is_other_base
 from .loop import TrainingDiverged
 from .methods import ADAPTER_METHODS, Method
 
+_OF_THE_MACHINE = re.compile("allocate memory|CUDA error|cuDNN|NCCL", re.IGNORECASE)
+
 
 def check_takes_images(model: nn.Module, name_or_path: str, side: int) -> None:
-    """Refuses a network that does not restore a grey square, by running it once.
+    """Refuses a network that does not restore a square with a ramp of grey, by running it once.
 
     Args:
         model: The network.
@@ -29,32 +32,34 @@ def check_takes_images(model: nn.Module, name_or_path: str, side: int) -> None:
         ValueError: It does not restore RGB images, does not keep their shape, or returns NaN or infinite values.
         TypeError: It returns something else than images.
     """
-    images = _grey_square(model, side)
-    with refusals_in_words(f"{name_or_path} does not restore RGB images of shape {tuple(images.shape)}"):
+    images = _grey_ramp(model, side)
+    with refusals_in_words(f"{name_or_path} does not restore RGB images of shape {tuple(images.shape)}", ValueError):
         restored = _run(model, images)
     if not restored.isfinite().all():
         raise ValueError(
-            f"{name_or_path} returns NaN or infinite values for a grey image, before any training: its weights are "
+            f"{name_or_path} returns NaN or infinite values for a ramp of grey, before any training: its weights are "
             "broken."
         )
 
 
 @contextmanager
-def refusals_in_words(sentence: str, remedy: str = "") -> Iterator[None]:
+def refusals_in_words(sentence: str, *more: type[Exception], remedy: str = "") -> Iterator[None]:
     """Has what a network raises for images that it does not take follow a sentence that names it.
 
     Args:
         sentence: The words before the reason, which is the first line of the network's own.
+        more: Further kinds of errors that are the network's.
         remedy: Words in brackets after it.
 
     Raises:
-        ValueError: The body raised an error of the kinds by which networks refuse sizes; not for want of memory.
+        ValueError: The body raised an error of the kinds by which networks refuse images. What tells of memory or of a
+            GPU passes as it is.
     """
     try:
         yield
-    except torch.OutOfMemoryError:  # says nothing about the network
-        raise
-    except (RuntimeError, AssertionError, AttributeError, LookupError, ValueError) as error:
+    except (RuntimeError, AssertionError, AttributeError, LookupError, *more) as error:
+        if isinstance(error, torch.OutOfMemoryError) or _OF_THE_MACHINE.search(str(error)):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{sentence}: {reason}" + (remedy and f" ({remedy})")) from error
 
@@ -83,14 +88,14 @@ def check_result_is_finite(model: nn.Module, side: int, num_steps: int, learning
 
     Args:
         model: The trained network.
-        side: Side in pixels of the grey square that it is run on.
+        side: Side in pixels of the square that it is run on.
         num_steps: Number of its training steps, for the message.
         learning_rate: Its learning rate, for the message.
 
     Raises:
         TrainingDiverged: It does.
     """
-    if not _run(model, _grey_square(model, side)).isfinite().all():
+    if not _run(model, _grey_ramp(model, side)).isfinite().all():
         raise result_diverged(num_steps, learning_rate)
 
 
@@ -102,9 +107,11 @@ def result_diverged(num_steps: int, learning_rate: float) -> TrainingDiverged:
     )
 
 
-def _grey_square(model: nn.Module, side: int) -> Tensor:
+def _grey_ramp(model: nn.Module, side: int) -> Tensor:
+    """Not one grey alone, which a network that divides by an image's own deviation could not restore."""
     side += -side % needed_multiple(model)
-    return torch.full((1, 3, side, side), 0.5, device=next(model.parameters(), torch.empty(0)).device)
+    device = next(model.parameters(), torch.empty(0)).device
+    return torch.linspace(0, 1, side, device=device).expand(1, 3, side, side).contiguous()
 
 
 def _run(model: nn.Module, images: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def test_a_network_that_cannot_restore_is_refused_before_anything_is_written(fla
     model.save_pretrained(broken)
     for extra, culprit in (
         (("--config_name", grey), "grey does not restore RGB images"),
-        (("--model_name_or_path", broken), "broken returns NaN or infinite values for a grey image"),
+        (("--model_name_or_path", broken), "broken returns NaN or infinite values for a ramp of grey"),
     ):
         with pytest.raises(ValueError, match=culprit):
             run(*flags, *extra)

@@ -357,7 +357,9 @@ def test_a_hub_that_hangs_is_given_up(hub, adapter_files, monkeypatch):
     hub.add("someone/adapter", adapter_files)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     hub.answering.clear()
-    with pytest.raises(OSError, match=r"someone/adapter could not be fetched from http://127.*Timeout.*connection"):
+    with pytest.raises(
+        OSError, match=r"someone/adapter is no folder .* be fetched from http://127.*Timeout.*connection"
+    ):
         colora_peft.load("someone/adapter")
 
 
@@ -365,7 +367,7 @@ def test_a_download_that_breaks_off_leaves_the_cache_usable(hub, base, adapter_f
     hub.add("someone/adapter", adapter_files)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # the client tries again
     hub.truncated = ".safetensors"
-    with pytest.raises(OSError, match="someone/adapter could not be fetched"):
+    with pytest.raises(OSError, match="someone/adapter is no folder on this machine and could not be fetched"):
         colora_peft.load("someone/adapter", base=base)
     hub.forget_faults()
     assert isinstance(colora_peft.load("someone/adapter", base=base), PeftModel)
@@ -384,7 +386,7 @@ def test_an_old_snapshot_without_the_files_is_not_taken_for_them(hub, base, adap
     monkeypatch.setattr("colora_peft.hub.source.snapshot_download", failing)
     with pytest.raises(
         OSError,
-        match=r"^someone/adapter could not be fetched from http.*no such folder on this machine: check .*again\.$",
+        match=r"^someone/adapter is no folder .*could not be fetched from http.*: check the name, .*again\.$",
     ):
         colora_peft.load("someone/adapter", base=base)
 

@@ -106,7 +106,7 @@ class Fails(nn.Module):
         (Fails(), 16, r"^own:grey does not restore RGB images of shape \(1, 3, 16, 16\): RuntimeError$"),
         (OneSize(), 8, r"does not restore RGB images of shape \(1, 3, 8, 8\): of another height than the model$"),
         (nn.PixelShuffle(2), 8, "does not restore RGB images"),
-        (Constant(torch.inf), 8, "^own:grey returns NaN or infinite values for a grey image, before any training"),
+        (Constant(torch.inf), 8, "^own:grey returns NaN or infinite values for a ramp of grey, before any training"),
         (nn.Upsample(scale_factor=2), 8, r"^own:grey does not restore .* must keep the shape\. It enlarges 2 times"),
     ],
 )
@@ -143,7 +143,9 @@ def test_a_result_that_is_not_finite_is_refused_with_the_rate_to_lower(value):
 
 def test_a_refusal_is_told_by_name_with_the_remedy_and_want_of_memory_as_it_is():
     with pytest.raises(ValueError, match=r"^own:unet fails: Sizes must match \(set it\)$"):
-        with refusals_in_words("own:unet fails", "set it"):
+        with refusals_in_words("own:unet fails", remedy="set it"):
             raise RuntimeError("Sizes must match\nAnd more.")
     with pytest.raises(torch.OutOfMemoryError), refusals_in_words("own:unet fails"):
         raise torch.OutOfMemoryError("full")
+    with pytest.raises(RuntimeError, match="can't allocate memory$"), refusals_in_words("own:unet fails"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

@@ -48,10 +48,6 @@ def claims_of(results: Results, pairs: int) -> dict[str, tuple[KeyOf, KeyOf]]:
         claims[f"CoLoRA {budget:g} as finetune.py has it minus the same on mean absolute error alone"] = default, plain
         for other, key in (("PEFT's LoRA", PEFT_LORA), ("one rank for all", "lora")):
             claims[f"CoLoRA {budget:g} on mean absolute error alone minus {other}"] = plain, (first, key, budget)
-        claims[f"full tuning with the loss of finetune.py minus PEFT's LoRA, {budget:g}"] = (
-            (first, FULL_CHECKERBOARD, None),
-            (first, PEFT_LORA, budget),
-        )
     largest, *others = sorted(values_in(results, "parameter_budget"), reverse=True) or [None]
     for budget in others:
         one, other = ((first, COLORA_DEFAULT, share) for share in (budget, largest))
