@@ -50,7 +50,7 @@ def output_images(model: nn.Module, output: Any) -> Tensor:
 
 
 def _hint(reconstruction: Tensor, images: Tensor) -> str:
-    """A sentence for networks that enlarge, the likeliest of those that change the shape."""
+    """A sentence for networks that need a multiple or enlarge, the likeliest of those that change the shape."""
     factors = [new / old for new, old in zip(reconstruction.shape[-2:], images.shape[-2:], strict=True)]
     if factors != [1.0, 1.0] and all(0.5 < factor < 2 for factor in factors):
         return " If its sides must be multiples of some number, set it as the network's attribute `needs_multiple_of`."
